@@ -1,0 +1,77 @@
+"""What CI runs: `nox` for all of it, `nox --list` for the parts."""
+
+import re
+
+import nox
+
+nox.options.sessions = ["lint", "tests", "min"]
+nox.options.default_venv_backend = "virtualenv"
+
+KERAS = "3.15.1"
+FRAMEWORKS = {
+    "tensorflow": "tensorflow-cpu==2.21.*",
+    "jax": "jax==0.10.*",
+    "torch": "torch==2.13.0",
+}
+# Tested where they can be installed without a second framework.
+NEED_JAX = ["flax==0.12.*", "orbax-checkpoint==0.12.*"]
+
+PROJECT = nox.project.load_toml("pyproject.toml")["project"]
+OLDEST_KERAS = re.fullmatch(r"keras>=([\d.]+)", PROJECT["dependencies"][0])[1]
+
+
+@nox.session
+def lint(session):
+    """Formatting, style and types."""
+    session.install(*tools("ruff", "mypy"))
+    session.run("ruff", "format", "--check")
+    session.run("ruff", "check")
+    session.run("mypy")
+
+
+@nox.session
+@nox.parametrize("backend", list(FRAMEWORKS), ids=list(FRAMEWORKS))
+def tests(session, backend):
+    """The tests on one backend, with no other framework installed."""
+    run_tests(session, backend, KERAS)
+
+
+@nox.session(name="min")
+def min_keras(session):
+    """The tests on the oldest Keras that pyproject.toml admits."""
+    run_tests(session, "jax", OLDEST_KERAS)
+
+
+@nox.session
+def quickstart(session):
+    """The first example, on JAX or on the backend named after `--`."""
+    backend = session.posargs[0] if session.posargs else "jax"
+    session.install(".[examples]", f"keras=={KERAS}", FRAMEWORKS[backend])
+    session.run("python", "examples/quickstart.py", env=environment(backend))
+
+
+def run_tests(session, backend, keras):
+    """Runs the tests on the installed wheel: `pytest` leaves the working folder out of the path."""
+    needs = [f"keras=={keras}", FRAMEWORKS[backend], *(NEED_JAX if backend == "jax" else [])]
+    session.install(".", *needs, *tools("pytest", "pytest-xdist", "hypothesis"))
+    expect_no_framework_but(session, backend)
+    session.run("pytest", "-n", "2", "tests", *session.posargs, env=environment(backend))
+
+
+def expect_no_framework_but(session, backend):
+    """Fails where a dependency brought a second framework along."""
+    others = sorted(FRAMEWORKS.keys() - {backend})
+    found = f"[name for name in {others} if find_spec(name)]"
+    check = f"from importlib.util import find_spec; found = {found}; assert not found, found"
+    session.run("python", "-c", check)
+
+
+def environment(backend):
+    """Environment variables for Keras on `backend`, without TensorFlow's log."""
+    return {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+
+def tools(*names):
+    """The `dev` requirements of these names, so that versions stand in pyproject.toml alone."""
+    dev = {re.match(r"[\w-]+", line)[0]: line for line in PROJECT["optional-dependencies"]["dev"]}
+    return [dev[name] for name in names]
