@@ -1,0 +1,82 @@
+"""What keras_avg asks of a framework beyond `keras.ops`. The only importer of frameworks.
+
+Each file defines the same names with the same signatures, in the same order:
+
+* `widest_float()`: name of the widest float dtype in use. Weights are computed in it, so that
+  float64 averages get float64 weights; JAX has float64 only when x64 is enabled.
+* `copy(tensor)`: the same values in a buffer of their own. JAX train steps donate their state, and
+  a buffer that two variables share cannot be donated twice; torch variables are views of storage
+  that the next step overwrites.
+* `Counter(variable)`: an integer variable that compiled code counts with. `read()`, and
+  `read_after_step()`, which may trust that one in-place change since `read()` added one;
+  `advance(amount)`. Torch reads a mirror on the host, because asking a GPU for a number stops the
+  queue of work.
+* `scalar(compute)`: what `compute()` gives, from counters: a Python number on torch, computed on
+  the host for the same reason; a tensor elsewhere.
+* `all_finite(tensors)`: one truth value for all elements of all tensors.
+* `lerp(averages, values, weight)`: a list of `average + weight * (value - average)`, each in its
+  average's dtype; weight 1 gives the value bit for bit.
+* `assign_if(condition, targets, sources, new_values)`: assigns `new_values(targets, sources)`
+  where the condition holds, and computes nothing where it does not. JAX needs a `cond` that
+  returns values, TensorFlow one around the assignments, torch a Python `if`.
+* `lerp_if(condition, averages, variables, weight)`: the same for `lerp`, with `weight()`; a
+  multi-tensor update in place where the framework has one.
+* `start_averages(updates, averages, variables)`: gives the averages the variables' values if there
+  has been no update yet. To be called before the step; on JAX that takes saying so.
+"""
+
+import keras
+
+if keras.backend.backend() == "tensorflow":
+    from keras_avg._backend.tensorflow import (
+        Counter,
+        all_finite,
+        assign_if,
+        copy,
+        lerp,
+        lerp_if,
+        scalar,
+        start_averages,
+        widest_float,
+    )
+elif keras.backend.backend() == "jax":
+    from keras_avg._backend.jax import (
+        Counter,
+        all_finite,
+        assign_if,
+        copy,
+        lerp,
+        lerp_if,
+        scalar,
+        start_averages,
+        widest_float,
+    )
+elif keras.backend.backend() == "torch":
+    from keras_avg._backend.torch import (
+        Counter,
+        all_finite,
+        assign_if,
+        copy,
+        lerp,
+        lerp_if,
+        scalar,
+        start_averages,
+        widest_float,
+    )
+else:
+    raise ImportError(
+        "keras_avg runs on the TensorFlow, JAX and PyTorch backends of Keras. Received: "
+        f"KERAS_BACKEND={keras.backend.backend()!r}."
+    )
+
+__all__ = [
+    "Counter",
+    "all_finite",
+    "assign_if",
+    "copy",
+    "lerp",
+    "lerp_if",
+    "scalar",
+    "start_averages",
+    "widest_float",
+]

@@ -1,0 +1,100 @@
+"""The vocabulary on JAX: no assignment inside a branch, every `cond` returns values."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def widest_float() -> str:
+    return "float64" if jax.config.jax_enable_x64 else "float32"
+
+
+def copy(tensor: Any) -> Any:
+    return jnp.array(tensor, copy=True)
+
+
+class Counter:
+    def __init__(self, variable: Any) -> None:
+        self._variable = variable
+
+    def read(self) -> Any:
+        return self._variable.value
+
+    def read_after_step(self) -> Any:
+        return self.read()
+
+    def advance(self, amount: Any) -> None:
+        self._variable.assign_add(jnp.asarray(amount, self._variable.dtype))
+
+
+def scalar(compute: Callable[[], Any]) -> Any:
+    return compute()
+
+
+def all_finite(tensors: Sequence[Any]) -> Any:
+    return jnp.all(jnp.stack([jnp.isfinite(jnp.asarray(tensor)).all() for tensor in tensors]))
+
+
+def lerp(averages: Sequence[Any], values: Sequence[Any], weight: Any) -> list[Any]:
+    return [
+        _lerp(jnp.asarray(average), jnp.asarray(value), weight)
+        for average, value in zip(averages, values, strict=True)
+    ]
+
+
+def _lerp(average: jax.Array, value: jax.Array, weight: Any) -> jax.Array:
+    if isinstance(weight, float) and weight == 1.0:
+        return jnp.array(value, average.dtype, copy=True)
+    value = value.astype(average.dtype)
+    weight = jnp.asarray(weight, average.dtype)
+    return jnp.where(weight == 1, value, average + weight * (value - average))
+
+
+def assign_if(
+    condition: Any,
+    targets: Sequence[Any],
+    sources: Sequence[Any],
+    new_values: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]],
+) -> None:
+    def changed() -> list[Any]:
+        values = new_values(targets, sources)
+        return [jnp.asarray(v, t.dtype) for t, v in zip(targets, values, strict=True)]
+
+    if isinstance(condition, jax.core.Tracer):
+        values = jax.lax.cond(condition, changed, lambda: [target.value for target in targets])
+    elif condition:
+        values = changed()
+    else:
+        return
+    for target, value in zip(targets, values, strict=True):
+        target.assign(value)
+
+
+def lerp_if(
+    condition: Any, averages: Sequence[Any], variables: Sequence[Any], weight: Callable[[], Any]
+) -> None:
+    assign_if(condition, averages, variables, lambda a, v: lerp(a, v, weight()))
+
+
+def start_averages(updates: Any, averages: Sequence[Any], variables: Sequence[Any]) -> None:
+    if not isinstance(updates, jax.core.Tracer):
+        assign_if(updates == 0, averages, variables, lambda a, v: [copy(value) for value in v])
+        return
+
+    def start() -> tuple[list[Any], Any]:
+        pairs = zip(averages, variables, strict=True)
+        return [jnp.array(v.value, a.dtype, copy=True) for a, v in pairs], updates > 0
+
+    def keep() -> tuple[list[Any], Any]:
+        return [average.value for average in averages], updates < 0
+
+    # Nothing in the program says that reading the old variables here comes before the step writes
+    # the new ones into the same memory, so XLA would copy every variable at every step. `never` is
+    # False in either branch, which XLA cannot see: variables that depend on it put the step last.
+    values, never = jax.lax.cond(updates == 0, start, keep)
+    for average, value in zip(averages, values, strict=True):
+        average.assign(value)
+    for variable in variables:
+        variable.assign(jnp.where(never, jnp.zeros((), variable.dtype), variable.value))

@@ -1,0 +1,111 @@
+"""The vocabulary on TensorFlow: a `cond` around assignments, on every replica of a strategy."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def widest_float() -> str:
+    return "float64"
+
+
+def copy(tensor: Any) -> Any:
+    return tf.identity(tensor)
+
+
+class Counter:
+    def __init__(self, variable: Any) -> None:
+        self._variable = variable
+
+    def read(self) -> Any:
+        return tf.convert_to_tensor(self._variable.value)
+
+    def read_after_step(self) -> Any:
+        return self.read()
+
+    def advance(self, amount: Any) -> None:
+        self._variable.assign_add(tf.cast(amount, self._variable.dtype))
+
+
+def scalar(compute: Callable[[], Any]) -> Any:
+    return compute()
+
+
+def all_finite(tensors: Sequence[Any]) -> Any:
+    finite = [tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(t))) for t in tensors]
+    return tf.reduce_all(tf.stack(finite))
+
+
+def lerp(averages: Sequence[Any], values: Sequence[Any], weight: Any) -> list[Any]:
+    return [
+        _lerp(tf.convert_to_tensor(average), tf.convert_to_tensor(value), weight)
+        for average, value in zip(averages, values, strict=True)
+    ]
+
+
+def _lerp(average: tf.Tensor, value: tf.Tensor, weight: Any) -> tf.Tensor:
+    value = tf.cast(value, average.dtype)
+    if isinstance(weight, float):
+        if weight == 1.0:
+            return value
+        return average + tf.constant(weight, average.dtype) * (value - average)
+    weight = tf.cast(weight, average.dtype)
+    return tf.where(weight == 1, value, average + weight * (value - average))
+
+
+def assign_if(
+    condition: Any,
+    targets: Sequence[Any],
+    sources: Sequence[Any],
+    new_values: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]],
+) -> None:
+    def assign(targets: Sequence[Any], sources: Sequence[Any]) -> None:
+        values = new_values(targets, sources)
+        for target, value in zip(targets, values, strict=True):
+            target.assign(tf.cast(value, target.dtype))
+
+    if not targets:
+        return
+    condition = tf.convert_to_tensor(condition)
+    if not tf.distribute.has_strategy():
+        tf.cond(condition, lambda: assign(targets, sources), lambda: None)
+        return
+
+    # A branch may not leave the replica, and only `update` may assign a replica's copy: so the
+    # condition moves out of the replicas, and each replica's assignments into one `update`.
+    def assign_on_each_replica(strategy: Any, condition: Any) -> None:
+        condition = strategy.experimental_local_results(condition)[0]
+        (first, *rest), values = _native(targets), _native(sources)
+        tf.cond(
+            condition,
+            lambda: (
+                strategy.extended.update(
+                    first,
+                    lambda first, rest, values: assign([first, *rest], values),
+                    args=(rest, values),
+                    group=False,
+                )
+                and None
+            ),
+            lambda: None,
+        )
+
+    tf.__internal__.distribute.interim.maybe_merge_call(
+        assign_on_each_replica, tf.distribute.get_strategy(), condition
+    )
+
+
+def _native(variables: Sequence[Any]) -> list[Any]:
+    return [v.value if isinstance(v, keras.Variable) else v for v in variables]
+
+
+def lerp_if(
+    condition: Any, averages: Sequence[Any], variables: Sequence[Any], weight: Callable[[], Any]
+) -> None:
+    assign_if(condition, averages, variables, lambda a, v: lerp(a, v, weight()))
+
+
+def start_averages(updates: Any, averages: Sequence[Any], variables: Sequence[Any]) -> None:
+    assign_if(updates == 0, averages, variables, lambda a, v: [copy(value) for value in v])

@@ -1,0 +1,123 @@
+"""The vocabulary on PyTorch: Python decides, on the host; multi-tensor kernels update in place.
+
+What asks for a Python number stays outside a compiled graph, `torch.compile` breaks there.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import torch
+
+outside_graph = torch.compiler.disable
+
+
+def widest_float() -> str:
+    return "float64"
+
+
+@torch.no_grad()
+def copy(tensor: Any) -> Any:
+    return keras.ops.convert_to_tensor(tensor).detach().clone()
+
+
+class Counter:
+    """Mirrors the variable on the host, and reads it again only when it was changed elsewhere."""
+
+    def __init__(self, variable: Any) -> None:
+        self._variable = variable
+        self._tensor: Any = None
+        self._version = -1
+        self._count = 0
+
+    @outside_graph
+    def read(self) -> int:
+        tensor = self._variable.value
+        if tensor is not self._tensor or tensor._version != self._version:
+            self._remember(tensor, int(tensor))
+        return self._count
+
+    @outside_graph
+    def read_after_step(self) -> int:
+        tensor = self._variable.value
+        if tensor is self._tensor and tensor._version == self._version + 1:
+            self._remember(tensor, self._count + 1)
+        return self.read()
+
+    @outside_graph
+    def advance(self, amount: int) -> None:
+        count = self.read() + amount
+        self._variable.assign_add(amount)
+        self._remember(self._variable.value, count)
+
+    def _remember(self, tensor: Any, count: int) -> None:
+        self._tensor, self._version, self._count = tensor, tensor._version, count
+
+
+@outside_graph
+def scalar(compute: Callable[[], Any]) -> Any:
+    with keras.device("cpu"), torch.no_grad():
+        result = compute()
+    return result.item() if torch.is_tensor(result) else result
+
+
+@outside_graph
+@torch.no_grad()
+def all_finite(tensors: Sequence[Any]) -> bool:
+    return bool(torch.stack([torch.isfinite(_tensor(t)).all() for t in tensors]).all())
+
+
+@torch.no_grad()
+def lerp(averages: Sequence[Any], values: Sequence[Any], weight: Any) -> list[Any]:
+    return [
+        _lerp_(_tensor(average).clone(), _tensor(value), weight)
+        for average, value in zip(averages, values, strict=True)
+    ]
+
+
+def _lerp_(average: torch.Tensor, value: torch.Tensor, weight: float) -> torch.Tensor:
+    # `torch.lerp` at weight 1 makes NaN of an infinite value.
+    if weight == 1.0:
+        return average.copy_(value)
+    return average.lerp_(value.to(average.dtype), weight)
+
+
+@outside_graph
+@torch.no_grad()
+def assign_if(
+    condition: Any,
+    targets: Sequence[Any],
+    sources: Sequence[Any],
+    new_values: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]],
+) -> None:
+    if not condition:
+        return
+    for target, value in zip(targets, new_values(targets, sources), strict=True):
+        target.assign(value)
+
+
+@outside_graph
+@torch.no_grad()
+def lerp_if(
+    condition: Any, averages: Sequence[Any], variables: Sequence[Any], weight: Callable[[], Any]
+) -> None:
+    if not condition or not averages:
+        return
+    w = weight()
+    pairs = [(_tensor(a), _tensor(v)) for a, v in zip(averages, variables, strict=True)]
+    # The multi-tensor kernel wants equal dtypes; the others go one by one, which keeps the
+    # temporary copy of a low-precision value to one variable.
+    alike = [(a, v) for a, v in pairs if a.dtype == v.dtype]
+    if alike and w != 1.0:
+        torch._foreach_lerp_([a for a, _ in alike], [v for _, v in alike], w)
+    for average, value in pairs:
+        if average.dtype != value.dtype or w == 1.0:
+            _lerp_(average, value, w)
+
+
+def start_averages(updates: Any, averages: Sequence[Any], variables: Sequence[Any]) -> None:
+    assign_if(updates == 0, averages, variables, lambda a, v: [copy(value) for value in v])
+
+
+def _tensor(variable: Any) -> torch.Tensor:
+    return variable.value if isinstance(variable, keras.Variable) else variable
