@@ -1,0 +1,188 @@
+"""What the wrappers' constructors accept. A check returns the value to keep or says what to do."""
+
+import copy
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from keras_avg import _backend, _keras_internals
+
+CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
+RATE = ("lr", "learning_rate", "decay")
+INNER_ONLY = (
+    "weight_decay",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "loss_scale_factor",
+    "gradient_accumulation_steps",
+)
+
+
+def inner_optimizer(identifier: Any, wrapper: str) -> Any:
+    """The optimizer to wrap, from all that `keras.optimizers.get` takes."""
+    if identifier is None:
+        raise TypeError(
+            f"{wrapper} wraps another optimizer, which takes the steps. Received: optimizer=None. "
+            f'Pass a Keras optimizer, its name or its config: {wrapper}("adam").'
+        )
+    if isinstance(identifier, dict):
+        identifier = copy.deepcopy(identifier)  # Keras rewrites the config it is given
+    optimizer = keras.optimizers.get(identifier)
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            f"{wrapper} cannot wrap a LossScaleOptimizer: under mixed_float16 `compile` adds one "
+            f"outside by itself, and the loss would be scaled twice. Received: "
+            f"optimizer={optimizer!r}. Wrap the other way: LossScaleOptimizer({wrapper}(...))."
+        )
+    refuse_accumulating_members(optimizer, wrapper)
+    return optimizer
+
+
+def refuse_accumulating_members(optimizer: Any, wrapper: str) -> None:
+    """A MultiOptimizer counts micro-steps, so nobody outside can tell its real updates."""
+    for member in getattr(optimizer, "optimizers", ()):
+        if innermost(member).gradient_accumulation_steps:
+            raise ValueError(
+                f"{wrapper} cannot wrap a MultiOptimizer whose members accumulate gradients: its "
+                "`iterations` count micro-steps, not updates. Received: the member "
+                f"{member.name!r} with gradient_accumulation_steps="
+                f"{innermost(member).gradient_accumulation_steps}. Wrap the members instead."
+            )
+
+
+def refuse_other_variables(optimizer: Any, variables: list[Any], wrapper: str) -> None:
+    """An optimizer that is built already keeps its variables."""
+    unknown = [v for v in variables if _keras_internals.variable_index(optimizer, v) is None]
+    if unknown:
+        raise ValueError(
+            f"{wrapper} wraps an optimizer that was built for other variables. Received: "
+            f"{[getattr(v, 'path', v.name) for v in unknown]}. Wrap a new optimizer."
+        )
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer inside all wrappers."""
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
+
+
+def whole_number(argument: str, value: Any, minimum: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < minimum:
+        raise ValueError(
+            f"`{argument}` must be an integer >= {minimum}, in steps. "
+            f"Received: {argument}={value!r}."
+        )
+    return number
+
+
+def fraction(argument: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if isinstance(value, bool | str) or not 0.0 <= number <= 1.0:
+        raise ValueError(
+            f"`{argument}` must be a number in the range [0, 1]. Received: {argument}={value!r}."
+        )
+    return number
+
+
+def truth(argument: str, value: Any, meant: str = "") -> bool:
+    if isinstance(value, bool):
+        return value
+    if meant and isinstance(value, int | float):
+        meant = f" Did you mean {meant}={value!r}? Pass it by name."
+    else:
+        meant = ""
+    raise TypeError(f"`{argument}` must be True or False. Received: {argument}={value!r}.{meant}")
+
+
+def variable_scope_name(value: Any) -> str | None:
+    if value is None or (isinstance(value, str) and value and "/" not in value):
+        return value
+    raise ValueError(f"`name` must be a non-empty string without '/'. Received: name={value!r}.")
+
+
+def average_dtype(value: Any) -> str | None:
+    if value is None:
+        return None
+    dtype = keras.backend.standardize_dtype(value)
+    if not keras.backend.is_float_dtype(dtype):
+        raise ValueError(f"Averages need a float dtype. Received: average_dtype={value!r}.")
+    if dtype == "float64" and _backend.widest_float() != dtype:
+        raise ValueError(
+            "Received: average_dtype='float64', but JAX keeps float64 only when it is told to: "
+            'set `jax.config.update("jax_enable_x64", True)` at the start of the program.'
+        )
+    return dtype
+
+
+def gradient_functions(aggregator: Any, transformers: Any) -> tuple[Callable | None, list]:
+    if aggregator is not None and not callable(aggregator):
+        raise TypeError(
+            "`gradient_aggregator` must be a function of a list of (gradient, variable) pairs. "
+            f"Received: gradient_aggregator={aggregator!r}."
+        )
+    if callable(transformers) or not all(callable(f) for f in transformers or ()):
+        raise TypeError(
+            "`gradient_transformers` must be a list of functions of a list of (gradient, variable) "
+            f"pairs. Received: gradient_transformers={transformers!r}."
+        )
+    return aggregator, list(transformers or ())
+
+
+def split_keywords(wrapper: str, keywords: dict[str, Any]) -> tuple[dict, dict]:
+    """The clipping arguments, and those that set the inner optimizer's rate."""
+    for argument in keywords:
+        if argument in INNER_ONLY:
+            raise ValueError(
+                f"{wrapper} has no `{argument}` of its own: set it on the inner optimizer, as in "
+                f"{wrapper}(keras.optimizers.SGD({argument}=...)). "
+                f"Received: {argument}={keywords[argument]!r}."
+            )
+    unknown = {k: v for k, v in keywords.items() if k not in CLIPPING + RATE}
+    if unknown:
+        raise ValueError(f"Argument(s) not recognized: {unknown}. {wrapper} does not take them.")
+    clipping = {k: v for k, v in keywords.items() if k in CLIPPING}
+    rate = {k: v for k, v in keywords.items() if k in RATE and v is not None}
+    if "lr" in rate and "learning_rate" in rate:
+        raise ValueError(
+            "`lr` and `learning_rate` are one argument. Received: "
+            f"lr={rate['lr']!r}, learning_rate={rate['learning_rate']!r}. Pass one of them."
+        )
+    return clipping, rate
+
+
+def set_rate(optimizer: Any, wrapper: str, rate: dict[str, Any]) -> None:
+    """Apply `lr`, `learning_rate` and `decay` to the inner optimizer, all or none."""
+    if not rate:
+        return
+    decay = _non_negative("decay", rate.get("decay", 0.0))
+    given = rate.get("learning_rate", rate.get("lr"))
+    start = optimizer.learning_rate if given is None else given
+    settable = isinstance(start, keras.Variable | float | int)
+    if decay and not settable:
+        raise ValueError(
+            f"`decay` turns a constant learning rate into InverseTimeDecay, but the rate is a "
+            f"schedule already. Received: decay={decay!r} for {wrapper} around {optimizer!r}."
+        )
+    if given is not None:
+        optimizer.learning_rate = given
+    if decay:
+        optimizer.learning_rate = keras.optimizers.schedules.InverseTimeDecay(
+            float(keras.ops.convert_to_numpy(start)), 1, decay
+        )
+
+
+def _non_negative(argument: str, value: Any) -> float:
+    if isinstance(value, bool | str) or not float(value) >= 0.0:
+        raise ValueError(f"`{argument}` must be a number >= 0. Received: {argument}={value!r}.")
+    return float(value)

@@ -1,0 +1,139 @@
+"""How users look at a wrapper's averages and take them into the model."""
+
+from collections.abc import Callable
+from typing import Any
+
+from keras import ops
+
+from keras_avg import _backend, _keras_internals
+from keras_avg._optimizers import arguments
+from keras_avg._optimizers.storage import check_attached
+
+
+class HasAverages:
+    """The averages, their variables, and what may be done with the two."""
+
+    built: bool
+    name: str
+    assign: Callable[[Any, Any], Any]
+    value_weight: Callable[[Any], Any]
+    _own_variables: dict[str, Any]
+    _averages: list[Any]
+    _clock: _backend.Counter
+    _snapshots: _backend.Counter
+
+    def average_op(self, var: Any, average_var: Any) -> Any:
+        """The new value of an average, as if an averaging were due now. Assigns nothing.
+
+        Args:
+            var: The variable, or a tensor in its place.
+            average_var: The average, or a tensor of the same shape.
+
+        Returns:
+            A tensor of the shape and dtype of `average_var`.
+
+        Raises:
+            ValueError: If the optimizer has not been built, so that there is no current weight.
+        """
+        self._check_built("average_op")
+        weight = _backend.scalar(lambda: self.value_weight(self._last_step()))
+        return _backend.lerp([average_var], [var], weight)[0]
+
+    def assign_average_vars(self, var_list: list[Any]) -> None:
+        """Give the variables the values of their averages; the raw values are gone.
+
+        Args:
+            var_list: List of variables, such as `model.variables`. Those that have no average
+                (batch-normalization statistics) are left alone.
+
+        Raises:
+            ValueError: If none of them has an average, or there is no snapshot yet.
+
+        Example:
+
+        ```python
+        model.compile(optimizer=keras_avg.SWA("sgd", start_averaging=100), loss="mse")
+        model.fit(x, y, epochs=10)
+        model.optimizer.assign_average_vars(model.variables)
+        model.save("averaged.keras")
+        ```
+        """
+        self._check_built("assign_average_vars")
+        pairs = [(v, average) for v in var_list if (average := self._average_of(v)) is not None]
+        if not pairs:
+            raise ValueError(
+                f"None of the variables has an average in '{self.name}': nothing can be assigned. "
+                f"Received: {[getattr(v, 'path', str(v)) for v in var_list]}. Pass the variables "
+                "that the optimizer trains, such as `model.variables`."
+            )
+        if not self.has_average:
+            raise ValueError(
+                f"'{self.name}' has taken no snapshot yet, so there are no averages to assign. "
+                f"Received: {int(ops.convert_to_numpy(self._step(self._clock.read())))} updates so "
+                "far. Train on, or let averaging start earlier."
+            )
+        for variable, average in pairs:
+            self.assign(variable, _backend.copy(average))
+
+    @property
+    def num_snapshots(self) -> int:
+        """How many averagings have been done. For use outside compiled code."""
+        if not self.built:
+            return 0
+        check_attached(self._own_variables.values())
+        return int(self._snapshots.read())
+
+    @property
+    def has_average(self) -> bool:
+        """Whether there has been a snapshot. For use outside compiled code."""
+        return self.num_snapshots > 0
+
+    def get_slot(self, var: Any, slot_name: str) -> Any:
+        """The variable that holds the average of `var`: shape of `var`, dtype of the averages.
+
+        Args:
+            var: A variable that the optimizer was built with.
+            slot_name: `"average"`.
+
+        Returns:
+            A variable; None for one that its gradient overwrites (float8 scales).
+
+        Raises:
+            ValueError: If there is no such slot, or `var` is not one of the variables.
+        """
+        self._check_built("get_slot")
+        if slot_name != "average":
+            raise ValueError(f"Received: slot_name={slot_name!r}. The slots are: 'average'.")
+        if _keras_internals.variable_index(self, var) is None:
+            raise ValueError(
+                f"'{self.name}' was not built with this variable. Received: var={var!r}. Pass one "
+                "of the variables that the optimizer trains."
+            )
+        return self._average_of(var)
+
+    def _average_of(self, variable: Any) -> Any:
+        index = _keras_internals.variable_index(self, variable)
+        return None if index is None else self._averages[index]
+
+    def _averages_and_variables(self) -> tuple[list[Any], list[Any]]:
+        pairs = zip(self._averages, _keras_internals.built_variables(self), strict=True)
+        kept = [(average, variable) for average, variable in pairs if average is not None]
+        return [average for average, _ in kept], [variable for _, variable in kept]
+
+    def _step(self, count: Any) -> Any:
+        """Real updates, from the count of micro-steps."""
+        accumulated = arguments.innermost(self).gradient_accumulation_steps
+        return count // accumulated if accumulated else count
+
+    def _last_step(self) -> Any:
+        return ops.maximum(self._step(self._clock.read()) - 1, 0)
+
+    def _weight(self, step: Any) -> Any:
+        return _backend.scalar(lambda: self.value_weight(step))
+
+    def _check_built(self, member: str) -> None:
+        if not self.built:
+            raise ValueError(
+                f"'{self.name}' has no averages before it is built, so `{member}` has nothing to "
+                "work on. Take a first step, or call `optimizer.build(model.trainable_variables)`."
+            )

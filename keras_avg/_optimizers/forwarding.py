@@ -1,0 +1,57 @@
+"""The part of a wrapper that is its inner optimizer's, under the same names."""
+
+from typing import Any
+
+
+class ForwardsToInnerOptimizer:
+    """Hands on what belongs to `inner_optimizer`; callbacks that set the rate just work."""
+
+    inner_optimizer: Any
+
+    @property
+    def iterations(self) -> Any:
+        """Real updates taken by the inner optimizer; accumulation micro-steps do not count."""
+        return self.inner_optimizer.iterations
+
+    @property
+    def learning_rate(self) -> Any:
+        """The inner optimizer's learning rate; settable where Keras has it settable."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def lr(self) -> Any:
+        """The name `learning_rate` had in Keras 2."""
+        return self.learning_rate
+
+    @lr.setter
+    def lr(self, learning_rate: Any) -> None:
+        self.learning_rate = learning_rate
+
+    @property
+    def loss_scale_factor(self) -> float | None:
+        """The inner optimizer's static loss scale."""
+        return self.inner_optimizer.loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, factor: float | None) -> None:
+        # Keras' constructor sets its default before there is an inner optimizer to hand it to.
+        if "inner_optimizer" in self.__dict__:
+            self.inner_optimizer.loss_scale_factor = factor
+
+    def scale_loss(self, loss: Any) -> Any:
+        """Scale `loss` as the inner optimizer does."""
+        return self.inner_optimizer.scale_loss(loss)
+
+    def exclude_from_weight_decay(
+        self, var_list: list[Any] | None = None, var_names: list[str] | None = None
+    ) -> None:
+        """Exclude variables from the inner optimizer's weight decay, before it is built."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def finalize_variable_values(self, var_list: list[Any]) -> None:
+        """Called by `fit` when training ends."""
+        self.inner_optimizer.finalize_variable_values(var_list)

@@ -1,0 +1,64 @@
+"""What a wrapper does with gradients before its inner optimizer sees them."""
+
+from typing import Any
+
+from keras import ops
+
+from keras_avg import _keras_internals
+
+
+def process(wrapper: Any, grads: list[Any], variables: list[Any]) -> list[Any]:
+    """Aggregate, transform and clip, on unscaled gradients.
+
+    With a static `loss_scale_factor` the gradients arrive scaled and the inner optimizer divides
+    them again: here they are divided before and multiplied back after. `None` gradients and
+    variables that their gradient overwrites are left alone.
+
+    Returns:
+        The gradients for the inner optimizer, one for each variable, in the order of `variables`.
+    """
+    functions = [wrapper.gradient_aggregator, *wrapper.gradient_transformers]
+    functions = [f for f in functions if f is not None]
+    clips = any((wrapper.clipnorm, wrapper.clipvalue, wrapper.global_clipnorm))
+    chosen = [
+        i
+        for i, (grad, variable) in enumerate(zip(grads, variables, strict=True))
+        if grad is not None and _keras_internals.is_averageable(variable)
+    ]
+    if not chosen or not (functions or clips):
+        return grads
+
+    scale = wrapper.loss_scale_factor
+    pairs = [(_scaled(ops.divide, grads[i], scale), variables[i]) for i in chosen]
+    for function in functions:
+        pairs = _checked(function, function(list(pairs)), pairs)
+    present = [i for i, (grad, _) in enumerate(pairs) if grad is not None]
+    processed: list[Any] = [None] * len(pairs)
+    results = [pairs[i][0] for i in present]
+    if clips:
+        results = _keras_internals.clip_gradients(wrapper, results)
+    for i, grad in zip(present, results, strict=True):
+        processed[i] = _scaled(ops.multiply, grad, scale)
+
+    grads = list(grads)
+    for i, grad in zip(chosen, processed, strict=True):
+        grads[i] = grad
+    return grads
+
+
+def _scaled(operation: Any, grad: Any, scale: float | None) -> Any:
+    return grad if scale is None else operation(grad, scale)
+
+
+def _checked(function: Any, returned: Any, pairs: list[Any]) -> list[Any]:
+    """The pairs that a gradient function returned, in the order it was given them."""
+    try:
+        by_variable = {id(variable): grad for grad, variable in returned}
+    except (TypeError, ValueError):
+        by_variable = {}
+    if by_variable.keys() != {id(variable) for _, variable in pairs}:
+        raise ValueError(
+            "A gradient function must return one (gradient, variable) pair for each pair it was "
+            f"given. Received: {returned!r} from {function!r} for {len(pairs)} pairs."
+        )
+    return [(by_variable[id(variable)], variable) for _, variable in pairs]

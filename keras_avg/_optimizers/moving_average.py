@@ -1,0 +1,165 @@
+"""The exponential moving average of the weights."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_avg import _backend
+from keras_avg._optimizers import arguments
+from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+
+LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
+
+
+@keras.saving.register_keras_serializable(package="keras_avg")
+class MovingAverage(AveragedOptimizerWrapper):
+    """Exponential moving average of the weights (Polyak averaging with forgetting).
+
+    With step `i` counted from 0, after each update
+
+        average <- decay(i) * average + (1 - decay(i)) * value
+
+    beginning with the values the variables have just before the first update. `decay(i)` is 0 while
+    `i < start_step` (the average is then the variable itself), else `average_decay`, else, with
+    `dynamic_decay` and `s = i - start_step`, `min(average_decay, (1 + s) / (10 + s))`.
+
+    With `average_period=k` an averaging takes place only when `(i + 1) % k == 0`, with
+    `decay(i) ** k`: the half-life, counted in steps, stays what was asked for.
+
+    Use `MovingAverage` for an average that follows training, and `SWA` for the plain mean of
+    snapshots. Keras' own `use_ema` differs: it begins with the weights after the first step, counts
+    accumulation micro-steps, and keeps the average in the variables' dtype, where a bfloat16
+    average with decay 0.999 never moves.
+
+    Args:
+        optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
+        sequential_update: Bool. See `AveragedOptimizerWrapper`.
+        average_decay: Float in [0, 1], or a `keras.optimizers.schedules.LearningRateSchedule` whose
+            value at step `i` is the decay (the momentum ramps of BYOL and DINO). Default 0.99.
+        num_updates: Integer >= 0 or None. If given, `average_decay` becomes, once,
+            `min(average_decay, (1 + num_updates) / (10 + num_updates))`.
+        name: String. Default `"MovingAverage"`.
+        start_step: Integer >= 0, in steps. Default 0.
+        dynamic_decay: Bool. Whether the decay warms up. Default False.
+        average_period: Integer >= 1, in steps. Default 1.
+        **kwargs: `average_dtype`, `skip_nonfinite`, `gradient_transformers`,
+            `gradient_aggregator`, `clipnorm`, `clipvalue`, `global_clipnorm`, `learning_rate`,
+            `lr`, `decay`: see `AveragedOptimizerWrapper`.
+
+    Raises:
+        TypeError: If `optimizer` is None, `sequential_update` is not a bool, or `num_updates` not
+            an integer.
+        ValueError: If an argument is out of range, if `num_updates` is given together with a
+            schedule, or as for `AveragedOptimizerWrapper`.
+
+    Example:
+
+    ```python
+    model.compile(optimizer=keras_avg.MovingAverage("adam", average_decay=0.999), loss="mse")
+    model.fit(x, y, epochs=20)
+    model.optimizer.assign_average_vars(model.variables)
+    ```
+
+    Reference:
+        Polyak and Juditsky, Acceleration of Stochastic Approximation by Averaging,
+        https://doi.org/10.1137/0330046; the warm-up is that of `tf.train.ExponentialMovingAverage`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        sequential_update: bool = True,
+        average_decay: Any = 0.99,
+        num_updates: int | None = None,
+        name: str | None = "MovingAverage",
+        *,
+        start_step: int = 0,
+        dynamic_decay: bool = False,
+        average_period: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        sequential_update = arguments.truth("sequential_update", sequential_update, "average_decay")
+        average_decay = _capped(_decay(average_decay), num_updates)
+        start_step = arguments.whole_number("start_step", start_step, minimum=0)
+        dynamic_decay = arguments.truth("dynamic_decay", dynamic_decay)
+        average_period = arguments.whole_number("average_period", average_period, minimum=1)
+        super().__init__(optimizer, sequential_update, name, **kwargs)
+        self.average_decay = average_decay
+        self.num_updates = num_updates
+        self.start_step = start_step
+        self.dynamic_decay = dynamic_decay
+        self.average_period = average_period
+
+    def is_due(self, step: Any) -> Any:
+        return self.average_period == 1 or (step + 1) % self.average_period == 0
+
+    # The textbook line  average = d * average + (1 - d) * value  rounds d * average away from
+    # average a little at each step. The same line, as  average + (1 - d) * (value - average),  has
+    # the weight 1 - d. Skipping to every k-th step, the value stands for k steps in which it was
+    # the same: average = d**k * average + (1 - d**k) * value. In float32, 1 - d is wrong in the
+    # third digit for d = 0.99999, so constants are computed in Python, and of the warm-up
+    #     1 - min(d, (1 + s) / (10 + s)) = max(1 - d, 9 / (10 + s))
+    # nothing is subtracted at all.
+
+    def value_weight(self, step: Any) -> Any:
+        weight = self._weight_over_period(step)
+        if self.start_step == 0:
+            return weight
+        dtype = _backend.widest_float()
+        return ops.where(step < self.start_step, ops.ones((), dtype), ops.cast(weight, dtype))
+
+    def _weight_over_period(self, step: Any) -> Any:
+        if isinstance(self.average_decay, float) and not self.dynamic_decay:
+            return 1.0 - self.average_decay**self.average_period
+        weight = self._weight_of_one_step(step)
+        if self.average_period == 1:
+            return weight
+        # 1 - (1 - weight)**k, without subtracting from 1.
+        return -ops.expm1(self.average_period * ops.log1p(-weight))
+
+    def _weight_of_one_step(self, step: Any) -> Any:
+        dtype = _backend.widest_float()
+        if isinstance(self.average_decay, LearningRateSchedule):
+            weight = 1.0 - ops.cast(self.average_decay(step), dtype)
+        else:
+            weight = 1.0 - self.average_decay
+        if self.dynamic_decay:
+            steps = ops.cast(ops.maximum(step - self.start_step, 0), dtype)
+            weight = ops.maximum(weight, 9.0 / (10.0 + steps))
+        return weight
+
+    def get_config(self) -> dict[str, Any]:
+        decay = self.average_decay
+        if isinstance(decay, LearningRateSchedule):
+            decay = keras.saving.serialize_keras_object(decay)
+        return super().get_config() | {
+            "average_decay": decay,
+            "num_updates": self.num_updates,
+            "start_step": self.start_step,
+            "dynamic_decay": self.dynamic_decay,
+            "average_period": self.average_period,
+        }
+
+
+def _decay(value: Any) -> Any:
+    if isinstance(value, LearningRateSchedule):
+        return value
+    return arguments.fraction("average_decay", value)
+
+
+def _capped(decay: Any, num_updates: Any) -> Any:
+    if num_updates is None:
+        return decay
+    if isinstance(num_updates, bool) or not hasattr(num_updates, "__index__"):
+        raise TypeError(
+            f"`num_updates` must be an integer or None. Received: num_updates={num_updates!r}. For "
+            "a decay that warms up while training, use dynamic_decay=True."
+        )
+    num_updates = arguments.whole_number("num_updates", num_updates, minimum=0)
+    if isinstance(decay, LearningRateSchedule):
+        raise ValueError(
+            "`num_updates` caps a constant decay, once. Received: "
+            f"num_updates={num_updates} and average_decay={decay!r}. Leave one of them out."
+        )
+    return min(decay, (1 + num_updates) / (10 + num_updates))

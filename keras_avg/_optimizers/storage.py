@@ -1,0 +1,155 @@
+"""How a wrapper's state is listed, set, saved and loaded."""
+
+import warnings
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_avg import _backend, _keras_internals
+from keras_avg._optimizers import arguments
+
+LOW_PRECISION = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+
+
+class StoresOwnVariables:
+    """State: own variables, then the inner optimizer's. In a file each stands once.
+
+    Keras walks into `inner_optimizer` by itself when it saves, so a wrapper writes only what is its
+    own, under names: a file of another optimizer is then never mistaken for a wrapper's.
+    """
+
+    inner_optimizer: Any
+    built: bool
+    name: str
+    average_dtype: str | None
+    add_variable: Callable[..., Any]
+    _own_variables: dict[str, Any]
+
+    def _add_own_variables(self, variables: list[Any]) -> None:
+        """Two counters, and an average for each variable: zeros until the averages start.
+
+        An initializer that reads the variable would fail where TensorFlow creates both in the first
+        trace of a `tf.function`, and weights loaded later would not count.
+        """
+        updates, snapshots = self._add_counter("updates"), self._add_counter("snapshots")
+        self._updates, self._snapshots = _backend.Counter(updates), _backend.Counter(snapshots)
+        self._averages = [self._add_average(variable) for variable in variables]
+        averages = {f"average_{i}": a for i, a in enumerate(self._averages) if a is not None}
+        self._own_variables = {"updates": updates, "snapshots": snapshots} | averages
+
+    def _add_counter(self, name: str) -> Any:
+        # The innermost optimizer's name is unique in a program (Keras numbers it), the depth makes
+        # it so among nested wrappers: Keras' state trees want every path once.
+        return self.add_variable(
+            shape=(),
+            dtype="int",
+            aggregation="only_first_replica",
+            name=f"{arguments.innermost(self).name}_{name}{_depth_suffix(self)}",
+        )
+
+    def _add_average(self, variable: Any) -> Any:
+        if not _keras_internals.is_averageable(variable):
+            return None
+        dtype = keras.backend.standardize_dtype(variable.dtype)
+        dtype = self.average_dtype or ("float32" if dtype in LOW_PRECISION else dtype)
+        name = f"average{_depth_suffix(self)}"
+        return _keras_internals.add_variable_like(self, variable, name, dtype)
+
+    @property
+    def variables(self) -> list[Any]:
+        """Own variables (two counters, the averages), then the inner optimizer's."""
+        return [*self._own_variables.values(), *self.inner_optimizer.variables]
+
+    @property
+    def weights(self) -> list[Any]:
+        """The name `variables` had in Keras 2."""
+        return self.variables
+
+    def get_weights(self) -> list[np.ndarray]:
+        """The values of `variables` as NumPy arrays, one to one."""
+        check_attached(self.variables)
+        return [ops.convert_to_numpy(variable) for variable in self.variables]
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Set `variables` from a list of arrays as `get_weights` gives it, all or none.
+
+        Raises:
+            ValueError: If the optimizer has not been built, or the number or a shape of the arrays
+                is not that of the variables.
+        """
+        if not self.built:
+            raise ValueError(
+                f"{self.name} has no variables to set before it is built. Call "
+                "`optimizer.build(model.trainable_variables)`, or take a first step."
+            )
+        variables = {str(i): variable for i, variable in enumerate(self.variables)}
+        _assign_all(self.name, variables, {str(i): w for i, w in enumerate(weights)})
+
+    def save_own_variables(self, store: MutableMapping[str, Any]) -> None:
+        """Write the wrapper's own variables; Keras writes the inner optimizer's."""
+        check_attached(self._own_variables.values())
+        for name, variable in self._own_variables.items():
+            store[name] = variable.numpy()
+
+    def load_own_variables(self, store: Mapping[str, Any]) -> None:
+        """Read the wrapper's own variables, all or none.
+
+        Raises:
+            ValueError: If the stored state is not one of a wrapper like this one.
+        """
+        if not self.built:
+            warnings.warn(
+                f"Skipping variable loading for optimizer '{self.name}', because it has not been "
+                f"built yet, whereas the saved one has {len(store.keys())} variables of its own. "
+                "Call `optimizer.build(model.trainable_variables)` before loading.",
+                stacklevel=2,
+            )
+            return
+        stored = {name: store[name][...] for name in store.keys()}  # noqa: SIM118 (no `__iter__`)
+        _assign_all(self.name, self._own_variables, stored)
+
+
+def _depth_suffix(wrapper: Any) -> str:
+    depth = _depth(wrapper)
+    return f"_{depth}" if depth > 1 else ""
+
+
+def _depth(optimizer: Any) -> int:
+    """How many wrappers deep: 0 for an optimizer that wraps nothing."""
+    if hasattr(optimizer, "inner_optimizer"):
+        return 1 + _depth(optimizer.inner_optimizer)
+    return max(map(_depth, getattr(optimizer, "optimizers", ())), default=0)
+
+
+def check_attached(variables: Any) -> None:
+    """Raise if the JAX trainer holds the values at the moment."""
+    if any(_keras_internals.is_purged(variable) for variable in variables):
+        raise RuntimeError(
+            "During `fit` on JAX the variables' values live in the train step, not in the "
+            "variables. Call `model.jax_state_sync()` first."
+        )
+
+
+def _assign_all(name: str, variables: dict[str, Any], values: dict[str, Any]) -> None:
+    def refuse(difference: str) -> None:
+        raise ValueError(
+            f"The state does not fit optimizer '{name}': {difference} Nothing was changed. To "
+            "start from another optimizer's file, load it with `skip_mismatch=True`."
+        )
+
+    if len(values) != len(variables):
+        refuse(f"it has {len(variables)} variables. Received: {len(values)} variables.")
+    for key, variable in variables.items():
+        if key not in values:
+            refuse(f"it has a variable '{key}'. Received: {sorted(values)}.")
+        shape = tuple(np.shape(values[key]))
+        if shape != tuple(variable.shape):
+            refuse(
+                f"its variable '{variable.path}' has shape {tuple(variable.shape)}. "
+                f"Received: shape {shape}."
+            )
+    for key, variable in variables.items():
+        variable.assign(_backend.copy(ops.convert_to_tensor(values[key], variable.dtype)))

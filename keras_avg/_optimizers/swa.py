@@ -1,0 +1,98 @@
+"""Stochastic weight averaging: the equal-weight mean of snapshots."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_avg import _backend
+from keras_avg._optimizers import arguments
+from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+
+
+@keras.saving.register_keras_serializable(package="keras_avg")
+class SWA(AveragedOptimizerWrapper):
+    """Stochastic Weight Averaging: the mean of the weights at regular steps of training.
+
+    With step `i` counted from 0, a snapshot is taken after update `i` when `i >= start_averaging`
+    and `(i - start_averaging) % average_period == 0`; with `n` snapshots so far,
+
+        average <- average + (value - average) / (n + 1)
+
+    so that the average is the arithmetic mean of all snapshots. After `T` updates there are none if
+    `T <= start_averaging`, else `(T - 1 - start_averaging) // average_period + 1` of them.
+
+    Use `SWA` for one average over the late, wide part of a run, and `MovingAverage` for one that
+    follows training and forgets. Keras' own `use_ema` is a `MovingAverage` that begins with the
+    weights after the first step, in the variables' dtype.
+
+    Batch-normalization statistics belong to the raw weights: recompute them for the averages by a
+    pass over the training data.
+
+    Args:
+        optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
+        start_averaging: Integer >= 0, in steps. The first snapshot is taken after this update, the
+            first of which is 0. Default 0.
+        average_period: Integer >= 1, in steps, between snapshots; with a cyclical learning rate the
+            length of a cycle. Default 10.
+        name: String. Default `"SWA"`.
+        sequential_update: Bool. See `AveragedOptimizerWrapper`, as for the arguments below.
+        average_dtype: Dtype of the averages.
+        skip_nonfinite: Bool. Whether snapshots with NaN or infinite elements are skipped.
+        gradient_transformers: List of functions of a list of `(gradient, variable)` pairs.
+        gradient_aggregator: One such function, applied first.
+        **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, `learning_rate`, `lr`, `decay`.
+
+    Raises:
+        TypeError: If `optimizer` is None.
+        ValueError: If `start_averaging` or `average_period` is out of range or not an integer, or
+            as for `AveragedOptimizerWrapper`.
+
+    Example:
+
+    ```python
+    optimizer = keras_avg.SWA("sgd", start_averaging=750, average_period=10)
+    model.compile(optimizer=optimizer, loss="mse")
+    model.fit(x, y, epochs=20)
+    model.optimizer.assign_average_vars(model.variables)
+    ```
+
+    Reference:
+        Izmailov et al., Averaging Weights Leads to Wider Optima and Better Generalization,
+        https://arxiv.org/abs/1803.05407, Algorithm 1.
+    """
+
+    average_starts_at_variable = False
+
+    def __init__(
+        self,
+        optimizer: Any,
+        start_averaging: int = 0,
+        average_period: int = 10,
+        name: str | None = "SWA",
+        sequential_update: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        start = arguments.whole_number("start_averaging", start_averaging, minimum=0)
+        period = arguments.whole_number("average_period", average_period, minimum=1)
+        super().__init__(optimizer, sequential_update, name, **kwargs)
+        self.start_averaging = start
+        self.average_period = period
+
+    # Algorithm 1 writes  w_swa <- (w_swa * n + w) / (n + 1)  at the end of each cycle. Multiplying
+    # a long-lived average by n costs a rounding error that grows with n; the same line, as
+    #     w_swa + (w - w_swa) / (n + 1)
+    # is a step of weight 1 / (n + 1), and n = 0 makes the first snapshot the average itself.
+
+    def is_due(self, step: Any) -> Any:
+        since = step - self.start_averaging
+        return (since >= 0) & (since % self.average_period == 0)
+
+    def value_weight(self, step: Any) -> Any:
+        return 1.0 / ops.cast(self._snapshots.read() + 1, _backend.widest_float())
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {
+            "start_averaging": self.start_averaging,
+            "average_period": self.average_period,
+        }

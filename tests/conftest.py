@@ -1,0 +1,17 @@
+"""One backend a process, chosen by KERAS_BACKEND; every test starts from the same seed."""
+
+import keras
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed():
+    keras.utils.set_random_seed(1234)
+
+
+@pytest.fixture
+def dtype_policy():
+    """Sets Keras' global dtype policy for one test."""
+    before = keras.config.dtype_policy()
+    yield keras.config.set_dtype_policy
+    keras.config.set_dtype_policy(before)

@@ -1,0 +1,84 @@
+"""What is special about JAX: donated buffers, purged variables, functional loops."""
+
+import keras
+import numpy as np
+import pytest
+import small_training as small
+
+from keras_avg import SWA, MovingAverage
+
+pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="about JAX")
+
+
+def buffers(model):
+    variables = [*model.variables, *model.optimizer.variables]
+    return [v.value.unsafe_buffer_pointer() for v in variables]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: SWA("sgd", 0, 1),
+        lambda: MovingAverage("sgd", average_decay=0.0),
+        lambda: SWA(MovingAverage("adam", average_decay=0.0, start_step=3), 0, 1),
+    ],
+)
+def test_no_two_variables_share_a_buffer(optimizer):
+    model = small.fit(small.model(optimizer()))
+    assert len(set(buffers(model))) == len(buffers(model))
+
+    model.optimizer.assign_average_vars(model.variables)
+    assert len(set(buffers(model))) == len(buffers(model))
+
+    zeros = [np.zeros(v.shape, "float32") for v in model.trainable_variables]
+    small.apply(model.optimizer, model.trainable_variables, zeros)
+    assert len(set(buffers(model))) == len(buffers(model))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda optimizer: optimizer.num_snapshots,
+        lambda optimizer: optimizer.has_average,
+        lambda optimizer: optimizer.get_weights(),
+        lambda optimizer: optimizer.save_own_variables({}),
+    ],
+)
+def test_members_that_need_variables_say_how_to_get_them_during_an_epoch(use):
+    errors = []
+
+    class Looks(keras.callbacks.Callback):
+        def __init__(self, optimizer):
+            super().__init__()
+            self.optimizer = optimizer  # `self.model` would sync the state
+
+        def on_train_batch_end(self, batch, logs=None):
+            try:
+                use(self.optimizer)
+            except RuntimeError as error:
+                errors.append(str(error))
+
+    optimizer = SWA("sgd", 0, 1)
+    small.fit(small.model(optimizer), epochs=1, callbacks=[Looks(optimizer)])
+
+    assert len(errors) == small.BATCHES
+    assert all("model.jax_state_sync()" in error for error in errors)
+
+
+def test_a_functional_loop_averages_the_values_it_is_given():
+    import jax
+
+    optimizer = MovingAverage(keras.optimizers.SGD(1.0), average_decay=0.5)
+    variable = keras.Variable([0.0], dtype="float32")
+    optimizer.build([variable])
+    trainable = [jax.numpy.array([4.0])]  # not the variable's value
+    state = [v.value for v in optimizer.variables]
+    step = jax.jit(optimizer.stateless_apply)
+
+    for _ in range(2):
+        trainable, state = step(state, [jax.numpy.array([1.0])], trainable)  # 3, 2
+
+    average = state[2]
+    np.testing.assert_allclose(average, [0.5 * (0.5 * 4 + 0.5 * 3) + 0.5 * 2])
+    assert small.numpy(variable)[0] == 0.0
+    assert step._cache_size() == 1

@@ -1,0 +1,144 @@
+"""State in lists, files and configs: what fits is loaded whole, what does not is refused."""
+
+import json
+import zipfile
+
+import h5py
+import keras
+import numpy as np
+import pytest
+import small_training as small
+from keras import optimizers
+
+from keras_avg import SWA, MovingAverage
+
+
+def trained(optimizer):
+    return small.fit(small.model(optimizer), epochs=1)
+
+
+def test_weights_are_own_variables_then_the_inner_optimizers():
+    optimizer = trained(SWA("adam", 0, 2)).optimizer
+
+    own = len(optimizer.variables) - len(optimizer.inner_optimizer.variables)
+
+    assert own == 2 + 6  # two counters, one average for each trainable variable
+    assert [v is w for v, w in zip(optimizer.weights, optimizer.variables, strict=True)]
+    assert optimizer.variables[own:] == optimizer.inner_optimizer.variables
+    for array, variable in zip(optimizer.get_weights(), optimizer.variables, strict=True):
+        assert isinstance(array, np.ndarray)
+        np.testing.assert_array_equal(array, small.numpy(variable))
+
+
+def test_set_weights_takes_what_get_weights_gives():
+    one, other = trained(SWA("adam", 0, 2)), small.model(SWA("adam", 0, 2))
+    other.optimizer.build(other.trainable_variables)
+
+    other.optimizer.set_weights(one.optimizer.get_weights())
+
+    small.assert_same_bits(other.optimizer.get_weights(), one.optimizer.get_weights())
+    assert other.optimizer.num_snapshots == one.optimizer.num_snapshots == 3
+
+
+def test_set_weights_is_all_or_none():
+    optimizer = trained(SWA("adam", 0, 2)).optimizer
+    before = optimizer.get_weights()
+    with pytest.raises(ValueError, match=r"has 22 variables. Received: 21 variables"):
+        optimizer.set_weights([np.zeros_like(w) for w in before[:-1]])
+    with pytest.raises(ValueError, match=r"shape \(1,\). Received: shape \(7,\)"):
+        optimizer.set_weights([np.zeros_like(w) for w in before[:-1]] + [np.zeros(7)])
+    small.assert_same_bits(optimizer.get_weights(), before)
+
+
+def test_set_weights_needs_variables():
+    with pytest.raises(ValueError, match="no variables to set before it is built"):
+        SWA("adam").set_weights([])
+
+
+def test_own_variables_stand_in_a_file_once(tmp_path):
+    model = trained(SWA(MovingAverage("adam"), 0, 2))
+    model.save(tmp_path / "model.keras")
+    with zipfile.ZipFile(tmp_path / "model.keras") as archive:
+        archive.extract("model.weights.h5", tmp_path)
+
+    arrays = []
+    with h5py.File(tmp_path / "model.weights.h5") as file:
+        file["optimizer"].visititems(
+            lambda name, item: arrays.append(name) if isinstance(item, h5py.Dataset) else None
+        )
+
+    assert len(arrays) == len(model.optimizer.variables)
+
+
+@pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
+def test_files_bring_back_every_bit(tmp_path, name):
+    model = trained(SWA(MovingAverage(optimizers.Adam(0.01)), 0, 2))
+    other = trained(SWA(MovingAverage(optimizers.Adam(0.5)), 0, 2))
+    save = model.save if name.endswith("keras") else model.save_weights
+    save(tmp_path / name)
+
+    other.load_weights(tmp_path / name)
+
+    small.assert_same_bits(other.get_weights(), model.get_weights())
+    small.assert_same_bits(other.optimizer.get_weights(), model.optimizer.get_weights())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])  # 0.9: as many arrays, of the same shapes
+def test_a_file_of_another_optimizer_is_refused_and_changes_nothing(tmp_path, momentum):
+    trained(optimizers.SGD(0.1, momentum=momentum)).save_weights(tmp_path / "other.weights.h5")
+    model = trained(SWA(MovingAverage("adam"), 0, 2))
+    before = model.optimizer.get_weights()
+
+    with pytest.raises(ValueError, match="skip_mismatch=True"):
+        model.load_weights(tmp_path / "other.weights.h5")
+
+    small.assert_same_bits(model.optimizer.get_weights(), before)
+
+
+def test_averaging_can_start_from_another_optimizers_file(tmp_path):
+    plain = trained(optimizers.SGD(0.1, momentum=0.9))
+    plain.save_weights(tmp_path / "plain.weights.h5")
+    model = small.model(SWA(optimizers.SGD(0.1, momentum=0.9), 0, 1))
+    model.optimizer.build(model.trainable_variables)
+
+    with (
+        pytest.warns(UserWarning, match="could not be loaded"),
+        pytest.warns(UserWarning, match="Skipping variable loading for optimizer 'sgd"),
+    ):
+        model.load_weights(tmp_path / "plain.weights.h5", skip_mismatch=True)
+
+    small.assert_same_bits(model.get_weights(), plain.get_weights())
+    assert model.optimizer.num_snapshots == 0
+
+
+def test_an_optimizer_that_is_not_built_warns_and_says_to_build(tmp_path):
+    trained(SWA("sgd")).save_weights(tmp_path / "model.weights.h5")
+    model = small.model(SWA("sgd"))
+    with pytest.warns(UserWarning, match="Call `optimizer.build") as caught:
+        model.load_weights(tmp_path / "model.weights.h5")
+    assert caught
+
+
+def test_a_config_names_inner_optimizers_publicly():
+    members = optimizers.OptimizerMap(optimizers.Adam(), {".*bias": optimizers.SGD()})
+    config = SWA(MovingAverage(optimizers.MultiOptimizer(members))).get_config()
+    text = json.dumps(config)
+    assert "keras.src.backend" not in text
+    assert '"class_name": "Adam"' in text
+
+
+def test_an_optimizer_goes_through_the_registry_by_name():
+    optimizer = SWA("adam", 3, 4)
+    config = optimizers.serialize(optimizer)
+    assert config["registered_name"] == "keras_avg>SWA"
+    assert optimizers.deserialize(config).get_config() == optimizer.get_config()
+
+
+def test_averages_of_low_precision_weights_survive_a_file(tmp_path, dtype_policy):
+    dtype_policy("bfloat16")
+    model = trained(MovingAverage("sgd", average_decay=0.999))
+    model.save(tmp_path / "model.keras")
+
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+
+    small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())

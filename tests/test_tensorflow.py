@@ -1,0 +1,99 @@
+"""What is special about TensorFlow: traces that build, native variables, replicas."""
+
+import keras
+import numpy as np
+import oracles
+import pytest
+import small_training as small
+from keras import optimizers
+
+from keras_avg import SWA, MovingAverage
+
+pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="about TensorFlow")
+
+TOLERANCE = 1e-6  # rounding of a few float32 operations on numbers of order 1
+
+OPTIMIZERS = {
+    "SWA": (
+        lambda: SWA(optimizers.SGD(0.1), 1, 2),
+        lambda values: oracles.swa(values, 1, 2),
+    ),
+    "MovingAverage": (
+        lambda: MovingAverage(optimizers.SGD(0.1), average_decay=0.5),
+        lambda values: oracles.moving_average(values, [0.5] * (len(values) - 1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_first_apply_inside_a_function_starts_the_averages_once(kind, jit_compile):
+    import tensorflow as tf
+
+    optimizer, oracle = OPTIMIZERS[kind][0](), OPTIMIZERS[kind][1]
+    model = small.model()
+
+    @tf.function(jit_compile=jit_compile)
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x, training=True) - y) ** 2)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)
+
+    if jit_compile:  # XLA cannot create variables
+        optimizer.build(model.trainable_variables)
+    trajectory = [[small.numpy(v)] for v in model.trainable_variables]
+    for _ in range(6):
+        step(tf.constant(small.X[:8]), tf.constant(small.Y[:8]))
+        for values, variable in zip(trajectory, model.trainable_variables, strict=True):
+            values.append(small.numpy(variable))
+
+    for variable, values in zip(model.trainable_variables, trajectory, strict=True):
+        np.testing.assert_allclose(
+            optimizer.get_slot(variable, "average"),
+            oracle(values),
+            rtol=TOLERANCE,
+            atol=TOLERANCE,
+        )
+
+
+def test_model_and_averages_made_in_one_trace_start_at_the_initial_weights():
+    import tensorflow as tf
+
+    optimizer = MovingAverage(optimizers.SGD(0.0), average_decay=0.5)
+    model = small.model(with_input_shape=False)
+
+    @tf.function
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(model(x, training=True) ** 2)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)
+
+    for _ in range(3):
+        step(tf.constant(small.X[:8]))
+
+    # Nothing moves at rate 0: averages that began elsewhere would differ.
+    small.assert_same_bits(
+        small.slots(optimizer, model.trainable_variables),
+        [small.numpy(v) for v in model.trainable_variables],
+    )
+
+
+def test_native_variables_in_a_custom_loop():
+    import tensorflow as tf
+
+    variable = tf.Variable([1.0, 2.0])
+    optimizer = MovingAverage(optimizers.SGD(2.0), average_decay=0.5)
+
+    @tf.function
+    def step():
+        optimizer.apply_gradients([(tf.constant([0.1, 0.1]), variable)])
+
+    step()
+    step()
+
+    np.testing.assert_allclose(variable, [0.6, 1.6], rtol=TOLERANCE)
+    np.testing.assert_allclose(optimizer.get_slot(variable, "average"), [0.75, 1.75])
+    optimizer.assign_average_vars([variable])
+    np.testing.assert_allclose(variable, [0.75, 1.75], rtol=TOLERANCE)
