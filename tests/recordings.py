@@ -1,0 +1,153 @@
+"""Reads the recorded trajectories of other libraries in `tests/golden`, whose README explains them.
+
+Everything comes as lists over steps (the first is 0) of lists over variables, of float32 arrays.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+Arrays = list[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseRows:
+    """A gradient of some rows of a variable; a row may come more than once."""
+
+    indices: np.ndarray
+    values: np.ndarray
+    shape: tuple[int, ...]
+
+    def summed(self) -> "SparseRows":
+        """The same gradient with each row once."""
+        indices, places = np.unique(self.indices, return_inverse=True)
+        values = np.zeros((len(indices), *self.shape[1:]), np.float32)
+        np.add.at(values, places, self.values)
+        return SparseRows(indices, values, self.shape)
+
+    def dense(self) -> np.ndarray:
+        """The same gradient with all rows."""
+        values = np.zeros(self.shape, np.float32)
+        np.add.at(values, self.indices, self.values)
+        return values
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Training:
+    """A training run with an averaging optimizer of TensorFlow Addons."""
+
+    id: str
+    wrapper: str
+    arguments: dict[str, Any]
+    inner: dict[str, Any]
+    initial_values: Arrays
+    gradients: list[list[np.ndarray | SparseRows]]
+    values: list[Arrays]
+    averages: list[Arrays]
+    #: The variables after `assign_average_vars` at the end, where it was called.
+    assigned: Arrays | None
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class AveragedModel:
+    """A model whose weights were set from outside, averaged by torch's `AveragedModel`.
+
+    `weights` begins with those that the model was made with, one step before the first average.
+    """
+
+    id: str
+    function: str
+    update_after: int
+    update_every: int
+    weights: list[Arrays]
+    averages: list[Arrays]
+    num_averaged: list[int]
+
+
+def trainings(family: str) -> list[Training]:
+    """The cases of one of the Addons files."""
+    document = _read(family)
+    return [_training(document, entry) for entry in document["cases"]]
+
+
+def averaged_models() -> list[AveragedModel]:
+    """The cases of `AveragedModel` in `torch_swa`."""
+    document = _read("torch_swa")
+    return [_averaged_model(document, entry) for entry in document["averaged_model"]]
+
+
+@functools.cache
+def _read(family: str) -> dict[str, Any]:
+    return json.loads((GOLDEN / f"{family}.json").read_text())
+
+
+def _training(document: dict[str, Any], entry: dict[str, Any]) -> Training:
+    case, pool = entry["case"], document["pool"]
+    inputs = document["inputs"][case["inputs"]]
+    shapes = inputs["shapes"]
+    gradients = _dense_gradients(inputs) | _sparse_gradients(inputs, case.get("densify", False))
+    assigned = entry["final"].get("assign_average_vars")
+    return Training(
+        id=case["id"],
+        wrapper=case["wrapper"],
+        arguments=case["args"],
+        inner=case["inner"],
+        initial_values=_arrays(inputs["init"], shapes),
+        # Inputs may be longer than the training.
+        gradients=[[gradients[name][t] for name in shapes] for t in range(case["steps"])],
+        values=_trajectory(pool[entry["raw"]], shapes),
+        averages=_trajectory(pool[entry["avg"]], shapes),
+        assigned=_arrays(assigned["raw"], shapes) if assigned else None,
+    )
+
+
+def _averaged_model(document: dict[str, Any], entry: dict[str, Any]) -> AveragedModel:
+    case = entry["case"]
+    inputs = document["inputs"][case["inputs"]]
+    return AveragedModel(
+        id=case["id"],
+        function=case["fn"],
+        update_after=case["update_after"],
+        update_every=case["update_every"],
+        weights=_trajectory(inputs["weights"], inputs["shapes"]),
+        averages=_trajectory(document["pool"][entry["avg"]], inputs["shapes"]),
+        num_averaged=entry["n_averaged"],
+    )
+
+
+def _dense_gradients(inputs: dict[str, Any]) -> dict[str, list[np.ndarray]]:
+    return {
+        name: [_array(step, inputs["shapes"][name]) for step in steps]
+        for name, steps in inputs["grads"].items()
+    }
+
+
+def _sparse_gradients(inputs: dict[str, Any], densify: bool) -> dict[str, list[Any]]:
+    gradients = {}
+    for name, recorded in inputs.get("sparse", {}).items():
+        shape = tuple(inputs["shapes"][name])
+        rows = [
+            SparseRows(np.array(indices), np.array(values, np.float32), shape)
+            for indices, values in zip(recorded["indices"], recorded["values"], strict=True)
+        ]
+        gradients[name] = [r.dense() for r in rows] if densify else rows
+    return gradients
+
+
+def _trajectory(recorded: dict[str, list], shapes: dict[str, list[int]]) -> list[Arrays]:
+    steps = zip(*(recorded[name] for name in shapes), strict=True)
+    return [_arrays(dict(zip(shapes, step, strict=True)), shapes) for step in steps]
+
+
+def _arrays(recorded: dict[str, list], shapes: dict[str, list[int]]) -> Arrays:
+    return [_array(recorded[name], shape) for name, shape in shapes.items()]
+
+
+def _array(numbers: list[float], shape: list[int]) -> np.ndarray:
+    return np.array(numbers, np.float32).reshape(shape)
