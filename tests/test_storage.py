@@ -101,10 +101,8 @@ def test_averaging_can_start_from_another_optimizers_file(tmp_path):
     model = small.model(SWA(optimizers.SGD(0.1, momentum=0.9), 0, 1))
     model.optimizer.build(model.trainable_variables)
 
-    with (
-        pytest.warns(UserWarning, match="could not be loaded"),
-        pytest.warns(UserWarning, match="Skipping variable loading for optimizer 'sgd"),
-    ):
+    # Keras' own words about the averages and about the inner optimizer, which change with releases.
+    with pytest.warns(UserWarning, match="could not be loaded|Skipping variable loading"):
         model.load_weights(tmp_path / "plain.weights.h5", skip_mismatch=True)
 
     small.assert_same_bits(model.get_weights(), plain.get_weights())
@@ -120,11 +118,19 @@ def test_an_optimizer_that_is_not_built_warns_and_says_to_build(tmp_path):
 
 
 def test_a_config_names_inner_optimizers_publicly():
-    members = optimizers.OptimizerMap(optimizers.Adam(), {".*bias": optimizers.SGD()})
-    config = SWA(MovingAverage(optimizers.MultiOptimizer(members))).get_config()
-    text = json.dumps(config)
+    text = json.dumps(SWA(MovingAverage(optimizers.Adam())).get_config())
     assert "keras.src.backend" not in text
     assert '"class_name": "Adam"' in text
+
+
+@pytest.mark.skipif(
+    not hasattr(optimizers, "MultiOptimizer"), reason="MultiOptimizer came with Keras 3.15"
+)
+def test_a_config_names_the_members_of_a_multi_optimizer_publicly():
+    members = optimizers.OptimizerMap(optimizers.Adam(), {".*bias": optimizers.SGD()})
+    text = json.dumps(SWA(optimizers.MultiOptimizer(members)).get_config())
+    assert "keras.src.backend" not in text
+    assert '"class_name": "SGD"' in text
 
 
 def test_an_optimizer_goes_through_the_registry_by_name():
