@@ -1,7 +1,8 @@
 """Weight averaging for Keras 3, on TensorFlow, JAX and PyTorch."""
 
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from keras_avg._optimizers.finding import averaging_optimizers
 from keras_avg._optimizers.moving_average import MovingAverage
 from keras_avg._optimizers.swa import SWA
 
-__all__ = ["SWA", "AveragedOptimizerWrapper", "MovingAverage"]
+__all__ = ["SWA", "AveragedOptimizerWrapper", "MovingAverage", "averaging_optimizers"]

@@ -6,12 +6,21 @@ when a new Keras release comes out. Each function says why the public interface 
 
 import contextlib
 import re
-from collections.abc import Iterator
+import sys
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
-from keras.src.utils import tracking
+from keras.src.trainers import data_adapters
+from keras.src.utils import torch_utils, tracking
 
+JAX_STATE = (
+    "trainable_variables",
+    "non_trainable_variables",
+    "optimizer_variables",
+    "metrics_variables",
+)
 TORCH_OPTIMIZERS_MODULE = "keras.src.backend.torch.optimizers"
 
 
@@ -104,6 +113,31 @@ def is_purged(variable: Any) -> bool:
     return variable._value is None and variable._initializer is None
 
 
+def reattach_state(optimizer: Any) -> bool:
+    """Give back the values that the JAX trainer took away, if `fit` failed before a first step.
+
+    An error while the train step is traced (training that is refused, a wrong shape) would leave
+    the variables of model and optimizer without values: Keras restores the state of the last step
+    done, and there is none. Until the error has left `fit` they stand in a local variable there.
+
+    Returns:
+        Whether the variables have values now.
+    """
+    frame: types.FrameType | None = sys._getframe()
+    while any(map(is_purged, optimizer.variables)):
+        frame = frame.f_back if frame else None
+        if frame is None:
+            return False
+        model, state = frame.f_locals.get("self"), frame.f_locals.get("state")
+        if isinstance(model, keras.Model) and isinstance(state, tuple) and len(state) == 4:
+            if any(array.is_deleted() for values in state for array in values):
+                return False
+            model._jax_state = dict(zip(JAX_STATE, state, strict=True))
+            model._jax_state_synced = False
+            model.jax_state_sync()
+    return True
+
+
 def clip_gradients(optimizer: Any, grads: list[Any]) -> list[Any]:
     """Clip as `optimizer`'s `clipnorm`, `clipvalue` or `global_clipnorm` say (sparse ones too)."""
     return list(optimizer._clip_gradients(grads))
@@ -127,3 +161,66 @@ def _with_public_names(config: Any) -> Any:
     if str(config.get("module")).startswith(TORCH_OPTIMIZERS_MODULE):
         config |= {"module": "keras.optimizers", "registered_name": None}
     return config
+
+
+def layers_at_any_depth(layer: Any) -> list[Any]:
+    """`layer` and all layers inside it. Public `model.layers` stops at the first level."""
+    return layer._flatten_layers()
+
+
+def data_adapter(x: Any, batch_size: int | None, steps: int | None) -> Any:
+    """What `fit` reads data through, in the order of the data. Has `num_batches`, None if unknown.
+
+    Keras' `EpochIterator` is not used: it warns at the end of all data of unknown length.
+    """
+    return data_adapters.get_data_adapter(
+        x, batch_size=batch_size, steps_per_epoch=steps, shuffle=False
+    )
+
+
+@contextlib.contextmanager
+def batches(adapter: Any) -> Iterator[Any]:
+    """An iterable over one epoch of an adapter's batches, as the backend's `fit` sees them."""
+    kinds = {"tensorflow": "tf_dataset", "jax": "jax_iterator", "torch": "torch_dataloader"}
+    adapter.on_epoch_begin()
+    try:
+        yield getattr(adapter, f"get_{kinds[keras.backend.backend()]}")()
+    finally:
+        adapter.on_epoch_end()  # ends a PyDataset's workers
+
+
+def without_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Torch remembers everything for the way back, unless told that there is none."""
+    return torch_utils.no_grad(function) if keras.backend.backend() == "torch" else function
+
+
+@contextlib.contextmanager
+def in_training_mode(
+    layer: Any, on_call: Callable[[], None], on_moments: Callable[..., None]
+) -> Iterator[None]:
+    """Let a BatchNormalization layer run in training mode, whatever `training` its callers pass.
+
+    `on_call()` hears of each call, `on_moments(inputs, mask, mean, variance)` of each time that
+    moments were computed. The moving statistics would tell the moments too, but in the variables'
+    dtype, and not how many elements they are of when a subclass changes the inputs first.
+    """
+    call, moments = layer.call, layer._moments
+
+    def training_call(*args: Any, **kwargs: Any) -> Any:
+        on_call()
+        return call(*args, **(kwargs | training))
+
+    def observed_moments(inputs: Any, mask: Any) -> Any:
+        mean, variance = moments(inputs, mask)
+        on_moments(inputs, mask, mean, variance)
+        return mean, variance
+
+    training = {"training": True} if layer._call_has_training_arg else {}
+    own = vars(layer)  # not `setattr`, which tracks
+    before = {name: own[name] for name in ("call", "_moments") if name in own}
+    own.update(call=training_call, _moments=observed_moments)
+    try:
+        yield
+    finally:
+        del own["call"], own["_moments"]
+        own.update(before)

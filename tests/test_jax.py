@@ -78,7 +78,7 @@ def test_a_functional_loop_averages_the_values_it_is_given():
     for _ in range(2):
         trainable, state = step(state, [jax.numpy.array([1.0])], trainable)  # 3, 2
 
-    average = state[2]
+    (average,) = optimizer.stateless_average(state)
     np.testing.assert_allclose(average, [0.5 * (0.5 * 4 + 0.5 * 3) + 0.5 * 2])
     assert small.numpy(variable)[0] == 0.0
     assert step._cache_size() == 1

@@ -22,7 +22,7 @@ def test_weights_are_own_variables_then_the_inner_optimizers():
 
     own = len(optimizer.variables) - len(optimizer.inner_optimizer.variables)
 
-    assert own == 2 + 6  # two counters, one average for each trainable variable
+    assert own == 3 + 6  # three numbers, one average for each trainable variable
     assert [v is w for v, w in zip(optimizer.weights, optimizer.variables, strict=True)]
     assert optimizer.variables[own:] == optimizer.inner_optimizer.variables
     for array, variable in zip(optimizer.get_weights(), optimizer.variables, strict=True):
@@ -43,7 +43,7 @@ def test_set_weights_takes_what_get_weights_gives():
 def test_set_weights_is_all_or_none():
     optimizer = trained(SWA("adam", 0, 2)).optimizer
     before = optimizer.get_weights()
-    with pytest.raises(ValueError, match=r"has 22 variables. Received: 21 variables"):
+    with pytest.raises(ValueError, match=r"has 23 variables. Received: 22 variables"):
         optimizer.set_weights([np.zeros_like(w) for w in before[:-1]])
     with pytest.raises(ValueError, match=r"shape \(1,\). Received: shape \(7,\)"):
         optimizer.set_weights([np.zeros_like(w) for w in before[:-1]] + [np.zeros(7)])

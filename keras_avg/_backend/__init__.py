@@ -13,6 +13,7 @@ Each file defines the same names with the same signatures, in the same order:
   queue of work.
 * `scalar(compute)`: what `compute()` gives, from counters: a Python number on torch, computed on
   the host for the same reason; a tensor elsewhere.
+* `concrete(number)`: what a counter reads, as a Python number; None in code that is being compiled.
 * `all_finite(tensors)`: one truth value for all elements of all tensors.
 * `lerp(averages, values, weight)`: a list of `average + weight * (value - average)`, each in its
   average's dtype; weight 1 gives the value bit for bit.
@@ -32,6 +33,7 @@ if keras.backend.backend() == "tensorflow":
         Counter,
         all_finite,
         assign_if,
+        concrete,
         copy,
         lerp,
         lerp_if,
@@ -44,6 +46,7 @@ elif keras.backend.backend() == "jax":
         Counter,
         all_finite,
         assign_if,
+        concrete,
         copy,
         lerp,
         lerp_if,
@@ -56,6 +59,7 @@ elif keras.backend.backend() == "torch":
         Counter,
         all_finite,
         assign_if,
+        concrete,
         copy,
         lerp,
         lerp_if,
@@ -73,6 +77,7 @@ __all__ = [
     "Counter",
     "all_finite",
     "assign_if",
+    "concrete",
     "copy",
     "lerp",
     "lerp_if",

@@ -33,6 +33,10 @@ def scalar(compute: Callable[[], Any]) -> Any:
     return compute()
 
 
+def concrete(number: Any) -> Any:
+    return None if isinstance(number, jax.core.Tracer) else number.item()
+
+
 def all_finite(tensors: Sequence[Any]) -> Any:
     return jnp.all(jnp.stack([jnp.isfinite(jnp.asarray(tensor)).all() for tensor in tensors]))
 

@@ -33,6 +33,10 @@ def scalar(compute: Callable[[], Any]) -> Any:
     return compute()
 
 
+def concrete(number: Any) -> Any:
+    return number.numpy().item() if tf.executing_eagerly() else None
+
+
 def all_finite(tensors: Sequence[Any]) -> Any:
     finite = [tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(t))) for t in tensors]
     return tf.reduce_all(tf.stack(finite))

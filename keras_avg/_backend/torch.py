@@ -61,6 +61,10 @@ def scalar(compute: Callable[[], Any]) -> Any:
     return result.item() if torch.is_tensor(result) else result
 
 
+def concrete(number: Any) -> Any:
+    return number
+
+
 @outside_graph
 @torch.no_grad()
 def all_finite(tensors: Sequence[Any]) -> bool:

@@ -7,16 +7,17 @@ from keras import ops
 
 from keras_avg import _backend, _keras_internals
 from keras_avg._optimizers import arguments, gradients
-from keras_avg._optimizers.averages import HasAverages
 from keras_avg._optimizers.configuration import HasConfig
 from keras_avg._optimizers.forwarding import ForwardsToInnerOptimizer
+from keras_avg._optimizers.raw_values import RawValues
 from keras_avg._optimizers.storage import StoresOwnVariables
+from keras_avg._optimizers.swapping import SwapsWeights
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
 class AveragedOptimizerWrapper(
     ForwardsToInnerOptimizer,
-    HasAverages,
+    SwapsWeights,
     StoresOwnVariables,
     HasConfig,
     keras.optimizers.Optimizer,
@@ -119,6 +120,7 @@ class AveragedOptimizerWrapper(
         self.gradient_aggregator = aggregator
         self.gradient_transformers = transformers
         self._own_variables = {}
+        self._raw: RawValues | None = None
         self._averages: list[Any] = []
 
     def is_due(self, step: Any) -> Any:
@@ -158,11 +160,15 @@ class AveragedOptimizerWrapper(
             grads: List of gradients, as the inner optimizer takes them.
             trainable_variables: List of the variables they belong to. Default None: those that the
                 optimizer was built with.
+
+        Raises:
+            RuntimeError: If the averages are in the model.
         """
         grads = list(grads)
         if not grads:
             return
         variables = self._variables_for(grads, trainable_variables)
+        self._refuse_while_in_model("training")
         grads = gradients.process(self, grads, variables)
         before = self._clock.read()
         if self.average_starts_at_variable:

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_avg import _backend, _keras_internals
 from keras_avg._optimizers import arguments
-from keras_avg._optimizers.storage import check_attached
+from keras_avg._optimizers.storage import AVERAGE, check_attached
 
 
 class HasAverages:
@@ -17,10 +17,12 @@ class HasAverages:
     name: str
     assign: Callable[[Any, Any], Any]
     value_weight: Callable[[Any], Any]
+    variables: list[Any]
     _own_variables: dict[str, Any]
     _averages: list[Any]
     _clock: _backend.Counter
     _snapshots: _backend.Counter
+    _refuse_while_in_model: Callable[[str], None]
 
     def average_op(self, var: Any, average_var: Any) -> Any:
         """The new value of an average, as if an averaging were due now. Assigns nothing.
@@ -48,6 +50,7 @@ class HasAverages:
 
         Raises:
             ValueError: If none of them has an average, or there is no snapshot yet.
+            RuntimeError: If the averages are in the model already, and the raw values set aside.
 
         Example:
 
@@ -72,8 +75,37 @@ class HasAverages:
                 f"Received: {int(ops.convert_to_numpy(self._step(self._clock.read())))} updates so "
                 "far. Train on, or let averaging start earlier."
             )
+        self._refuse_while_in_model("assigning them for good")
         for variable, average in pairs:
             self.assign(variable, _backend.copy(average))
+
+    def stateless_average(self, optimizer_variables: list[Any]) -> list[Any]:
+        """The averages out of a list of values for `variables`; jittable.
+
+        Args:
+            optimizer_variables: List of tensors, one for each of `variables`, as
+                `stateless_apply` takes and returns it.
+
+        Returns:
+            List of tensors, one for each variable that has an average, in order.
+
+        Raises:
+            ValueError: If the list does not have the length of `variables`.
+
+        Example:
+
+        ```python
+        trainable, state = optimizer.stateless_apply(state, gradients, trainable)
+        averages = optimizer.stateless_average(state)
+        ```
+        """
+        if len(optimizer_variables) != len(self.variables):
+            raise ValueError(
+                f"'{self.name}' has {len(self.variables)} variables. Received: a list of "
+                f"{len(optimizer_variables)}. Pass one value for each of `optimizer.variables`."
+            )
+        pairs = zip(self._own_variables, optimizer_variables, strict=False)
+        return [ops.convert_to_tensor(v) for name, v in pairs if name.startswith(AVERAGE)]
 
     @property
     def num_snapshots(self) -> int:

@@ -1,12 +1,18 @@
 """The part of a wrapper that is its inner optimizer's, under the same names."""
 
+from collections.abc import Callable
 from typing import Any
+
+from keras_avg import _keras_internals
 
 
 class ForwardsToInnerOptimizer:
     """Hands on what belongs to `inner_optimizer`; callbacks that set the rate just work."""
 
     inner_optimizer: Any
+    variables: list[Any]
+    averages_in_model: bool
+    _refuse_training_meanwhile: Callable[[], None]
 
     @property
     def iterations(self) -> Any:
@@ -53,5 +59,14 @@ class ForwardsToInnerOptimizer:
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
     def finalize_variable_values(self, var_list: list[Any]) -> None:
-        """Called by `fit` when training ends."""
+        """Called by `fit` when training ends.
+
+        Raises:
+            RuntimeError: If the averages were in the model while it was trained, in code compiled
+                before they were put in.
+        """
+        if not _keras_internals.reattach_state(self):
+            return  # an error is on its way already
+        if self.averages_in_model:
+            self._refuse_training_meanwhile()
         self.inner_optimizer.finalize_variable_values(var_list)

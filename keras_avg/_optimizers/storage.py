@@ -10,7 +10,9 @@ from keras import ops
 
 from keras_avg import _backend, _keras_internals
 from keras_avg._optimizers import arguments
+from keras_avg._optimizers.raw_values import RAW, STATISTIC, SWAPPED, RawValues
 
+AVERAGE = "average_"  # what the names of averages in a file begin with
 LOW_PRECISION = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -26,19 +28,24 @@ class StoresOwnVariables:
     name: str
     average_dtype: str | None
     add_variable: Callable[..., Any]
+    averages_in_model: bool
     _own_variables: dict[str, Any]
+    _raw_or_refuse: Callable[[], RawValues]
+    _hold: Callable[[RawValues | None], None]
+    _known_in_model: Callable[[], bool | None]
+    _averages_and_variables: Callable[[], tuple[list[Any], list[Any]]]
 
     def _add_own_variables(self, variables: list[Any]) -> None:
-        """Two counters, and an average for each variable: zeros until the averages start.
+        """Three numbers, and an average for each variable: zeros until the averages start.
 
         An initializer that reads the variable would fail where TensorFlow creates both in the first
         trace of a `tf.function`, and weights loaded later would not count.
         """
-        updates, snapshots = self._add_counter("updates"), self._add_counter("snapshots")
-        self._updates, self._snapshots = _backend.Counter(updates), _backend.Counter(snapshots)
+        numbers = {n: self._add_counter(n) for n in ("updates", "snapshots", "averages_in_model")}
+        self._updates, self._snapshots, self._swapped = map(_backend.Counter, numbers.values())
         self._averages = [self._add_average(variable) for variable in variables]
-        averages = {f"average_{i}": a for i, a in enumerate(self._averages) if a is not None}
-        self._own_variables = {"updates": updates, "snapshots": snapshots} | averages
+        averages = {f"{AVERAGE}{i}": a for i, a in enumerate(self._averages) if a is not None}
+        self._own_variables = numbers | averages
 
     def _add_counter(self, name: str) -> Any:
         # The innermost optimizer's name is unique in a program (Keras numbers it), the depth makes
@@ -60,7 +67,7 @@ class StoresOwnVariables:
 
     @property
     def variables(self) -> list[Any]:
-        """Own variables (two counters, the averages), then the inner optimizer's."""
+        """Own variables (three numbers, the averages), then the inner optimizer's."""
         return [*self._own_variables.values(), *self.inner_optimizer.variables]
 
     @property
@@ -86,13 +93,25 @@ class StoresOwnVariables:
                 "`optimizer.build(model.trainable_variables)`, or take a first step."
             )
         variables = {str(i): variable for i, variable in enumerate(self.variables)}
-        _assign_all(self.name, variables, {str(i): w for i, w in enumerate(weights)})
+        values = {str(i): weight for i, weight in enumerate(weights)}
+        _check_fit(self.name, variables, values)
+        _assign(variables, values)
+        self._known_in_model()
 
     def save_own_variables(self, store: MutableMapping[str, Any]) -> None:
-        """Write the wrapper's own variables; Keras writes the inner optimizer's."""
+        """Write the wrapper's own variables, and the raw values if the averages are in the model.
+
+        Keras writes the inner optimizer's.
+
+        Raises:
+            RuntimeError: If the raw values should be there and are not.
+        """
+        raw = self._raw_or_refuse().arrays() if self.averages_in_model else {}
         check_attached(self._own_variables.values())
         for name, variable in self._own_variables.items():
             store[name] = variable.numpy()
+        for name, array in raw.items():
+            store[name] = array
 
     def load_own_variables(self, store: Mapping[str, Any]) -> None:
         """Read the wrapper's own variables, all or none.
@@ -109,7 +128,21 @@ class StoresOwnVariables:
             )
             return
         stored = {name: store[name][...] for name in store.keys()}  # noqa: SIM118 (no `__iter__`)
-        _assign_all(self.name, self._own_variables, stored)
+        raw = {name: stored.pop(name) for name in list(stored) if name.startswith((RAW, SWAPPED))}
+        _check_fit(self.name, self._own_variables, stored)
+        held = self._raw_values_from(raw) if raw else None
+        _assign(self._own_variables, stored)
+        self._hold(held)
+
+    def _raw_values_from(self, stored: dict[str, Any]) -> RawValues:
+        _, variables = self._averages_and_variables()
+        updates = stored.pop(SWAPPED)
+        statistics = [stored.pop(name) for name in list(stored) if name.startswith(STATISTIC)]
+        _check_fit(self.name, {f"{RAW}{i}": v for i, v in enumerate(variables)}, stored)
+        tensors = [
+            ops.convert_to_tensor(stored[f"{RAW}{i}"], v.dtype) for i, v in enumerate(variables)
+        ]
+        return RawValues(variables, tensors, int(updates), statistics)
 
 
 def _depth_suffix(wrapper: Any) -> str:
@@ -133,7 +166,7 @@ def check_attached(variables: Any) -> None:
         )
 
 
-def _assign_all(name: str, variables: dict[str, Any], values: dict[str, Any]) -> None:
+def _check_fit(name: str, variables: dict[str, Any], values: dict[str, Any]) -> None:
     def refuse(difference: str) -> None:
         raise ValueError(
             f"The state does not fit optimizer '{name}': {difference} Nothing was changed. To "
@@ -151,5 +184,8 @@ def _assign_all(name: str, variables: dict[str, Any], values: dict[str, Any]) ->
                 f"its variable '{variable.path}' has shape {tuple(variable.shape)}. "
                 f"Received: shape {shape}."
             )
+
+
+def _assign(variables: dict[str, Any], values: dict[str, Any]) -> None:
     for key, variable in variables.items():
         variable.assign(_backend.copy(ops.convert_to_tensor(values[key], variable.dtype)))

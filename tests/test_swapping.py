@@ -1,0 +1,312 @@
+"""The raw and the averaged values take turns in the model, and no bit is lost."""
+
+import keras
+import numpy as np
+import pytest
+import small_training as small
+from keras import optimizers
+
+import keras_avg
+from keras_avg import SWA, MovingAverage
+
+
+def trained(optimizer=None, **arguments):
+    optimizer = optimizer or SWA(optimizers.Adam(0.01), 0, 2)
+    return small.fit(small.model(optimizer), epochs=1, **arguments)
+
+
+def trainable(model):
+    return [small.numpy(v) for v in model.trainable_variables]
+
+
+def wide_variable():
+    """Weights of all magnitudes: adding and subtracting averages would change about half."""
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=4000)
+    return keras.Variable(np.geomspace(1e-8, 1e8, 4000) * signs, dtype="float32")
+
+
+def test_swapping_exchanges_and_swapping_back_restores():
+    optimizer, variable = MovingAverage(optimizers.SGD(2.0), average_decay=0.5), None
+    variable = keras.Variable([1.0], dtype="float32")
+    small.apply(optimizer, [variable], [[0.1]])  # 0.8, average 0.9
+
+    optimizer.swap_weights()
+    assert optimizer.averages_in_model
+    np.testing.assert_allclose(variable, [0.9])
+
+    optimizer.swap_weights()
+    assert not optimizer.averages_in_model
+    np.testing.assert_allclose(variable, [0.8])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_swaps_restore_every_bit_of_weights_of_all_magnitudes(dtype):
+    variable = keras.Variable(wide_variable(), dtype=dtype)
+    optimizer = MovingAverage(optimizers.SGD(1.0), average_decay=0.9)
+    gradient = np.random.default_rng(1).normal(size=4000) * 1e3
+    small.apply(optimizer, [variable], [gradient])
+    raw, average = small.numpy(variable), small.numpy(optimizer.get_slot(variable, "average"))
+
+    optimizer.swap_weights()
+    swapped = small.numpy(variable)
+    optimizer.swap_weights()
+
+    np.testing.assert_array_equal(swapped, average.astype(raw.dtype))
+    np.testing.assert_array_equal(small.numpy(variable), raw)
+    np.testing.assert_array_equal(optimizer.get_slot(variable, "average"), average)
+
+
+def test_nan_and_infinity_survive_a_swap():
+    variable = keras.Variable([1.0, 2.0, 3.0], dtype="float32")
+    optimizer = SWA(optimizers.SGD(1.0), 0, 1)
+    small.apply(optimizer, [variable], [[0.0, 0.0, 0.0]])
+    variable.assign([np.nan, np.inf, -0.0])
+    raw = small.numpy(variable)
+
+    with optimizer.average_weights():
+        np.testing.assert_array_equal(variable, [1.0, 2.0, 3.0])
+
+    assert small.numpy(variable).tobytes() == raw.tobytes()
+
+
+def test_the_context_puts_raw_weights_back_after_an_exception():
+    model = trained()
+    raw = trainable(model)
+
+    def fail():
+        with model.optimizer.average_weights():
+            averages = small.slots(model.optimizer, model.trainable_variables)
+            small.assert_same_bits(trainable(model), averages)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not model.optimizer.averages_in_model
+    small.assert_same_bits(trainable(model), raw)
+
+
+def test_the_context_leaves_averages_that_were_there_before():
+    model = trained()
+    model.optimizer.swap_weights()
+    with model.optimizer.average_weights():
+        assert model.optimizer.averages_in_model
+    assert model.optimizer.averages_in_model
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [lambda: SWA(optimizers.Adam(0.01), 1, 2), lambda: MovingAverage(optimizers.Adam(0.01))],
+)
+def test_looking_at_the_averages_does_not_disturb_training(optimizer):
+    undisturbed, looked_at = small.model(optimizer()), small.model(optimizer())
+    for _ in range(3):
+        small.fit(undisturbed, epochs=1)
+        small.fit(looked_at, epochs=1)
+        with looked_at.optimizer.average_weights():
+            looked_at.evaluate(small.X, small.Y, verbose=0)
+            looked_at.predict(small.X, verbose=0)
+
+    small.assert_same_bits(looked_at.get_weights(), undisturbed.get_weights())
+    small.assert_same_bits(looked_at.optimizer.get_weights(), undisturbed.optimizer.get_weights())
+
+
+def test_before_the_first_snapshot_there_is_nothing_to_swap():
+    model = trained(SWA("sgd", start_averaging=100))
+    raw = trainable(model)
+    with pytest.raises(ValueError, match=r"no snapshot yet.*Received: 6 updates"):
+        model.optimizer.swap_weights()
+    assert not model.optimizer.averages_in_model
+    small.assert_same_bits(trainable(model), raw)
+
+
+class TestTrainingWhileSwapped:
+    def test_is_refused_eagerly(self):
+        variable = keras.Variable([1.0])
+        optimizer = SWA(optimizers.SGD(1.0), 0, 1)
+        small.apply(optimizer, [variable], [[1.0]])
+        optimizer.swap_weights()
+        with pytest.raises(RuntimeError, match="so training is refused"):
+            small.apply(optimizer, [variable], [[1.0]])
+        assert int(optimizer.iterations) == 1
+
+    def test_is_refused_at_a_trace(self):
+        model = trained()
+        raw = trainable(model)
+        model.optimizer.swap_weights()
+        model.compile(model.optimizer, "mse")  # forgets the compiled step
+        weights, state = model.get_weights(), model.optimizer.get_weights()
+
+        with pytest.raises(RuntimeError, match="so training is refused"):
+            small.fit(model)
+
+        small.assert_same_bits(model.get_weights(), weights)
+        small.assert_same_bits(model.optimizer.get_weights(), state)
+        model.optimizer.swap_weights()
+        small.assert_same_bits(trainable(model), raw)
+
+    @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch sees every step")
+    def test_in_code_compiled_before_is_found_at_the_end_of_fit(self):
+        model = trained()
+        raw = trainable(model)
+        model.optimizer.swap_weights()
+
+        with pytest.raises(RuntimeError, match="6 updates since they were put in"):
+            small.fit(model, epochs=1)
+
+        model.optimizer.swap_weights()
+        small.assert_same_bits(trainable(model), raw)
+
+    def test_assigning_averages_is_refused(self):
+        model = trained()
+        model.optimizer.swap_weights()
+        with pytest.raises(RuntimeError, match="assigning them for good is refused"):
+            model.optimizer.assign_average_vars(model.variables)
+
+    def test_a_second_wrapper_waits_for_the_first(self):
+        model = trained(SWA(MovingAverage("sgd"), 0, 1))
+        swa, moving_average = keras_avg.averaging_optimizers(model)
+        swa.swap_weights()
+        held = trainable(model)
+        with pytest.raises(RuntimeError, match="holds the averages of 'SWA' already"):
+            moving_average.swap_weights()
+        small.assert_same_bits(trainable(model), held)
+        swa.swap_weights()
+        moving_average.swap_weights()
+        moving_average.swap_weights()
+
+
+class TestFilesWrittenWhileSwapped:
+    @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
+    @pytest.mark.parametrize(
+        "optimizer",
+        [
+            lambda: SWA(MovingAverage(optimizers.Adam(0.01)), 0, 2),
+            lambda: optimizers.LossScaleOptimizer(SWA(optimizers.Adam(0.01), 0, 2)),
+        ],
+        ids=["nested", "under a LossScaleOptimizer"],
+    )
+    def test_hold_both_copies_and_resume_bit_for_bit(self, optimizer, name, tmp_path):
+        model = trained(optimizer())
+        (wrapper, *_) = keras_avg.averaging_optimizers(model)
+        raw, averages = trainable(model), small.slots(wrapper, model.trainable_variables)
+        with wrapper.average_weights():
+            if name.endswith(".keras"):
+                model.save(tmp_path / name)
+                loaded = keras.saving.load_model(tmp_path / name)
+            else:
+                model.save_weights(tmp_path / name)
+                loaded = small.model(optimizer())
+                loaded.optimizer.build(loaded.trainable_variables)
+                loaded.load_weights(tmp_path / name)
+
+        (other, *_) = keras_avg.averaging_optimizers(loaded)
+        assert other.averages_in_model
+        small.assert_same_bits(trainable(loaded), averages)
+        other.swap_weights()
+        small.assert_same_bits(trainable(loaded), raw)
+        for each in (model, loaded):
+            small.fit(each)
+        small.assert_same_bits(loaded.get_weights(), model.get_weights())
+        small.assert_same_bits(
+            [small.numpy(v) for v in loaded.optimizer.variables],
+            [small.numpy(v) for v in model.optimizer.variables],
+        )
+
+    def test_hold_low_precision_raw_weights(self, tmp_path, dtype_policy):
+        dtype_policy("bfloat16")
+        model = trained()
+        raw = trainable(model)
+        with model.optimizer.average_weights():
+            model.save(tmp_path / "model.keras")
+
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        loaded.optimizer.swap_weights()
+
+        small.assert_same_bits(trainable(loaded), raw)
+
+    def test_a_file_with_raw_weights_ends_a_swap(self, tmp_path):
+        model = trained()
+        model.save_weights(tmp_path / "raw.weights.h5")
+        raw = trainable(model)
+        model.optimizer.swap_weights()
+
+        model.load_weights(tmp_path / "raw.weights.h5")
+
+        assert not model.optimizer.averages_in_model
+        small.assert_same_bits(trainable(model), raw)
+        small.fit(model)
+
+    def test_raw_weights_of_the_wrong_shape_are_refused(self):
+        model = trained()
+        model.optimizer.swap_weights()
+        store = {}
+        model.optimizer.save_own_variables(store)
+        before = model.optimizer.get_weights()
+        store["raw_0"] = np.zeros((2, 2))
+        with pytest.raises(ValueError, match="Received: shape"):
+            model.optimizer.load_own_variables(store)
+        small.assert_same_bits(model.optimizer.get_weights(), before)
+        model.optimizer.swap_weights()
+
+
+class TestCopiesThatLostTheRawWeights:
+    def restored(self):
+        model = trained()
+        model.optimizer.swap_weights()
+        copy = model.optimizer.get_weights()
+        model.optimizer.swap_weights()
+        model.optimizer.set_weights(copy)
+        return model
+
+    def test_say_so_at_the_next_swap_and_save(self, tmp_path):
+        model = self.restored()
+        assert model.optimizer.averages_in_model
+        with pytest.raises(RuntimeError, match="does not carry them"):
+            model.optimizer.swap_weights()
+        with pytest.raises(RuntimeError, match="does not carry them"):
+            model.save(tmp_path / "model.keras")
+
+    def test_say_so_at_the_next_step(self):
+        model = self.restored()
+        with pytest.raises(RuntimeError, match="does not carry them"):
+            small.fit(model)
+
+    def test_an_unswapped_copy_over_a_swapped_state_is_no_swap(self):
+        model = trained()
+        weights, copy = model.get_weights(), model.optimizer.get_weights()
+        model.optimizer.swap_weights()
+        model.set_weights(weights)
+        model.optimizer.set_weights(copy)
+        assert not model.optimizer.averages_in_model
+        small.fit(model)
+
+
+def test_wrappers_are_found_wherever_they_are():
+    def model(optimizer):
+        return small.model(optimizer)
+
+    inner = MovingAverage("sgd")
+    outer = SWA(inner)
+    assert keras_avg.averaging_optimizers(model(outer)) == [outer, inner]
+    assert (
+        keras_avg.averaging_optimizers(model(optimizers.LossScaleOptimizer(SWA(inner))))[1] is inner
+    )
+    assert keras_avg.averaging_optimizers(model("sgd")) == []
+    assert keras_avg.averaging_optimizers(small.model()) == []
+    if hasattr(optimizers, "MultiOptimizer"):
+        members = optimizers.OptimizerMap(SWA("sgd"), {".*bias": MovingAverage("adam")})
+        found = keras_avg.averaging_optimizers(model(optimizers.MultiOptimizer(members)))
+        assert {type(f) for f in found} == {SWA, MovingAverage}
+
+
+def test_averages_out_of_a_functional_state():
+    model = trained()
+    state = [v.value for v in model.optimizer.variables]
+
+    averages = model.optimizer.stateless_average(state)
+
+    small.assert_same_bits(
+        [small.numpy(a) for a in averages], small.slots(model.optimizer, model.trainable_variables)
+    )
+    with pytest.raises(ValueError, match="Received: a list of 3"):
+        model.optimizer.stateless_average(state[:3])
