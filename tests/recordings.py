@@ -70,6 +70,37 @@ class AveragedModel:
     num_averaged: list[int]
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
+class CyclicalRates:
+    """What a cyclical schedule of TensorFlow Addons gave for the steps 0, 1, 2, ...
+
+    Its scale function, where there is one, is in the arguments by name.
+    """
+
+    id: str
+    schedule: str
+    arguments: dict[str, Any]
+    rates: np.ndarray
+    rates_of_python_steps: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class AnnealedRates:
+    """The learning rate of one parameter group under torch's `SWALR`.
+
+    `decayed` is the rate after each step of an `ExponentialLR(gamma=0.9)`, if there were any, and
+    `annealed` that after each step of the `SWALR` which followed.
+    """
+
+    id: str
+    anneal_strategy: str
+    anneal_steps: int
+    learning_rate: float
+    swa_learning_rate: float
+    decayed: list[float]
+    annealed: list[float]
+
+
 def trainings(family: str) -> list[Training]:
     """The cases of one of the Addons files."""
     document = _read(family)
@@ -80,6 +111,20 @@ def averaged_models() -> list[AveragedModel]:
     """The cases of `AveragedModel` in `torch_swa`."""
     document = _read("torch_swa")
     return [_averaged_model(document, entry) for entry in document["averaged_model"]]
+
+
+def cyclical_rates() -> list[CyclicalRates]:
+    """The cases of `clr`."""
+    return [_cyclical_rates(entry) for entry in _read("clr")["cases"]]
+
+
+def annealed_rates() -> list[AnnealedRates]:
+    """The cases of `SWALR` in `torch_swa`, one for each parameter group."""
+    return [
+        _annealed_rates(entry, group)
+        for entry in _read("torch_swa")["swalr"]
+        for group in range(len(entry["case"]["base_lr"]))
+    ]
 
 
 @functools.cache
@@ -118,6 +163,33 @@ def _averaged_model(document: dict[str, Any], entry: dict[str, Any]) -> Averaged
         weights=_trajectory(inputs["weights"], inputs["shapes"]),
         averages=_trajectory(document["pool"][entry["avg"]], inputs["shapes"]),
         num_averaged=entry["n_averaged"],
+    )
+
+
+def _cyclical_rates(entry: dict[str, Any]) -> CyclicalRates:
+    case, rates = entry["case"], entry["values_float32_step"]
+    assert entry["steps"] == list(range(len(rates)))
+    return CyclicalRates(
+        id=case["id"],
+        schedule=case["class"],
+        arguments=case["args"],
+        rates=np.array(rates, np.float32),
+        # Recorded only where they differ.
+        rates_of_python_steps=np.array(entry.get("values_python_int_step", rates), np.float32),
+    )
+
+
+def _annealed_rates(entry: dict[str, Any], group: int) -> AnnealedRates:
+    case = entry["case"]
+    swa_rates = case["swa_lr"]
+    return AnnealedRates(
+        id=f"{case['id']}/{group}",
+        anneal_strategy=case["anneal_strategy"],
+        anneal_steps=case["anneal_epochs"],
+        learning_rate=case["base_lr"][group],
+        swa_learning_rate=swa_rates[group] if isinstance(swa_rates, list) else swa_rates,
+        decayed=[rates[group] for rates in entry["lr_after_each_exponential_step"]],
+        annealed=[rates[group] for rates in entry["lr_after_each_swalr_step"]],
     )
 
 

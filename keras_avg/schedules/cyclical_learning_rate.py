@@ -1,0 +1,354 @@
+"""Learning rates that go up and down between two bounds."""
+
+import copy
+import fractions
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule
+
+from keras_avg._optimizers import arguments
+from keras_avg.schedules import _arguments
+
+
+class _Cyclical(LearningRateSchedule):
+    """Triangles between two rates, their heights scaled by the hook `_scale`.
+
+    Smith counts cycles from 1 and writes, for step `t` and step size `s`,
+
+        cycle = floor(1 + t / (2 s)),  x = |t / s - 2 cycle + 1|
+        rate = initial + (maximal - initial) * max(0, 1 - x) * scale
+
+    In float32 the position in a cycle gets coarse long before 2**24, where steps cease to be told
+    apart. So let the period 2 s be the fraction P / Q, and n the number of Q-th parts of a step
+    that have passed in a cycle: n = (t Q) mod P, without computing t Q, which may not fit. Then
+
+        t / s - 2 (cycle - 1) = 2 n / P,   1 - x = 1 - |2 n / P - 1| = (P - |2 n - P|) / P
+
+    in [0, 1], all of it integers but for the last division.
+    """
+
+    def __init__(
+        self,
+        initial_learning_rate: float,
+        maximal_learning_rate: float,
+        step_size: float,
+        scale_mode: str,
+        name: str | None,
+    ) -> None:
+        initial = _arguments.rate("initial_learning_rate", initial_learning_rate)
+        maximal = _arguments.rate("maximal_learning_rate", maximal_learning_rate)
+        if maximal < initial:
+            raise ValueError(
+                "`maximal_learning_rate` must not be below `initial_learning_rate`: a cycle goes "
+                "up first, then down. Received: "
+                f"initial_learning_rate={initial_learning_rate!r}, "
+                f"maximal_learning_rate={maximal_learning_rate!r}. Exchange them."
+            )
+        self.initial_learning_rate = initial
+        self.maximal_learning_rate = maximal
+        self.step_size = _arguments.step_size(step_size)
+        self.scale_mode = _arguments.one_of("scale_mode", scale_mode, ("cycle", "iterations"))
+        self.name = arguments.variable_scope_name(name)
+        self._period = _period(self.step_size)
+
+    def __call__(self, step: Any) -> Any:
+        """The rate of one step.
+
+        Args:
+            step: Integer scalar, a tensor or a Python number. The first step is 0.
+
+        Returns:
+            A float32 scalar tensor.
+        """
+        with keras.name_scope(self.name or type(self).__name__):
+            step = ops.convert_to_tensor(step)
+            cycle, height = self._cycle_and_height(step)
+            scaled_by = cycle if self.scale_mode == "cycle" else step
+            scale = ops.convert_to_tensor(self._scale(ops.cast(scaled_by, "float32")), "float32")
+            amplitude = self.maximal_learning_rate - self.initial_learning_rate
+            return self.initial_learning_rate + amplitude * (height * scale)
+
+    def _cycle_and_height(self, step: Any) -> tuple[Any, Any]:
+        whole, parts = self._period.numerator, self._period.denominator
+        passed = (step % whole) * parts
+        cycle = 1 + (step // whole) * parts + passed // whole
+        distance = ops.absolute(2 * (passed % whole) - whole)
+        return cycle, ops.cast(whole - distance, "float32") / whole
+
+    def _scale(self, x: Any) -> Any:
+        raise NotImplementedError
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments to construct the schedule with again, serializable.
+
+        Returns:
+            A dict.
+        """
+        return {
+            "initial_learning_rate": self.initial_learning_rate,
+            "maximal_learning_rate": self.maximal_learning_rate,
+            "step_size": self.step_size,
+            "scale_mode": self.scale_mode,
+            "name": self.name,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_avg")
+class CyclicalLearningRate(_Cyclical):
+    """Goes up and down between two rates, with triangles scaled by a function of one's own.
+
+    With step `i` counted from 0 and cycles of `2 * step_size` steps counted from 1,
+
+        rate(i) = initial + (maximal - initial) * height(i) * scale_fn(cycle or i)
+
+    where `height` climbs from 0 to 1 in `step_size` steps and comes down in as many.
+
+    Args:
+        initial_learning_rate: Number >= 0. The rate at both ends of a cycle.
+        maximal_learning_rate: Number >= `initial_learning_rate`. The rate amid a cycle, unscaled.
+        step_size: Number in [1, 2**29], in steps: half a cycle. Need not be whole, as in
+            `2 * samples / batch_size`.
+        scale_fn: Function of a float32 scalar tensor that returns a scalar. To be in a config it
+            must be registered by `keras.saving.register_keras_serializable`.
+        scale_mode: `"cycle"` to scale by the number of the cycle, the first of which is 1, or
+            `"iterations"` by the step, the first of which is 0. Default `"cycle"`.
+        name: String. Default `"CyclicalLearningRate"`.
+
+    Raises:
+        TypeError: If `scale_fn` is not callable.
+        ValueError: If another argument is out of range or of another kind; from `get_config`, if
+            `scale_fn` is not registered with Keras.
+
+    Example:
+
+    ```python
+    @keras.saving.register_keras_serializable(package="my_training")
+    def one_over(cycle):
+        return 1.0 / cycle
+
+    rate = keras_avg.schedules.CyclicalLearningRate(0.001, 0.1, step_size=500, scale_fn=one_over)
+    optimizer = keras.optimizers.SGD(rate)
+    ```
+
+    Reference:
+        Smith, Cyclical Learning Rates for Training Neural Networks,
+        https://arxiv.org/abs/1506.01186, section 3.1.
+    """
+
+    def __init__(
+        self,
+        initial_learning_rate: float,
+        maximal_learning_rate: float,
+        step_size: float,
+        scale_fn: Callable[[Any], Any],
+        scale_mode: str = "cycle",
+        name: str | None = "CyclicalLearningRate",
+    ) -> None:
+        super().__init__(initial_learning_rate, maximal_learning_rate, step_size, scale_mode, name)
+        if not callable(scale_fn):
+            raise TypeError(
+                "`scale_fn` must be a function of the cycle or the step. "
+                f"Received: scale_fn={scale_fn!r}."
+            )
+        self.scale_fn = scale_fn
+
+    def _scale(self, x: Any) -> Any:
+        return self.scale_fn(x)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments to construct the schedule with again, serializable.
+
+        Returns:
+            A dict.
+
+        Raises:
+            ValueError: If `scale_fn` is not registered with Keras.
+        """
+        return super().get_config() | {"scale_fn": _serialized(self.scale_fn)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "CyclicalLearningRate":
+        """Construct a schedule from what `get_config` returned.
+
+        Args:
+            config: Dict. Left as it is.
+
+        Returns:
+            A new schedule.
+        """
+        scale_fn = config["scale_fn"]
+        if isinstance(scale_fn, dict):
+            scale_fn = keras.saving.deserialize_keras_object(copy.deepcopy(scale_fn))
+        return cls(**(config | {"scale_fn": scale_fn}))
+
+
+@keras.saving.register_keras_serializable(package="keras_avg")
+class TriangularCyclicalLearningRate(_Cyclical):
+    """Goes up and down between two rates in straight lines, each cycle like the one before.
+
+    See `CyclicalLearningRate`, with a `scale_fn` of 1.
+
+    Args:
+        initial_learning_rate: Number >= 0. The rate at both ends of a cycle.
+        maximal_learning_rate: Number >= `initial_learning_rate`. The rate amid a cycle.
+        step_size: Number in [1, 2**29], in steps: half a cycle.
+        scale_mode: `"cycle"` or `"iterations"`. Makes no difference here. Default `"cycle"`.
+        name: String. Default `"TriangularCyclicalLearningRate"`.
+
+    Raises:
+        ValueError: If an argument is out of range or of another kind.
+
+    Example:
+
+    ```python
+    rate = keras_avg.schedules.TriangularCyclicalLearningRate(0.001, 0.1, step_size=50)
+    # A snapshot at the end of each cycle, where the rate is lowest.
+    optimizer = keras_avg.SWA(
+        keras.optimizers.SGD(rate), start_averaging=100, average_period=100
+    )
+    ```
+
+    Reference:
+        Smith, Cyclical Learning Rates for Training Neural Networks,
+        https://arxiv.org/abs/1506.01186, section 3.1, "triangular".
+    """
+
+    def __init__(
+        self,
+        initial_learning_rate: float,
+        maximal_learning_rate: float,
+        step_size: float,
+        scale_mode: str = "cycle",
+        name: str | None = "TriangularCyclicalLearningRate",
+    ) -> None:
+        super().__init__(initial_learning_rate, maximal_learning_rate, step_size, scale_mode, name)
+
+    def _scale(self, x: Any) -> Any:
+        return 1.0
+
+
+@keras.saving.register_keras_serializable(package="keras_avg")
+class Triangular2CyclicalLearningRate(_Cyclical):
+    """Goes up and down between two rates in straight lines, each cycle half as high as the last.
+
+    See `CyclicalLearningRate`, with a `scale_fn` of `1 / 2**(x - 1)`.
+
+    Args:
+        initial_learning_rate: Number >= 0. The rate at both ends of a cycle.
+        maximal_learning_rate: Number >= `initial_learning_rate`. The rate amid the first cycle.
+        step_size: Number in [1, 2**29], in steps: half a cycle.
+        scale_mode: `"cycle"`, or `"iterations"` to halve with each step. Default `"cycle"`.
+        name: String. Default `"Triangular2CyclicalLearningRate"`.
+
+    Raises:
+        ValueError: If an argument is out of range or of another kind.
+
+    Example:
+
+    ```python
+    rate = keras_avg.schedules.Triangular2CyclicalLearningRate(0.001, 0.1, step_size=500)
+    optimizer = keras.optimizers.SGD(rate)
+    ```
+
+    Reference:
+        Smith, Cyclical Learning Rates for Training Neural Networks,
+        https://arxiv.org/abs/1506.01186, section 3.1, "triangular2".
+    """
+
+    def __init__(
+        self,
+        initial_learning_rate: float,
+        maximal_learning_rate: float,
+        step_size: float,
+        scale_mode: str = "cycle",
+        name: str | None = "Triangular2CyclicalLearningRate",
+    ) -> None:
+        super().__init__(initial_learning_rate, maximal_learning_rate, step_size, scale_mode, name)
+
+    def _scale(self, x: Any) -> Any:
+        return ops.exp2(1.0 - x)
+
+
+@keras.saving.register_keras_serializable(package="keras_avg")
+class ExponentialCyclicalLearningRate(_Cyclical):
+    """Goes up and down between two rates in triangles whose height decays exponentially.
+
+    See `CyclicalLearningRate`, with a `scale_fn` of `gamma**x`.
+
+    Args:
+        initial_learning_rate: Number >= 0. The rate at both ends of a cycle.
+        maximal_learning_rate: Number >= `initial_learning_rate`. The rate amid a cycle, unscaled.
+        step_size: Number in [1, 2**29], in steps: half a cycle.
+        scale_mode: `"iterations"` to decay with each step, the first of which is 0, or `"cycle"`
+            with each cycle, the first of which is 1. Default `"iterations"`.
+        gamma: Number, 0 < gamma <= 1. Default 1, which is no decay.
+        name: String. Default `"ExponentialCyclicalLearningRate"`.
+
+    Raises:
+        ValueError: If an argument is out of range or of another kind.
+
+    Example:
+
+    ```python
+    rate = keras_avg.schedules.ExponentialCyclicalLearningRate(
+        0.001, 0.1, step_size=500, gamma=0.9999
+    )
+    optimizer = keras.optimizers.SGD(rate)
+    ```
+
+    Reference:
+        Smith, Cyclical Learning Rates for Training Neural Networks,
+        https://arxiv.org/abs/1506.01186, section 3.1, "exp_range".
+    """
+
+    def __init__(
+        self,
+        initial_learning_rate: float,
+        maximal_learning_rate: float,
+        step_size: float,
+        scale_mode: str = "iterations",
+        gamma: float = 1.0,
+        name: str | None = "ExponentialCyclicalLearningRate",
+    ) -> None:
+        super().__init__(initial_learning_rate, maximal_learning_rate, step_size, scale_mode, name)
+        if not 0.0 < _arguments.number(gamma) <= 1.0:
+            raise ValueError(
+                "`gamma` must be a number with 0 < gamma <= 1, which the height of the cycle is "
+                f"multiplied by at each step or cycle. Received: gamma={gamma!r}."
+            )
+        self.gamma = float(gamma)
+
+    def _scale(self, x: Any) -> Any:
+        # Rounding gamma to float32 would be wrong by x roundings in gamma**x.
+        return ops.exp(math.log(self.gamma) * x)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments to construct the schedule with again, serializable.
+
+        Returns:
+            A dict.
+        """
+        return super().get_config() | {"gamma": self.gamma}
+
+
+def _period(step_size: int | float) -> fractions.Fraction:
+    """Steps of a cycle, as the nearest fraction whose numbers multiply within int32."""
+    period = 2 * fractions.Fraction(step_size)
+    return period.limit_denominator(math.isqrt(2**30 // math.ceil(period)))
+
+
+def _serialized(function: Any) -> dict[str, Any]:
+    target = function if isinstance(function, types.FunctionType) else type(function)
+    registered_name = keras.saving.get_registered_name(target)
+    if keras.saving.get_registered_object(registered_name) is not target:
+        raise ValueError(
+            "A scale function in a config must be registered, so that whoever loads the config "
+            f"finds it. Received: scale_fn={function!r}. Decorate it with "
+            '`@keras.saving.register_keras_serializable(package="...")`.'
+        )
+    return keras.saving.serialize_keras_object(function)

@@ -1,0 +1,153 @@
+"""The learning rate of stochastic weight averaging: constant once averaging has begun."""
+
+import copy
+import math
+from typing import Any
+
+import keras
+from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule
+
+from keras_avg._optimizers import arguments
+from keras_avg.schedules import _arguments
+
+
+@keras.saving.register_keras_serializable(package="keras_avg")
+class SWALearningRate(LearningRateSchedule):
+    """Follows a schedule up to a step, then anneals to a constant rate and stays there.
+
+    With step `i` counted from 0,
+
+        rate(i) = (1 - a) * schedule(min(i, start_step)) + a * swa_learning_rate
+        a = shape(min(1, (i - start_step) / anneal_steps))       (0 while i < start_step)
+        shape(t) = t  for "linear",  (1 - cos(pi * t)) / 2  for "cos"
+
+    so that the update after `start_step` others still has the schedule's rate, at which the
+    schedule is frozen, and the one `anneal_steps` later is the first with `swa_learning_rate`. With
+    `anneal_steps=0` the rate is `swa_learning_rate` from `start_step` on.
+
+    This is `torch.optim.swa_utils.SWALR` with every step counted and nobody to call: torch's rate
+    after its k-th `step()` is the rate at `start_step + k`.
+
+    Under gradient accumulation Keras' schedules count micro-steps, whereas the steps of `SWA` are
+    updates: multiply `start_step` and `anneal_steps` by `gradient_accumulation_steps`.
+
+    Args:
+        schedule: A `keras.optimizers.schedules.LearningRateSchedule` or a number >= 0. The rate
+            before `start_step`.
+        swa_learning_rate: Number >= 0. The rate at the end; often higher than the schedule's last.
+        start_step: Integer >= 0, in steps, the first of which is 0. Annealing begins from the rate
+            of this step.
+        anneal_steps: Integer >= 0, in steps. How long annealing takes.
+        anneal_strategy: `"cos"` or `"linear"`. Default `"cos"`.
+
+    Raises:
+        ValueError: If an argument is out of range or of another kind.
+
+    Example:
+
+    ```python
+    rate = keras_avg.schedules.SWALearningRate(
+        keras.optimizers.schedules.CosineDecay(0.1, decay_steps=1000),
+        swa_learning_rate=0.05,
+        start_step=750,
+        anneal_steps=50,
+    )
+    optimizer = keras_avg.SWA(keras.optimizers.SGD(rate), start_averaging=800)
+    ```
+
+    Reference:
+        Izmailov et al., Averaging Weights Leads to Wider Optima and Better Generalization,
+        https://arxiv.org/abs/1803.05407, section 3.2.
+    """
+
+    def __init__(
+        self,
+        schedule: Any,
+        swa_learning_rate: float,
+        start_step: int,
+        anneal_steps: int,
+        anneal_strategy: str = "cos",
+    ) -> None:
+        self.schedule = _schedule(schedule)
+        self.swa_learning_rate = _arguments.rate("swa_learning_rate", swa_learning_rate)
+        self.start_step = arguments.whole_number("start_step", start_step, minimum=0)
+        self.anneal_steps = arguments.whole_number("anneal_steps", anneal_steps, minimum=0)
+        self.anneal_strategy = _arguments.one_of(
+            "anneal_strategy", anneal_strategy, ("cos", "linear")
+        )
+
+    def __call__(self, step: Any) -> Any:
+        """The rate of one step.
+
+        Args:
+            step: Integer scalar, a tensor or a Python number. The first step is 0.
+
+        Returns:
+            A float32 scalar tensor.
+        """
+        step = ops.convert_to_tensor(step)
+        before = self.schedule
+        if isinstance(before, LearningRateSchedule):
+            before = before(ops.minimum(step, self.start_step))
+        before = ops.convert_to_tensor(before, "float32")
+        annealed = self._annealed(step)
+        # Not before + a * (after - before), which misses the constant rate by a rounding error.
+        return (1.0 - annealed) * before + annealed * self.swa_learning_rate
+
+    # float32 stops counting at 2**24, so steps stay integers until few are left. And
+    # (1 - cos(pi * t)) / 2 loses the digits of a small t by subtracting from 1; it is
+    #     sin(pi * t / 2)**2
+    # where nothing is subtracted.
+
+    def _annealed(self, step: Any) -> Any:
+        since = step - self.start_step
+        if self.anneal_steps == 0:
+            return ops.cast(since >= 0, "float32")
+        fraction = ops.cast(ops.clip(since, 0, self.anneal_steps), "float32") / self.anneal_steps
+        if self.anneal_strategy == "linear":
+            return fraction
+        return ops.square(ops.sin(math.pi / 2 * fraction))
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments to construct the schedule with again, serializable.
+
+        Returns:
+            A dict.
+        """
+        schedule = self.schedule
+        if isinstance(schedule, LearningRateSchedule):
+            schedule = keras.saving.serialize_keras_object(schedule)
+        return {
+            "schedule": schedule,
+            "swa_learning_rate": self.swa_learning_rate,
+            "start_step": self.start_step,
+            "anneal_steps": self.anneal_steps,
+            "anneal_strategy": self.anneal_strategy,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "SWALearningRate":
+        """Construct a schedule from what `get_config` returned.
+
+        Args:
+            config: Dict. Left as it is.
+
+        Returns:
+            A new schedule.
+        """
+        schedule = config["schedule"]
+        if isinstance(schedule, dict):
+            schedule = keras.saving.deserialize_keras_object(copy.deepcopy(schedule))
+        return cls(**(config | {"schedule": schedule}))
+
+
+def _schedule(value: Any) -> Any:
+    if isinstance(value, LearningRateSchedule):
+        return value
+    if math.isnan(_arguments.number(value)):
+        raise ValueError(
+            "`schedule` must be a LearningRateSchedule or a number >= 0. "
+            f"Received: schedule={value!r}."
+        )
+    return _arguments.rate("schedule", value)
