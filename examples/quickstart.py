@@ -61,60 +61,62 @@ def compile_model(model):
     swa_start = (EPOCHS - SWA_EPOCHS) * TRAIN_SIZE // BATCH_SIZE
     # Weight decay keeps the network from settling where it fits the training data exactly: there
     # the gradients vanish, and nothing is left to average out.
-    sgd = keras.optimizers.SGD(learning_rate=0.1, momentum=0.9, weight_decay=0.01)
+    rate = keras_avg.schedules.SWALearningRate(
+        0.15, swa_learning_rate=0.1, start_step=swa_start // 2, anneal_steps=swa_start // 2
+    )
+    sgd = keras.optimizers.SGD(learning_rate=rate, momentum=0.9, weight_decay=0.01)
     ema = keras_avg.MovingAverage(sgd, average_decay=0.99)
     swa = keras_avg.SWA(ema, start_averaging=swa_start, average_period=10)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=swa, loss=loss, metrics=["accuracy"])
 
 
-def recompute_batch_norm(model, x, batch_size=256):
-    """Replace the batch-normalization statistics by those that the present weights have on `x`.
+class MeasureOtherCopies(keras.callbacks.Callback):
+    """After each epoch, the test accuracy of the copies that the validation metrics leave out."""
 
-    With momentum k / (k + 1) for batch k = 0, 1, ..., the running mean over equal batches is their
-    plain mean. The pass is in training mode: dropout, which this model does not have, would be on.
-    """
-    layers = [la for la in model.layers if isinstance(la, keras.layers.BatchNormalization)]
-    momenta = [layer.momentum for layer in layers]
-    try:
-        for k, batch in enumerate(np.split(x, len(x) // batch_size)):
-            for layer in layers:
-                layer.momentum = k / (k + 1)
-            model(batch, training=True)
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-
-
-class CompareOnTest(keras.callbacks.Callback):
-    """After each epoch, measures the test accuracy of every copy of the weights, in percent."""
-
-    def __init__(self, x_train, x_test, y_test):
+    def __init__(self, x_train, test):
         super().__init__()
-        self.x_train, self.x_test, self.y_test = x_train, x_test, y_test
-        self.curves = {"raw": [], "raw, statistics recomputed": [], "EMA": [], "SWA": []}
+        self.x_train, self.test = x_train, test
+        self.recomputed, self.ema = [], []
 
     def on_epoch_end(self, epoch, logs=None):
-        swa = self.model.optimizer
-        self.curves["raw"].append(self.accuracy())
-        self.curves["raw, statistics recomputed"].append(self.recomputed_accuracy())
-        self.curves["EMA"].append(self.recomputed_accuracy(swa.inner_optimizer))
-        if swa.has_average:
-            self.curves["SWA"].append(self.recomputed_accuracy(swa))
+        self.recomputed.append(self.accuracy())
+        _, ema = keras_avg.averaging_optimizers(self.model)
+        with ema.average_weights():
+            self.ema.append(self.accuracy())
 
     def accuracy(self):
-        logits = self.model.predict_on_batch(self.x_test)
-        return 100 * np.mean(logits.argmax(axis=-1) == self.y_test)
+        """In percent, of the weights in the model, with statistics that belong to them."""
+        statistics = [v.numpy() for v in self.model.non_trainable_variables]
+        keras_avg.update_batch_norm(self.model, self.x_train, batch_size=256, verbose=0)
+        result = self.model.evaluate(*self.test, batch_size=256, verbose=0, return_dict=True)
+        for variable, value in zip(self.model.non_trainable_variables, statistics, strict=True):
+            variable.assign(value)
+        return 100 * result["accuracy"]
 
-    def recomputed_accuracy(self, average=None):
-        raw = self.model.get_weights()
-        try:
-            if average is not None:
-                average.assign_average_vars(self.model.variables)
-            recompute_batch_norm(self.model, self.x_train)
-            return self.accuracy()
-        finally:
-            self.model.set_weights(raw)
+
+def train_with_averages(model, train, test):
+    """Returns the curves of test accuracy over epochs, in percent, for each copy of the weights."""
+    # Raw weights are trained, averages validated. Here the raw weights come back right after.
+    averages = keras_avg.callbacks.SwapAverageWeights(
+        swap_on_epoch=False, batch_norm_data=train[0], log_raw=True
+    )
+    others = MeasureOtherCopies(train[0], test)
+    model.fit(
+        *train,
+        batch_size=BATCH_SIZE,
+        epochs=EPOCHS,
+        validation_data=test,
+        callbacks=[averages, others],
+    )
+    history = model.history.history
+    return {
+        "raw": [100 * accuracy for accuracy in history["val_raw_accuracy"]],
+        "raw, statistics recomputed": others.recomputed,
+        "EMA": others.ema,
+        # Until SWA has a snapshot, the averages that are validated are those inside: EMA's.
+        "SWA": [100 * accuracy for accuracy in history["val_accuracy"][-SWA_EPOCHS:]],
+    }
 
 
 def print_table(curves):
@@ -146,10 +148,11 @@ def state(model):
 
 def trains_on_equally(model, path, train):
     """Save and load `model`, train both for one more epoch, and compare bit for bit."""
-    model.save(path)
+    model.save(path)  # the averages; the raw weights are in the file too
     loaded = keras.saving.load_model(path)
     for each in (model, loaded):
-        each.fit(*train, batch_size=BATCH_SIZE, shuffle=False, verbose=0)
+        averages = keras_avg.callbacks.SwapAverageWeights(batch_norm_data=train[0])
+        each.fit(*train, batch_size=BATCH_SIZE, shuffle=False, verbose=0, callbacks=[averages])
     ours, theirs = state(model), state(loaded)
     return len(ours) == len(theirs) and all(map(np.array_equal, ours, theirs))
 
@@ -165,12 +168,11 @@ def main():
     print(f"\n1. Train (Keras {keras.__version__} on {keras.backend.backend()})\n")
     model = build_model()
     compile_model(model)
-    compare = CompareOnTest(train[0], *test)
-    model.fit(*train, batch_size=BATCH_SIZE, epochs=EPOCHS, callbacks=[compare])
+    curves = train_with_averages(model, train, test)
 
     print(f"\n2. Accuracy in percent on {len(test[0])} test images\n")
-    print_table(compare.curves)
-    draw(compare.curves, out / "accuracy.png")
+    print_table(curves)
+    draw(curves, out / "accuracy.png")
     print(f"\nPicture: {out / 'accuracy.png'}")
 
     print("\n3. Save, load, and train on\n")
