@@ -49,27 +49,6 @@ class Assigns(keras.optimizers.Optimizer):
         self.assign(variable, gradient)
 
 
-class TriangularSchedule(keras.optimizers.schedules.LearningRateSchedule):
-    """Addons' `Triangular2CyclicalLearningRate` with `scale_mode="cycle"`.
-
-    Up from the initial rate and down again in two times `step_size` steps; each triangle is half as
-    high as the one before.
-    """
-
-    def __init__(self, initial_learning_rate, maximal_learning_rate, step_size, scale_mode):
-        assert scale_mode == "cycle"
-        self.initial_learning_rate = initial_learning_rate
-        self.height = maximal_learning_rate - initial_learning_rate
-        self.step_size = step_size
-
-    def __call__(self, step):
-        position = keras.ops.cast(step, "float32") / self.step_size
-        triangle = keras.ops.floor(position / 2)
-        distance_from_top = keras.ops.absolute(position - 2 * triangle - 1)
-        height = self.height * 0.5**triangle
-        return self.initial_learning_rate + height * (1 - distance_from_top)
-
-
 @pytest.fixture(scope="session")
 def note_deviation(record_testsuite_property):
     """Keeps the largest deviation of each family, for those who ask pytest for `--junitxml`."""
@@ -128,8 +107,8 @@ def _inner_optimizer(recorded):
         # in their correction. Keras 3 rounds only the latter: its early steps are 6e-6 too long.
         arguments |= {"beta_1": float(np.float32(0.9)), "beta_2": float(np.float32(0.999))}
     if schedule := recorded.get("learning_rate_schedule"):
-        assert schedule["class"] == "Triangular2CyclicalLearningRate"
-        arguments["learning_rate"] = TriangularSchedule(**schedule["args"])
+        cyclical = getattr(keras_avg.schedules, schedule["class"])
+        arguments["learning_rate"] = cyclical(**schedule["args"])
     return getattr(keras.optimizers, recorded["class"])(**arguments)
 
 

@@ -1,13 +1,12 @@
 """How a wrapper becomes a config and is made from one."""
 
 import copy
-import types
 from collections.abc import Callable
 from typing import Any
 
 import keras
 
-from keras_avg import _keras_internals
+from keras_avg import _keras_internals, _registered_functions
 
 
 class HasConfig:
@@ -33,19 +32,27 @@ class HasConfig:
         Raises:
             ValueError: If a gradient function is not registered with Keras.
         """
-        aggregator = self.gradient_aggregator
+        aggregator, transformers = self.gradient_aggregator, self.gradient_transformers
+        serialize = _registered_functions.serialize
         return {
             "optimizer": _keras_internals.serialize(self.inner_optimizer),
             "sequential_update": self.sequential_update,
             "name": self.name,
             "average_dtype": self.average_dtype,
             "skip_nonfinite": self.skip_nonfinite,
-            "gradient_transformers": [_function(f) for f in self.gradient_transformers] or None,
-            "gradient_aggregator": None if aggregator is None else _function(aggregator),
+            "gradient_transformers": [serialize("gradient_transformers", f) for f in transformers]
+            or None,
+            "gradient_aggregator": aggregator and serialize("gradient_aggregator", aggregator),
             "clipnorm": self.clipnorm,
             "clipvalue": self.clipvalue,
             "global_clipnorm": self.global_clipnorm,
         }
+
+    def _rule(self) -> str:
+        """The arguments that say when and how much is averaged, for messages."""
+        base = HasConfig.get_config(self)
+        own = {k: v for k, v in self.get_config().items() if k not in base}
+        return ", ".join(f"{name}={value!r}" for name, value in own.items())
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict | None = None) -> Any:
@@ -59,18 +66,6 @@ class HasConfig:
             A new wrapper, not built.
         """
         return cls(**{key: _restored(value, custom_objects) for key, value in config.items()})
-
-
-def _function(function: Any) -> dict[str, Any]:
-    target = function if isinstance(function, types.FunctionType) else type(function)
-    registered_name = keras.saving.get_registered_name(target)
-    if keras.saving.get_registered_object(registered_name) is not target:
-        raise ValueError(
-            "A gradient function in a config must be registered, so that whoever loads the config "
-            f"finds it. Received: {function!r}. Decorate it with "
-            '`@keras.saving.register_keras_serializable(package="...")`.'
-        )
-    return keras.saving.serialize_keras_object(function)
 
 
 def _restored(value: Any, custom_objects: dict | None) -> Any:

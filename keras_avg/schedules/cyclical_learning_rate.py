@@ -3,7 +3,6 @@
 import copy
 import fractions
 import math
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import keras
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
+from keras_avg import _registered_functions
 from keras_avg._optimizers import arguments
 from keras_avg.schedules import _arguments
 
@@ -42,13 +42,6 @@ class _Cyclical(LearningRateSchedule):
     ) -> None:
         initial = _arguments.rate("initial_learning_rate", initial_learning_rate)
         maximal = _arguments.rate("maximal_learning_rate", maximal_learning_rate)
-        if maximal < initial:
-            raise ValueError(
-                "`maximal_learning_rate` must not be below `initial_learning_rate`: a cycle goes "
-                "up first, then down. Received: "
-                f"initial_learning_rate={initial_learning_rate!r}, "
-                f"maximal_learning_rate={maximal_learning_rate!r}. Exchange them."
-            )
         self.initial_learning_rate = initial
         self.maximal_learning_rate = maximal
         self.step_size = _arguments.step_size(step_size)
@@ -110,7 +103,8 @@ class CyclicalLearningRate(_Cyclical):
 
     Args:
         initial_learning_rate: Number >= 0. The rate at both ends of a cycle.
-        maximal_learning_rate: Number >= `initial_learning_rate`. The rate amid a cycle, unscaled.
+        maximal_learning_rate: Number >= 0. The rate amid a cycle, unscaled. If it is
+            below `initial_learning_rate`, a cycle goes down first.
         step_size: Number in [1, 2**29], in steps: half a cycle. Need not be whole, as in
             `2 * samples / batch_size`.
         scale_fn: Function of a float32 scalar tensor that returns a scalar. To be in a config it
@@ -169,7 +163,9 @@ class CyclicalLearningRate(_Cyclical):
         Raises:
             ValueError: If `scale_fn` is not registered with Keras.
         """
-        return super().get_config() | {"scale_fn": _serialized(self.scale_fn)}
+        return super().get_config() | {
+            "scale_fn": _registered_functions.serialize("scale_fn", self.scale_fn)
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "CyclicalLearningRate":
@@ -195,7 +191,8 @@ class TriangularCyclicalLearningRate(_Cyclical):
 
     Args:
         initial_learning_rate: Number >= 0. The rate at both ends of a cycle.
-        maximal_learning_rate: Number >= `initial_learning_rate`. The rate amid a cycle.
+        maximal_learning_rate: Number >= 0. The rate amid a cycle. If it is
+            below `initial_learning_rate`, a cycle goes down first.
         step_size: Number in [1, 2**29], in steps: half a cycle.
         scale_mode: `"cycle"` or `"iterations"`. Makes no difference here. Default `"cycle"`.
         name: String. Default `"TriangularCyclicalLearningRate"`.
@@ -240,7 +237,8 @@ class Triangular2CyclicalLearningRate(_Cyclical):
 
     Args:
         initial_learning_rate: Number >= 0. The rate at both ends of a cycle.
-        maximal_learning_rate: Number >= `initial_learning_rate`. The rate amid the first cycle.
+        maximal_learning_rate: Number >= 0. The rate amid the first cycle. If it is
+            below `initial_learning_rate`, a cycle goes down first.
         step_size: Number in [1, 2**29], in steps: half a cycle.
         scale_mode: `"cycle"`, or `"iterations"` to halve with each step. Default `"cycle"`.
         name: String. Default `"Triangular2CyclicalLearningRate"`.
@@ -282,7 +280,8 @@ class ExponentialCyclicalLearningRate(_Cyclical):
 
     Args:
         initial_learning_rate: Number >= 0. The rate at both ends of a cycle.
-        maximal_learning_rate: Number >= `initial_learning_rate`. The rate amid a cycle, unscaled.
+        maximal_learning_rate: Number >= 0. The rate amid a cycle, unscaled. If it is
+            below `initial_learning_rate`, a cycle goes down first.
         step_size: Number in [1, 2**29], in steps: half a cycle.
         scale_mode: `"iterations"` to decay with each step, the first of which is 0, or `"cycle"`
             with each cycle, the first of which is 1. Default `"iterations"`.
@@ -340,15 +339,3 @@ def _period(step_size: int | float) -> fractions.Fraction:
     """Steps of a cycle, as the nearest fraction whose numbers multiply within int32."""
     period = 2 * fractions.Fraction(step_size)
     return period.limit_denominator(math.isqrt(2**30 // math.ceil(period)))
-
-
-def _serialized(function: Any) -> dict[str, Any]:
-    target = function if isinstance(function, types.FunctionType) else type(function)
-    registered_name = keras.saving.get_registered_name(target)
-    if keras.saving.get_registered_object(registered_name) is not target:
-        raise ValueError(
-            "A scale function in a config must be registered, so that whoever loads the config "
-            f"finds it. Received: scale_fn={function!r}. Decorate it with "
-            '`@keras.saving.register_keras_serializable(package="...")`.'
-        )
-    return keras.saving.serialize_keras_object(function)
