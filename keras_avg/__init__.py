@@ -1,8 +1,18 @@
 """Weight averaging for Keras 3, on TensorFlow, JAX and PyTorch."""
 
+from keras_avg import callbacks, schedules
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 from keras_avg._optimizers.finding import averaging_optimizers
 from keras_avg._optimizers.moving_average import MovingAverage
 from keras_avg._optimizers.swa import SWA
+from keras_avg.batch_norm import update_batch_norm
 
-__all__ = ["SWA", "AveragedOptimizerWrapper", "MovingAverage", "averaging_optimizers"]
+__all__ = [
+    "SWA",
+    "AveragedOptimizerWrapper",
+    "MovingAverage",
+    "averaging_optimizers",
+    "callbacks",
+    "schedules",
+    "update_batch_norm",
+]

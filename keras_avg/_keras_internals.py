@@ -138,6 +138,11 @@ def reattach_state(optimizer: Any) -> bool:
     return True
 
 
+def validate_again(model: Any) -> dict[str, float]:
+    """Evaluate on the validation data of the `fit` under way, which only the trainer holds."""
+    return model.evaluate(return_dict=True, verbose=0, _use_cached_eval_dataset=True)
+
+
 def clip_gradients(optimizer: Any, grads: list[Any]) -> list[Any]:
     """Clip as `optimizer`'s `clipnorm`, `clipvalue` or `global_clipnorm` say (sparse ones too)."""
     return list(optimizer._clip_gradients(grads))

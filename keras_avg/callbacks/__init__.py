@@ -1,0 +1,6 @@
+"""Callbacks that evaluate, keep and save the averages while `fit` trains the raw weights."""
+
+from keras_avg.callbacks.average_model_checkpoint import AverageModelCheckpoint
+from keras_avg.callbacks.swap_average_weights import SwapAverageWeights
+
+__all__ = ["AverageModelCheckpoint", "SwapAverageWeights"]

@@ -1,0 +1,96 @@
+"""Checkpoints of the averages."""
+
+import contextlib
+import warnings
+from typing import Any
+
+import keras
+
+from keras_avg._optimizers import finding
+
+
+class AverageModelCheckpoint(keras.callbacks.ModelCheckpoint):
+    """Saves the model with its averages, at the times when `ModelCheckpoint` saves.
+
+    `val_*`, by which `save_best_only` judges, is of the raw weights, unless `SwapAverageWeights` is
+    among the callbacks too: then what is in the model is judged, and saved. Before the first
+    snapshot the raw model is saved, with one warning.
+
+    Args:
+        update_weights: Bool. When a file is written, True assigns the averages to the model, and
+            training goes on from them; the raw weights are gone. False saves the averages and puts
+            the raw weights back; the file holds both, the averages in the model and the raw weights
+            with the optimizer.
+        filepath: String or path, as for `keras.callbacks.ModelCheckpoint`.
+        **kwargs: The other arguments of `keras.callbacks.ModelCheckpoint`.
+
+    Raises:
+        TypeError: When training begins, if the model's optimizer keeps no averages.
+        ValueError: As `keras.callbacks.ModelCheckpoint`.
+
+    Example:
+
+    ```python
+    model.compile(optimizer=keras_avg.SWA("sgd"), loss="mse")
+    checkpoint = keras_avg.callbacks.AverageModelCheckpoint(False, "model.{epoch:02d}.keras")
+    model.fit(x, y, epochs=10, callbacks=[checkpoint])
+    ```
+
+    Reference:
+        `tfa.callbacks.AverageModelCheckpoint` of TensorFlow Addons.
+    """
+
+    def __init__(self, update_weights: bool, filepath: Any, **kwargs: Any) -> None:
+        super().__init__(filepath, **kwargs)
+        self.update_weights = update_weights
+
+    def set_model(self, model: Any) -> None:
+        """Called once at the start of training."""
+        if not finding.averaging_optimizers(model):
+            raise TypeError(
+                "AverageModelCheckpoint is only used when training with MovingAverage or "
+                "StochasticAverage, or another averaging wrapper of keras_avg. Received: "
+                f"optimizer={getattr(model, 'optimizer', None)!r}."
+            )
+        super().set_model(_SavesAverages(model, self.update_weights))
+
+
+class _SavesAverages:
+    """Stands for a model before `ModelCheckpoint`, which decides when to save it."""
+
+    def __init__(self, model: Any, update_weights: bool) -> None:
+        self._model = model
+        self._update_weights = update_weights
+        self._has_warned = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        with self._averages():
+            self._model.save(*args, **kwargs)
+
+    def save_weights(self, *args: Any, **kwargs: Any) -> None:
+        with self._averages():
+            self._model.save_weights(*args, **kwargs)
+
+    def _averages(self) -> contextlib.ExitStack:
+        """Context in which the model holds the averages."""
+        stack = contextlib.ExitStack()
+        wrappers = finding.averaging_optimizers(self._model)
+        if any(wrapper.averages_in_model for wrapper in wrappers):
+            return stack
+        chosen = finding.with_snapshot(self._model.optimizer)
+        if not chosen and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "AverageModelCheckpoint saves raw weights until there is a first snapshot. "
+                f"Received: none yet, after {int(wrappers[0].iterations)} updates.",
+                stacklevel=2,
+            )
+        for wrapper in chosen:
+            if self._update_weights:
+                wrapper.assign_average_vars(self._model.trainable_variables)
+            else:
+                stack.enter_context(wrapper.average_weights())
+        return stack

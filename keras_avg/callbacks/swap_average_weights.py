@@ -1,0 +1,202 @@
+"""Evaluation, and everything that goes by it, with averages."""
+
+import warnings
+from typing import Any
+
+import keras
+
+from keras_avg import _backend, _keras_internals
+from keras_avg._optimizers import finding, swapping
+from keras_avg.batch_norm import statistics, update_batch_norm
+
+
+class SwapAverageWeights(keras.callbacks.Callback):
+    """Puts the averages into the model whenever it is judged, and the raw weights back to train.
+
+    In `fit` the model holds the averages from the start of validation (without validation data:
+    from the end of the epoch) to the beginning of the next epoch. So `val_*` metrics are those of
+    the averages, and `ModelCheckpoint`, `EarlyStopping(restore_best_weights=True)` and
+    `BackupAndRestore` keep the copy that was judged, in whatever order the callbacks stand. A file
+    written meanwhile holds both copies. After training the model holds the averages and the
+    optimizer the raw weights; the next `fit` with this callback goes on from the raw ones. Training
+    is not disturbed: it is bit for bit the same with and without this callback.
+
+    Stand-alone `evaluate` and `predict` with the callback see the averages and leave the model as
+    they found it. Before the first snapshot everybody sees the raw weights.
+
+    The averages are those of the outermost wrapper that has a snapshot, found inside a
+    `LossScaleOptimizer` and among the members of a `MultiOptimizer`.
+
+    Args:
+        swap_on_epoch: Bool. If False, the raw weights come back right after validation, so that
+            callbacks at the end of an epoch keep raw weights. Default True.
+        batch_norm_data: Data as for `keras_avg.update_batch_norm`. If given, the statistics of
+            batch-normalization layers are recomputed for the averages, once per change of these,
+            and go out and come back with them. Default None: the layers keep the statistics of the
+            raw weights.
+        log_raw: Bool. If True, validation is done on the raw weights too: `val_raw_*` stands beside
+            `val_*` in the logs, the history and the progress bar. It takes a second pass over the
+            validation data. Callbacks that read the logs, such as `TensorBoard`, come after this
+            one in the list. Default False.
+        optimizer: One of the model's averaging wrappers, to take the averages from. Default None:
+            the outermost that has a snapshot.
+
+    Raises:
+        ValueError: When used, if the model's optimizer keeps no averages, or `optimizer` is none of
+            its wrappers.
+
+    Example:
+
+    ```python
+    model.compile(optimizer=keras_avg.MovingAverage("adam"), loss="mse")
+    best = keras.callbacks.ModelCheckpoint("best.keras", save_best_only=True)
+    averages = keras_avg.callbacks.SwapAverageWeights()
+    model.fit(x, y, validation_data=(x_val, y_val), epochs=20, callbacks=[averages, best])
+    ```
+
+    Reference:
+        `keras.callbacks.SwapEMAWeights`, for averages that `use_ema` keeps.
+    """
+
+    def __init__(
+        self,
+        swap_on_epoch: bool = True,
+        batch_norm_data: Any = None,
+        log_raw: bool = False,
+        optimizer: Any = None,
+    ) -> None:
+        super().__init__()
+        self.swap_on_epoch = swap_on_epoch
+        self.batch_norm_data = batch_norm_data
+        self.log_raw = log_raw
+        self.optimizer = optimizer
+        self._in_fit = False
+        self._validated = False
+        self._found_averages: bool | None = None  # by a stand-alone evaluation under way
+        self._recomputed: tuple[Any, list[Any]] | None = None  # for which averages, statistics
+
+    def set_model(self, model: Any) -> None:
+        """Called once at the start of each `fit`, `evaluate` or `predict`."""
+        super().set_model(model)
+        self._in_fit = False
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Go on from the raw weights."""
+        self._in_fit, self._found_averages = True, None
+        self._take_averages_out()
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Go on from the raw weights; `BackupAndRestore` may have loaded since training began."""
+        self._validated = False
+        self._take_averages_out()
+
+    def on_test_begin(self, logs: dict | None = None) -> None:
+        """Judge the averages."""
+        self._begin_judging()
+
+    def on_test_end(self, logs: dict | None = None) -> None:
+        """Leave the averages for the callbacks of the epoch's end, or put the raw weights back."""
+        self._validated = self._in_fit
+        self._end_judging()
+
+    def on_predict_begin(self, logs: dict | None = None) -> None:
+        """Predict with the averages."""
+        self._begin_judging()
+
+    def on_predict_end(self, logs: dict | None = None) -> None:
+        """Leave the model as it was found."""
+        self._end_judging()
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Log the raw weights too, if asked; have the averages in the model."""
+        if self.log_raw and self._validated and logs is not None:
+            logs.update(self._raw_logs(logs))
+        if self.swap_on_epoch:
+            self._put_averages_in()
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Leave the averages in the model."""
+        self._put_averages_in()
+        self._in_fit = False
+        if not any(wrapper.has_average for wrapper in self._wrappers()):
+            warnings.warn(self._no_snapshot(), stacklevel=2)
+
+    def _wrappers(self) -> list[Any]:
+        """The wrappers whose averages may be put in. `self.model` also syncs JAX' state."""
+        wrappers = finding.averaging_optimizers(self.model)
+        if not wrappers:
+            raise ValueError(
+                "SwapAverageWeights needs a model whose optimizer keeps averages. Received: "
+                f"optimizer={getattr(self.model, 'optimizer', None)!r}. Compile the model with an "
+                'optimizer such as keras_avg.SWA("adam").'
+            )
+        if self.optimizer is None:
+            return wrappers
+        if not any(wrapper is self.optimizer for wrapper in wrappers):
+            raise ValueError(
+                "The wrapper given to SwapAverageWeights is not at work in the model. Received: "
+                f"optimizer={self.optimizer!r}, and the model has {wrappers!r}."
+            )
+        return [self.optimizer]
+
+    def _chosen(self) -> list[Any]:
+        wrappers = self._wrappers()
+        if self.optimizer is None:
+            return finding.with_snapshot(self.model.optimizer)
+        return [wrapper for wrapper in wrappers if wrapper.has_average]
+
+    def _begin_judging(self) -> None:
+        holding = any(wrapper.averages_in_model for wrapper in self._wrappers())
+        if not self._in_fit and self._found_averages is None:
+            self._found_averages = holding
+        self._put_averages_in()
+
+    def _end_judging(self) -> None:
+        if self._in_fit:
+            back = not self.swap_on_epoch
+        else:
+            back, self._found_averages = not self._found_averages, None
+        if back:
+            self._take_averages_out()
+
+    def _put_averages_in(self) -> None:
+        chosen = [wrapper for wrapper in self._chosen() if not wrapper.averages_in_model]
+        for wrapper in chosen:
+            wrapper.swap_weights()
+        if chosen and self.batch_norm_data is not None:
+            swapping.set_statistics_aside(chosen[0], statistics(self.model))
+            self._set_statistics(tuple((w, w.num_snapshots) for w in chosen))
+
+    def _set_statistics(self, averages: Any) -> None:
+        if self._recomputed is None or self._recomputed[0] != averages:
+            update_batch_norm(self.model, self.batch_norm_data, verbose=0)
+            copies = [_backend.copy(variable) for variable in statistics(self.model)]
+            self._recomputed = averages, copies
+        for variable, value in zip(statistics(self.model), self._recomputed[1], strict=True):
+            variable.assign(_backend.copy(value))
+
+    def _take_averages_out(self) -> None:
+        for wrapper in self._wrappers():
+            if wrapper.averages_in_model:
+                swapping.bind_statistics(wrapper, statistics(self.model))
+                wrapper.swap_weights()
+
+    def _raw_logs(self, logs: dict) -> dict:
+        if self._chosen():
+            self._take_averages_out()
+            raw = _keras_internals.validate_again(self.model)
+            if self.swap_on_epoch:
+                self._put_averages_in()
+        else:
+            raw = {k.removeprefix("val_"): v for k, v in logs.items() if k.startswith("val_")}
+        return {f"val_raw_{name}": value for name, value in raw.items()}
+
+    def _no_snapshot(self) -> str:
+        rules = "; ".join(
+            f"{wrapper.name!r} ({wrapper._rule()}) after {int(wrapper.iterations)} updates"
+            for wrapper in self._wrappers()
+        )
+        return (
+            "Training ended without a snapshot, so the model holds the raw weights. Received: "
+            f"{rules}. Train longer, or let averaging start earlier."
+        )

@@ -1,0 +1,425 @@
+"""Averages are judged, kept and saved; raw weights are trained; neither disturbs the other."""
+
+import keras
+import numpy as np
+import pytest
+import small_training as small
+from keras import optimizers
+
+import keras_avg
+from keras_avg import SWA, MovingAverage
+from keras_avg.callbacks import AverageModelCheckpoint, SwapAverageWeights, swap_average_weights
+
+VALIDATION = (small.X[:20], small.Y[:20])
+TOLERANCE = 1e-6  # of a loss computed twice on the same weights, in batches of another size
+
+
+def swa():
+    return SWA(MovingAverage(optimizers.Adam(0.02)), start_averaging=3, average_period=2)
+
+
+def fit(model, *callbacks, epochs=3, **arguments):
+    arguments = {"validation_data": VALIDATION} | arguments
+    return small.fit(model, epochs=epochs, callbacks=list(callbacks), **arguments)
+
+
+def trainable(model):
+    return [small.numpy(v) for v in model.trainable_variables]
+
+
+def averages(model):
+    return small.slots(keras_avg.averaging_optimizers(model)[0], model.trainable_variables)
+
+
+def loss(model):
+    return model.evaluate(*VALIDATION, verbose=0)
+
+
+class Records(keras.callbacks.Callback):
+    """What the model holds at each hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def _see(self, hook):
+        (wrapper, *_) = keras_avg.averaging_optimizers(self.model)
+        self.seen.append((hook, wrapper.averages_in_model))
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._see("epoch begins")
+
+    def on_test_begin(self, logs=None):
+        self._see("validation begins")
+
+    def on_test_end(self, logs=None):
+        self._see("validation ends")
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._see("epoch ends")
+
+    def on_train_end(self, logs=None):
+        self._see("training ends")
+
+
+class TestWhatTheModelHolds:
+    def test_averages_from_validation_to_the_next_epoch(self):
+        records = Records()
+        fit(small.model(swa()), SwapAverageWeights(), records, epochs=2)
+        epoch = [
+            ("epoch begins", False),
+            ("validation begins", True),
+            ("validation ends", True),
+            ("epoch ends", True),
+        ]
+        assert records.seen == [*epoch, *epoch, ("training ends", True)]
+
+    def test_raw_weights_again_after_validation_if_asked(self):
+        records = Records()
+        fit(small.model(swa()), SwapAverageWeights(swap_on_epoch=False), records, epochs=1)
+        assert records.seen == [
+            ("epoch begins", False),
+            ("validation begins", True),
+            ("validation ends", False),
+            ("epoch ends", False),
+            ("training ends", True),
+        ]
+
+    def test_averages_from_the_end_of_the_epoch_without_validation(self):
+        records = Records()
+        callbacks = [SwapAverageWeights(), records]
+        fit(small.model(swa()), *callbacks, epochs=2, validation_data=None)
+        epoch = [("epoch begins", False), ("epoch ends", True)]
+        assert records.seen == [*epoch, *epoch, ("training ends", True)]
+
+    def test_validation_metrics_are_those_of_the_averages(self):
+        model = fit(small.model(swa()), SwapAverageWeights())
+        assert model.optimizer.averages_in_model
+        small.assert_same_bits(trainable(model), averages(model))
+        logged = model.history.history["val_loss"][-1]
+        np.testing.assert_allclose(logged, loss(model), rtol=TOLERANCE)
+
+    def test_the_next_fit_goes_on_from_the_raw_weights(self):
+        through, twice = small.model(swa()), small.model(swa())
+        fit(through, SwapAverageWeights(), epochs=4)
+        for _ in range(2):
+            fit(twice, SwapAverageWeights(), epochs=2)
+        small.assert_same_bits(twice.get_weights(), through.get_weights())
+
+
+@pytest.mark.parametrize("epoch_end", [True, False])
+@pytest.mark.parametrize("validation", [VALIDATION, None], ids=["validated", "not validated"])
+def test_training_is_not_disturbed(epoch_end, validation):
+    plain = fit(small.model(swa()), validation_data=validation)
+    callback = SwapAverageWeights(swap_on_epoch=epoch_end, batch_norm_data=small.X)
+    judged = fit(small.model(swa()), callback, validation_data=validation)
+
+    judged.optimizer.swap_weights()
+
+    small.assert_same_bits(judged.get_weights(), plain.get_weights())
+    small.assert_same_bits(judged.optimizer.get_weights(), plain.optimizer.get_weights())
+
+
+class TestStandAlone:
+    def test_evaluate_and_predict_see_averages_and_leave_raw_weights(self):
+        model = fit(small.model(swa()))
+        raw, raw_loss = model.get_weights(), loss(model)
+        with model.optimizer.average_weights():
+            average_loss = loss(model)
+            average_prediction = model.predict(small.X, verbose=0)
+        assert abs(average_loss - raw_loss) > 1e-4
+
+        callback = SwapAverageWeights()
+        seen = model.evaluate(*VALIDATION, verbose=0, callbacks=[callback])
+        prediction = model.predict(small.X, verbose=0, callbacks=[callback])
+
+        assert seen == average_loss
+        np.testing.assert_array_equal(prediction, average_prediction)
+        assert not model.optimizer.averages_in_model
+        small.assert_same_bits(model.get_weights(), raw)
+
+    def test_averages_that_were_in_the_model_stay(self):
+        model = fit(small.model(swa()), SwapAverageWeights())
+        model.evaluate(*VALIDATION, verbose=0, callbacks=[SwapAverageWeights()])
+        model.predict(small.X, verbose=0, callbacks=[SwapAverageWeights()])
+        assert model.optimizer.averages_in_model
+
+    def test_the_use_after_an_exception_puts_it_right(self):
+        model = fit(small.model(swa()))
+        raw = model.get_weights()
+        callback = SwapAverageWeights()
+
+        class Fails(keras.callbacks.Callback):
+            def on_test_batch_end(self, batch, logs=None):
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            model.evaluate(*VALIDATION, verbose=0, callbacks=[callback, Fails()])
+        if keras.backend.backend() == "jax":  # where Keras leaves the model without values
+            model.jax_state_sync()
+        assert model.optimizer.averages_in_model
+
+        model.evaluate(*VALIDATION, verbose=0, callbacks=[callback])
+
+        assert not model.optimizer.averages_in_model
+        small.assert_same_bits(model.get_weights(), raw)
+
+
+class TestBeforeTheFirstSnapshot:
+    def test_everybody_sees_raw_weights(self):
+        model = small.model(SWA("adam", start_averaging=1000))
+        records = Records()
+        with pytest.warns(UserWarning, match=r"without a snapshot.*=1000.*6 updates"):
+            fit(model, SwapAverageWeights(), records, epochs=1)
+        assert not any(averages_in for _, averages_in in records.seen)
+
+    def test_of_nested_wrappers_the_outermost_with_a_snapshot_is_taken(self):
+        moving_average = MovingAverage("adam")
+        model = small.model(SWA(moving_average, start_averaging=8))
+        seen = []
+
+        class Looks(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None):
+                seen.append((moving_average.averages_in_model, model.optimizer.averages_in_model))
+
+        fit(model, SwapAverageWeights(), Looks(), epochs=2)
+        assert seen == [(True, False), (False, True)]
+
+    def test_or_the_one_that_is_named(self):
+        moving_average = MovingAverage("adam")
+        model = small.model(SWA(moving_average, 0, 1))
+        fit(model, SwapAverageWeights(optimizer=moving_average))
+        assert moving_average.averages_in_model
+        assert not model.optimizer.averages_in_model
+
+
+class TestWrappersAreFound:
+    def test_under_a_loss_scale_optimizer(self, dtype_policy):
+        dtype_policy("mixed_float16")
+        model = fit(small.model(SWA("adam", 0, 1)), SwapAverageWeights())
+        assert isinstance(model.optimizer, optimizers.LossScaleOptimizer)
+        assert model.optimizer.inner_optimizer.averages_in_model
+
+    @pytest.mark.skipif(
+        not hasattr(optimizers, "MultiOptimizer"), reason="MultiOptimizer came with Keras 3.15"
+    )
+    def test_among_the_members_of_a_multi_optimizer(self):
+        members = optimizers.OptimizerMap(SWA("sgd", 0, 1), {".*bias": MovingAverage("adam")})
+        model = fit(small.model(optimizers.MultiOptimizer(members)), SwapAverageWeights())
+        assert all(w.averages_in_model for w in keras_avg.averaging_optimizers(model))
+
+    def test_none_is_an_error(self):
+        with pytest.raises(ValueError, match="SwapAverageWeights needs a model whose optimizer"):
+            fit(small.model("sgd"), SwapAverageWeights())
+        with pytest.raises(ValueError, match="is not at work in the model"):
+            fit(small.model(SWA("sgd")), SwapAverageWeights(optimizer=SWA("sgd")))
+
+
+class TestTogetherWithOtherCallbacks:
+    @pytest.mark.parametrize("first", [True, False])
+    def test_the_best_checkpoint_has_the_loss_that_was_logged(self, first, tmp_path):
+        path = tmp_path / "best.keras"
+        checkpoint = keras.callbacks.ModelCheckpoint(str(path), save_best_only=True)
+        callbacks = [SwapAverageWeights(), checkpoint]
+        model = fit(small.model(swa()), *(callbacks if first else callbacks[::-1]), epochs=4)
+
+        loaded = keras.saving.load_model(path)
+
+        best = min(model.history.history["val_loss"])
+        np.testing.assert_allclose(loss(loaded), best, rtol=TOLERANCE)
+        assert loaded.optimizer.averages_in_model
+        small.assert_same_bits(trainable(loaded), averages(loaded))
+        fit(loaded, SwapAverageWeights())  # goes on
+
+    @pytest.mark.parametrize("first", [True, False])
+    def test_early_stopping_restores_the_averages_that_were_best(self, first):
+        stopping = keras.callbacks.EarlyStopping(
+            patience=1, restore_best_weights=True, baseline=None, min_delta=0.0
+        )
+        rising = keras.callbacks.LearningRateScheduler(lambda epoch: 0.001 * 30.0**epoch)
+        callbacks = [SwapAverageWeights(), stopping]
+        optimizer = MovingAverage(optimizers.SGD(0.001), average_decay=0.5)
+        model = small.model(optimizer)
+
+        fit(model, rising, *(callbacks if first else callbacks[::-1]), epochs=10)
+
+        history = model.history.history["val_loss"]
+        assert len(history) < 10
+        np.testing.assert_allclose(loss(model), min(history), rtol=TOLERANCE)
+
+    @pytest.mark.parametrize("first", [True, False])
+    def test_a_backup_resumes_from_the_raw_weights(self, first, tmp_path):
+        class Dies(keras.callbacks.Callback):
+            def on_train_batch_begin(self, batch, logs=None):
+                if self.epoch == 2 and batch == 3:
+                    raise KeyboardInterrupt
+
+            def on_epoch_begin(self, epoch, logs=None):
+                self.epoch = epoch
+
+        def callbacks():
+            backup = keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+            pair = [SwapAverageWeights(batch_norm_data=small.X), backup]
+            return pair if first else pair[::-1]
+
+        undisturbed = fit(small.model(swa()), SwapAverageWeights(batch_norm_data=small.X), epochs=4)
+        with pytest.raises(KeyboardInterrupt):
+            fit(small.model(swa()), *callbacks(), Dies(), epochs=4)
+        resumed = fit(small.model(swa()), *callbacks(), epochs=4)
+
+        for model in (undisturbed, resumed):
+            model.optimizer.swap_weights()
+        small.assert_same_bits(resumed.get_weights(), undisturbed.get_weights())
+        small.assert_same_bits(resumed.optimizer.get_weights(), undisturbed.optimizer.get_weights())
+
+    def test_a_rate_that_follows_the_averages(self):
+        plateau = keras.callbacks.ReduceLROnPlateau(patience=0, min_delta=1e9, factor=0.5)
+        model = small.model(MovingAverage(optimizers.SGD(0.1)))
+        fit(model, SwapAverageWeights(), plateau, epochs=3)
+        np.testing.assert_allclose(model.optimizer.learning_rate, 0.1 * 0.5**2)
+
+    def test_several_steps_per_execution(self):
+        if keras.backend.backend() == "torch":
+            pytest.skip("torch runs one step per execution")
+        one = fit(small.model(swa()), SwapAverageWeights())
+        three = fit(small.model(swa(), steps_per_execution=3), SwapAverageWeights())
+        assert three.optimizer.num_snapshots == one.optimizer.num_snapshots
+        small.assert_same_bits(averages(three), averages(one))
+
+
+class TestLogRaw:
+    def test_both_copies_are_logged(self):
+        raw = fit(small.model(swa())).history.history
+        model = fit(small.model(swa()), SwapAverageWeights(log_raw=True))
+        both = model.history.history
+
+        assert set(both) == {"loss", "val_loss", "val_raw_loss"}
+        np.testing.assert_allclose(both["val_raw_loss"], raw["val_loss"], rtol=TOLERANCE)
+        assert np.all(np.abs(np.subtract(both["val_loss"], both["val_raw_loss"]))[1:] > 0)
+        assert model.optimizer.averages_in_model
+
+    def test_they_are_the_same_before_the_first_snapshot(self):
+        model = small.model(SWA("adam", start_averaging=8))
+        history = fit(model, SwapAverageWeights(log_raw=True), epochs=2).history.history
+        assert history["val_loss"][0] == history["val_raw_loss"][0]
+        assert history["val_loss"][1] != history["val_raw_loss"][1]
+
+    def test_the_progress_bar_shows_both(self, capsys):
+        fit(small.model(swa()), SwapAverageWeights(log_raw=True), verbose=2)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "val_loss" in line]
+        assert len(lines) == 3
+        assert all("val_raw_loss" in line for line in lines)
+
+    def test_not_without_validation(self):
+        model = small.model(swa())
+        fit(model, SwapAverageWeights(log_raw=True), validation_data=None)
+        assert set(model.history.history) == {"loss"}
+
+
+class TestBatchNormalization:
+    def test_statistics_are_those_of_the_averages_and_go_out_with_them(self):
+        model = fit(small.model(swa()), SwapAverageWeights(batch_norm_data=small.X))
+        norm = model.get_layer("norm")
+        seen = [small.numpy(norm.moving_mean), small.numpy(norm.moving_variance)]
+
+        keras_avg.update_batch_norm(model, small.X)
+        expected = [small.numpy(norm.moving_mean), small.numpy(norm.moving_variance)]
+        small.assert_same_bits(seen, expected)
+
+        model.optimizer.swap_weights()
+        plain = fit(small.model(swa()))
+        small.assert_same_bits(model.get_weights(), plain.get_weights())
+
+    def test_they_are_recomputed_once_for_each_average(self, monkeypatch):
+        passes = []
+
+        def counted(*args, **kwargs):
+            passes.append(1)
+            keras_avg.update_batch_norm(*args, **kwargs)
+
+        monkeypatch.setattr(swap_average_weights, "update_batch_norm", counted)
+        callback = SwapAverageWeights(batch_norm_data=small.X)
+        model = fit(small.model(swa()), callback, epochs=2)
+        assert len(passes) == 2
+        for _ in range(2):
+            model.evaluate(*VALIDATION, verbose=0, callbacks=[callback])
+        assert len(passes) == 2
+
+    def test_a_file_brings_the_raw_statistics_back(self, tmp_path):
+        model = fit(small.model(swa()), SwapAverageWeights(batch_norm_data=small.X))
+        model.save(tmp_path / "model.keras")
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        with pytest.raises(RuntimeError, match="SwapAverageWeights"):
+            loaded.optimizer.swap_weights()
+
+        for each in (model, loaded):
+            fit(each, SwapAverageWeights(batch_norm_data=small.X))
+
+        small.assert_same_bits(loaded.get_weights(), model.get_weights())
+        small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
+
+
+class TestAverageModelCheckpoint:
+    def test_without_an_averaging_optimizer_it_is_a_type_error(self, tmp_path):
+        callback = AverageModelCheckpoint(True, str(tmp_path / "m.keras"))
+        with pytest.raises(TypeError, match="AverageModelCheckpoint is only used when training"):
+            fit(small.model("rmsprop"), callback)
+
+    def test_a_file_of_the_averages_and_raw_weights_in_training(self, tmp_path):
+        plain = fit(small.model(swa()))
+        callback = AverageModelCheckpoint(False, tmp_path / "m.{epoch}.keras")
+
+        model = fit(small.model(swa()), callback)
+
+        small.assert_same_bits(model.get_weights(), plain.get_weights())
+        saved = keras.saving.load_model(tmp_path / "m.3.keras")
+        small.assert_same_bits(trainable(saved), averages(model))
+        saved.optimizer.swap_weights()
+        small.assert_same_bits(saved.get_weights(), model.get_weights())
+
+    def test_training_goes_on_from_the_averages_if_asked(self, tmp_path):
+        callback = AverageModelCheckpoint(True, tmp_path / "m.{epoch}.keras")
+
+        model = fit(small.model(swa()), callback, epochs=1)
+
+        small.assert_same_bits(trainable(model), averages(model))
+        saved = keras.saving.load_model(tmp_path / "m.1.keras")
+        small.assert_same_bits(saved.get_weights(), model.get_weights())
+        assert not saved.optimizer.averages_in_model
+
+    def test_nothing_is_assigned_when_nothing_is_written(self, tmp_path):
+        plain = fit(small.model(swa()))
+        callback = AverageModelCheckpoint(
+            True, tmp_path / "m.keras", save_best_only=True, initial_value_threshold=-1.0
+        )
+        model = fit(small.model(swa()), callback)
+        small.assert_same_bits(model.get_weights(), plain.get_weights())
+        assert not (tmp_path / "m.keras").exists()
+
+    def test_before_the_first_snapshot_raw_weights_are_saved_with_one_warning(self, tmp_path):
+        callback = AverageModelCheckpoint(False, tmp_path / "m.{epoch}.keras")
+        with pytest.warns(UserWarning, match="raw weights until there is a first") as warned:
+            model = fit(small.model(SWA("adam", 1000)), callback)
+        assert len([w for w in warned if "first snapshot" in str(w.message)]) == 1
+        saved = keras.saving.load_model(tmp_path / "m.3.keras")
+        small.assert_same_bits(saved.get_weights(), model.get_weights())
+
+    def test_every_few_batches(self, tmp_path):
+        callback = AverageModelCheckpoint(
+            False, tmp_path / "m.weights.h5", save_freq=4, save_weights_only=True
+        )
+        plain = fit(small.model(swa()), epochs=1)
+        model = fit(small.model(swa()), callback, epochs=1)
+        assert (tmp_path / "m.weights.h5").exists()
+        small.assert_same_bits(model.get_weights(), plain.get_weights())
+
+    def test_together_with_swapping_what_is_judged_is_saved(self, tmp_path):
+        callback = AverageModelCheckpoint(False, tmp_path / "m.keras", save_best_only=True)
+        model = fit(small.model(swa()), callback, SwapAverageWeights(), epochs=3)
+        saved = keras.saving.load_model(tmp_path / "m.keras")
+        best = min(model.history.history["val_loss"])
+        np.testing.assert_allclose(loss(saved), best, rtol=TOLERANCE)
+
+    def test_a_frequency_that_means_nothing_is_refused_as_in_keras(self):
+        with pytest.raises(ValueError, match="Unrecognized save_freq"):
+            AverageModelCheckpoint(True, "m.keras", save_freq="batch")
