@@ -13,8 +13,12 @@ FRAMEWORKS = {
     "jax": "jax==0.10.*",
     "torch": "torch==2.13.0",
 }
-# Tested where they can be installed without a second framework.
-NEED_JAX = ["flax==0.12.*", "orbax-checkpoint==0.12.*"]
+# What a few tests take beside, where it can be installed without a second framework.
+BESIDE = {
+    "tensorflow": ["tensorboard==2.21.*"],
+    "jax": ["flax==0.12.*", "orbax-checkpoint==0.12.*"],
+    "torch": [],
+}
 
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 OLDEST_KERAS = re.fullmatch(r"keras>=([\d.]+)", PROJECT["dependencies"][0])[1]
@@ -52,7 +56,7 @@ def quickstart(session):
 
 def run_tests(session, backend, keras):
     """Runs the tests on the installed wheel: `pytest` leaves the working folder out of the path."""
-    needs = [f"keras=={keras}", FRAMEWORKS[backend], *(NEED_JAX if backend == "jax" else [])]
+    needs = [f"keras=={keras}", FRAMEWORKS[backend], *BESIDE[backend]]
     session.install(".", *needs, *tools("pytest", "pytest-xdist", "hypothesis"))
     expect_no_framework_but(session, backend)
     session.run("pytest", "-n", "2", "tests", *session.posargs, env=environment(backend))

@@ -423,3 +423,53 @@ class TestAverageModelCheckpoint:
     def test_a_frequency_that_means_nothing_is_refused_as_in_keras(self):
         with pytest.raises(ValueError, match="Unrecognized save_freq"):
             AverageModelCheckpoint(True, "m.keras", save_freq="batch")
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="Orbax is installed where JAX is")
+class TestOrbax:
+    def restored(self, folder, swap_on_epoch):
+        """A model trained with Orbax checkpoints, and the last of them, loaded."""
+        orbax = keras.callbacks.OrbaxCheckpoint(
+            str(folder), save_freq="epoch", save_on_background=False
+        )
+        swap = SwapAverageWeights(swap_on_epoch=swap_on_epoch)
+        # Not a Sequential model: Keras 3.15 names its variables otherwise when it loads one from
+        # Orbax, finds none of them in the checkpoint, and says nothing.
+        inputs = keras.Input((5,))
+        trained = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Dense(6)(inputs)))
+        trained.compile(swa(), "mse")
+        fit(trained, swap, orbax, epochs=2)
+        return trained, keras.saving.load_model(str(folder))
+
+    def test_a_checkpoint_of_raw_weights_resumes(self, tmp_path):
+        trained, other = self.restored(tmp_path / "orbax", swap_on_epoch=False)
+        trained.optimizer.swap_weights()
+        small.assert_same_bits(other.get_weights(), trained.get_weights())
+        small.assert_same_bits(other.optimizer.get_weights(), trained.optimizer.get_weights())
+
+    def test_a_checkpoint_of_averages_has_lost_the_raw_weights_and_says_so(self, tmp_path):
+        _, other = self.restored(tmp_path / "orbax", swap_on_epoch=True)
+        assert other.optimizer.averages_in_model
+        with pytest.raises(RuntimeError, match="does not carry them"):
+            fit(other, SwapAverageWeights())
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="TensorBoard writes through TensorFlow"
+)
+def test_tensorboard_shows_both_copies(tmp_path):
+    pytest.importorskip("tensorboard")
+    import tensorflow as tf
+
+    board = keras.callbacks.TensorBoard(str(tmp_path))
+    model = fit(small.model(swa()), SwapAverageWeights(log_raw=True), board)
+
+    shown = {}
+    for file in tmp_path.glob("validation/*"):
+        for event in tf.compat.v1.train.summary_iterator(str(file)):
+            for value in event.summary.value:
+                shown.setdefault(value.tag, []).append(float(tf.make_ndarray(value.tensor)))
+
+    history = model.history.history
+    np.testing.assert_allclose(shown["epoch_loss"], history["val_loss"], rtol=TOLERANCE)
+    np.testing.assert_allclose(shown["epoch_raw_loss"], history["val_raw_loss"], rtol=TOLERANCE)

@@ -1,0 +1,49 @@
+"""Trains with a backup at each epoch, kills itself if told when, and writes what it came to.
+
+python train_and_be_killed.py FOLDER RESULT [EPOCH BATCH]
+"""
+
+import os
+import pathlib
+import signal
+import sys
+
+import keras
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+import small_training as small
+
+import keras_avg
+
+
+class Kills(keras.callbacks.Callback):
+    def __init__(self, epoch, batch):
+        super().__init__()
+        self.at, self.epoch = (epoch, batch), None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.epoch, batch) == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(folder, result, *when):
+    inner = keras_avg.MovingAverage(keras.optimizers.Adam(0.02))
+    model = small.model(keras_avg.SWA(inner, start_averaging=3, average_period=2))
+    callbacks = [
+        keras_avg.callbacks.SwapAverageWeights(batch_norm_data=small.X),
+        keras.callbacks.BackupAndRestore(os.path.join(folder, "backup")),
+    ]
+    if when:
+        callbacks.append(Kills(*map(int, when)))
+    validation = (small.X[:20], small.Y[:20])
+    small.fit(model, epochs=4, validation_data=validation, callbacks=callbacks)
+    model.optimizer.swap_weights()
+    arrays = [*model.get_weights(), *model.optimizer.get_weights()]
+    np.savez(result, *arrays)
+
+
+main(*sys.argv[1:])

@@ -1,0 +1,39 @@
+"""What takes processes of their own: being killed, and several devices."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+PROGRAMS = pathlib.Path(__file__).parent / "programs"
+
+
+def run(program, *arguments):
+    command = [sys.executable, PROGRAMS / program, *map(str, arguments)]
+    return subprocess.run(command, timeout=300, capture_output=True, text=True, check=False)
+
+
+def test_training_killed_in_the_middle_of_an_epoch_ends_where_it_would_have(tmp_path):
+    undisturbed = run("train_and_be_killed.py", tmp_path / "one", tmp_path / "one.npz")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+
+    killed = run("train_and_be_killed.py", tmp_path / "two", tmp_path / "two.npz", 2, 3)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    restarted = run("train_and_be_killed.py", tmp_path / "two", tmp_path / "two.npz")
+    assert restarted.returncode == 0, restarted.stderr
+
+    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
+        assert len(one.files) == len(two.files) > 0
+        for name in one.files:
+            np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="keras.distribution is for JAX")
+@pytest.mark.parametrize("kind", ["data", "model"])
+def test_sharded_averages_are_swapped_and_saved_where_they_lie(kind, tmp_path):
+    finished = run("swap_sharded.py", tmp_path, kind)
+    assert finished.returncode == 0, finished.stderr
