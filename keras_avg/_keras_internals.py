@@ -13,7 +13,7 @@ from typing import Any
 
 import keras
 from keras.src.trainers import data_adapters
-from keras.src.utils import torch_utils, tracking
+from keras.src.utils import tracking
 
 JAX_STATE = (
     "trainable_variables",
@@ -192,11 +192,6 @@ def batches(adapter: Any) -> Iterator[Any]:
         yield getattr(adapter, f"get_{kinds[keras.backend.backend()]}")()
     finally:
         adapter.on_epoch_end()  # ends a PyDataset's workers
-
-
-def without_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Torch remembers everything for the way back, unless told that there is none."""
-    return torch_utils.no_grad(function) if keras.backend.backend() == "torch" else function
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_avg import _keras_internals
+from keras_avg import _backend, _keras_internals
 from keras_avg._optimizers import arguments
 
 
@@ -45,8 +45,8 @@ def update_batch_norm(
     statistics. `renorm=True` layers are normalized by the batch's moments alone; their statistics
     for training, `renorm_mean` and `renorm_stddev`, stay. `synchronized=True` makes no difference,
     since the pass runs in one process on whole batches: each process pools the data it is given.
-    The pass runs eagerly; layers inside compiled code (a `call` decorated with `tf.function` or
-    `jax.jit`) cannot be followed there.
+    The pass runs eagerly, also what is decorated with `tf.function`; layers inside loops and
+    functions that are compiled all the same (`jax.jit`) are refused.
 
     Args:
         model: Keras model or layer. One not built is built on the first batch.
@@ -63,8 +63,9 @@ def update_batch_norm(
 
     Raises:
         ValueError: If there is no data, or no end of it and no `steps`; if `batch_size`, `steps`
-            or `verbose` is out of range; or if a subclass of BatchNormalization does not compute
-            its moments by the inherited method, so that they cannot be known.
+            or `verbose` is out of range; or if the moments of a layer cannot be known, because a
+            subclass of BatchNormalization does not compute them by the inherited method, or
+            because the layer is called in compiled code.
 
     Example:
 
@@ -105,7 +106,7 @@ class _Pool:
     def __init__(self, layer: Any) -> None:
         self._layer = layer
         self._calls = 0
-        self._moments: list[tuple[Any, ...]] = []
+        self._reductions = 0
         self._count: Any = 0.0
         self._mean: Any = 0.0
         self._squares: Any = 0.0  # sum of squared deviations from the mean
@@ -114,9 +115,9 @@ class _Pool:
     def filling(self) -> Iterator[None]:
         """Let the layer run as a plain one in training mode, and listen."""
         layer, flags = self._layer, ("renorm", "synchronized")
-        before = {name: getattr(layer, name) for name in flags}
+        before = {name: getattr(layer, name) for name in flags if hasattr(layer, name)}
         try:
-            for name in flags:
+            for name in before:
                 setattr(layer, name, False)
             with _keras_internals.in_training_mode(layer, self._on_call, self._on_moments):
                 yield
@@ -127,24 +128,29 @@ class _Pool:
     def _on_call(self) -> None:
         self._calls += 1
 
-    def _on_moments(self, *moments: Any) -> None:
-        inputs, mask, mean, variance = moments
-        self._moments.append((ops.shape(inputs), mask, mean, variance))
+    def _on_moments(self, inputs: Any, mask: Any, mean: Any, variance: Any) -> None:
+        self._reductions += 1
+        try:
+            arrays = _array(mean), _array(variance)
+        except (TypeError, NotImplementedError) as error:
+            # In the middle of tracing, so that no compiled code is kept that has training mode in.
+            raise ValueError(
+                f"The moments of {self._layer.path!r} cannot be known. Received: a call from "
+                "compiled code, or from a loop that is compiled. Call the layer outside of it, or "
+                "set its `trainable = False` to keep its statistics."
+            ) from error
+        self._add(self._elements(ops.shape(inputs), mask), *arrays)
 
-    def take_in(self) -> None:
-        """Add what was heard since the last time. Not at once, which would stop devices' queues."""
-        if self._calls != len(self._moments):
+    def check(self) -> None:
+        """Refuse a layer whose calls go past the method that is listened to."""
+        if self._calls != self._reductions:
             raise ValueError(
                 f"The moments of {self._layer.path!r}, of type {type(self._layer).__name__}, "
                 "cannot be known: it does not compute them once a call by the method that it has "
-                f"from BatchNormalization. Received: {len(self._moments)} moments in {self._calls} "
-                "calls. Let its `call` take `training` and pass it to `super().call`, or set its "
-                "`trainable = False` to keep its statistics."
+                f"from BatchNormalization. Received: moments {self._reductions} times in "
+                f"{self._calls} calls. Let its `call` take `training` and pass it to "
+                "`super().call`, or set its `trainable = False` to keep its statistics."
             )
-        for shape, mask, mean, variance in self._moments:
-            self._add(self._elements(shape, mask), _array(mean), _array(variance))
-        self._calls = 0
-        self._moments.clear()
 
     def _elements(self, shape: tuple[int, ...], mask: Any) -> Any:
         """How many elements a call reduced for each channel: a mask stands for the last axis."""
@@ -183,12 +189,14 @@ class _Pool:
         variance = self._squares / np.maximum(self._count, 1)
         _assign(layer.moving_mean, self._mean, self._count)
         _assign(layer.moving_variance, variance, self._count)
-        if layer.renorm:  # which derives the variance from this one at the next training step
+        if getattr(
+            layer, "renorm", False
+        ):  # which derives the variance from this one at the next training step
             _assign(layer.moving_stddev, np.sqrt(variance + layer.epsilon), self._count)
 
 
 def _filled_pools(model: Any, batches: Iterator[Any]) -> list[_Pool]:
-    infer = _keras_internals.without_gradients(lambda inputs: model(inputs, training=False))
+    infer = _backend.eager_inference(lambda inputs: model(inputs, training=False))
     first = next(batches)
     if not _is_built(model):
         with keras.StatelessScope():
@@ -202,7 +210,7 @@ def _filled_pools(model: Any, batches: Iterator[Any]) -> list[_Pool]:
             with scope:
                 infer(inputs)
             for pool in pools:
-                pool.take_in()
+                pool.check()
     return pools
 
 
@@ -221,7 +229,10 @@ def _layers_to_update(model: Any) -> list[Any]:
 def _adapter(x: Any, batch_size: int | None, steps: int | None) -> Any:
     if x is None or (isinstance(x, list | tuple | dict) and not x):
         raise _no_data(f"x={x!r}")
-    adapter = _keras_internals.data_adapter(x, batch_size, steps)
+    try:
+        adapter = _keras_internals.data_adapter(x, batch_size, steps)
+    except IndexError as error:  # of older Keras, which looks at a generator's first batch here
+        raise _no_data("data that yields no batch") from error
     if adapter.num_batches == 0:
         shapes = keras.tree.map_structure(lambda part: getattr(part, "shape", part), x)
         raise _no_data(f"x of type {type(x).__name__} with no batches: {shapes}")

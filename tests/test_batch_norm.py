@@ -1,5 +1,6 @@
 """Statistics recomputed by one pass: exact pools of each call's moments, and nothing else moves."""
 
+import inspect
 import itertools
 
 import keras
@@ -438,7 +439,39 @@ class TestNothingElseMoves:
         assert np.all(np.abs(after[0] - before[0]) < 0.2)  # momentum 0.99, six steps
 
 
+class Compiled(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.norm = layers.BatchNormalization()
+        self.compiled = compiled(lambda inputs: self.norm(inputs))
+
+    def call(self, inputs):
+        return self.compiled(inputs)
+
+
+def compiled(function):
+    """As the framework's users do it themselves."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function)
+    if BACKEND == "jax":
+        import jax
+
+        return jax.jit(function)
+    import torch
+
+    return torch.compile(function, backend="eager")
+
+
+has_renorm = pytest.mark.skipif(
+    "renorm" not in inspect.signature(layers.BatchNormalization).parameters,
+    reason="renorm came with a later Keras",
+)
+
+
 class TestVariants:
+    @has_renorm
     def test_renorm_layers_are_normalized_by_the_batch_alone(self):
         norm, second = layers.BatchNormalization(renorm=True), layers.BatchNormalization()
         model = sequential(norm, second)
@@ -453,6 +486,7 @@ class TestVariants:
         assert_statistics(second, *whole_data(np.concatenate(outputs)))
         assert_unchanged(model, before, but=[norm, second])
 
+    @has_renorm
     def test_the_next_training_step_of_a_renorm_layer_starts_from_the_new_variance(self):
         norm = layers.BatchNormalization(renorm=True, momentum=1.0)
         model = sequential(norm)
@@ -504,6 +538,38 @@ class TestVariants:
             ):
                 update(model, X)
             assert_unchanged(model, before)
+
+    @pytest.mark.parametrize("called_before", [False, True])
+    @pytest.mark.skipif(BACKEND == "jax", reason="state cannot change in a jax.jit of one's own")
+    def test_a_compiled_call_is_followed_and_leaves_no_compiled_training_mode(self, called_before):
+        model = Compiled()
+        model.norm.build((None, 5))
+        if called_before:
+            model(X[:8])
+        model.built = True
+
+        update(model, X, batch_size=8)
+
+        assert_statistics(model.norm, *whole_data(X))
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(model(X[:8])),
+            ops.convert_to_numpy(model.norm(X[:8], training=False)),
+            rtol=TOLERANCE,
+            atol=TOLERANCE,
+        )
+
+    @pytest.mark.skipif(BACKEND != "jax", reason="about jax.jit")
+    def test_a_call_from_jax_jit_is_refused_by_name_and_leaves_no_compiled_training_mode(self):
+        model = Compiled()
+        model.norm.build((None, 5))
+        model.built = True
+        before = everything(model)
+
+        with pytest.raises(ValueError, match="compiled code"):
+            update(model, X, batch_size=8)
+
+        assert_unchanged(model, before)
+        np.testing.assert_allclose(model(X[:8]), model.norm(X[:8]), rtol=TOLERANCE, atol=TOLERANCE)
 
     @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
     def test_mixed_precision_computes_moments_in_float32(self, policy):

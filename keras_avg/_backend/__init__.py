@@ -24,6 +24,9 @@ Each file defines the same names with the same signatures, in the same order:
   multi-tensor update in place where the framework has one.
 * `start_averages(updates, averages, variables)`: gives the averages the variables' values if there
   has been no update yet. To be called before the step; on JAX that takes saying so.
+* `eager_inference(function)`: `function`, run without gradients and without the compiled copies
+  of what it calls, nor leaving any. Torch checks by itself that a copy still fits; JAX has no
+  such switch but one that takes the kernels of `jax.numpy` apart, too.
 """
 
 import keras
@@ -35,6 +38,7 @@ if keras.backend.backend() == "tensorflow":
         assign_if,
         concrete,
         copy,
+        eager_inference,
         lerp,
         lerp_if,
         scalar,
@@ -48,6 +52,7 @@ elif keras.backend.backend() == "jax":
         assign_if,
         concrete,
         copy,
+        eager_inference,
         lerp,
         lerp_if,
         scalar,
@@ -61,6 +66,7 @@ elif keras.backend.backend() == "torch":
         assign_if,
         concrete,
         copy,
+        eager_inference,
         lerp,
         lerp_if,
         scalar,
@@ -79,6 +85,7 @@ __all__ = [
     "assign_if",
     "concrete",
     "copy",
+    "eager_inference",
     "lerp",
     "lerp_if",
     "scalar",

@@ -113,3 +113,15 @@ def lerp_if(
 
 def start_averages(updates: Any, averages: Sequence[Any], variables: Sequence[Any]) -> None:
     assign_if(updates == 0, averages, variables, lambda a, v: [copy(value) for value in v])
+
+
+def eager_inference(function: Callable[..., Any]) -> Callable[..., Any]:
+    def eager(*args: Any) -> Any:
+        before = tf.config.functions_run_eagerly()
+        tf.config.run_functions_eagerly(True)
+        try:
+            return function(*args)
+        finally:
+            tf.config.run_functions_eagerly(before)
+
+    return eager

@@ -123,5 +123,9 @@ def start_averages(updates: Any, averages: Sequence[Any], variables: Sequence[An
     assign_if(updates == 0, averages, variables, lambda a, v: [copy(value) for value in v])
 
 
+def eager_inference(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.no_grad()(function)
+
+
 def _tensor(variable: Any) -> torch.Tensor:
     return variable.value if isinstance(variable, keras.Variable) else variable
