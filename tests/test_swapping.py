@@ -175,6 +175,22 @@ class TestTrainingWhileSwapped:
         moving_average.swap_weights()
 
 
+def test_a_new_optimizer_starts_from_the_averages_that_another_left_in_the_model():
+    model = trained()
+    first = model.optimizer
+    first.swap_weights()
+    second = SWA("sgd", 0, 1)
+    model.compile(second, "mse")
+
+    small.fit(model, epochs=1)
+    raw = trainable(model)
+    second.swap_weights()
+    second.swap_weights()
+
+    small.assert_same_bits(trainable(model), raw)
+    assert first.averages_in_model  # for all it knows
+
+
 class TestFilesWrittenWhileSwapped:
     @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
     @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from keras_avg._optimizers.configuration import HasConfig
 from keras_avg._optimizers.forwarding import ForwardsToInnerOptimizer
 from keras_avg._optimizers.raw_values import RawValues
 from keras_avg._optimizers.storage import StoresOwnVariables
-from keras_avg._optimizers.swapping import SwapsWeights
+from keras_avg._optimizers.swapping import SwapsWeights, supersede
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
@@ -151,6 +151,7 @@ class AveragedOptimizerWrapper(
         arguments.refuse_accumulating_members(self.inner_optimizer, kind)
         self._clock = _backend.Counter(_keras_internals.step_counter(self))
         self._add_own_variables(variables)
+        supersede(variables)
         super().build(variables)
 
     def apply(self, grads: list[Any], trainable_variables: list[Any] | None = None) -> None:

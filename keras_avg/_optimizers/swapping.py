@@ -157,14 +157,32 @@ class SwapsWeights(HasAverages):
         return int(ops.convert_to_numpy(self.iterations))
 
 
+def supersede(variables: list[Any]) -> None:
+    """Let a new optimizer have variables that hold another's averages: they are its start.
+
+    So it is when a model is compiled anew after `SwapAverageWeights` left the averages in it. The
+    other keeps its raw values, but is no longer in the way.
+    """
+    for other in _holding(variables):
+        _WRAPPERS_IN_A_MODEL.discard(other)
+
+
 def _refuse_second_swap(wrapper: Any, variables: list[Any]) -> None:
+    for other in _holding(variables):
+        raise RuntimeError(
+            f"The model holds the averages of '{other.name}' already. Received: swap_weights() "
+            f"of '{wrapper.name}'. Swap the first back before."
+        )
+
+
+def _holding(variables: list[Any]) -> list[Any]:
+    """The wrappers whose averages are in some of the variables."""
     ours = {id(variable) for variable in variables}
-    for other in _WRAPPERS_IN_A_MODEL:
-        if any(id(variable) in ours for variable in other._raw.variables):
-            raise RuntimeError(
-                f"The model holds the averages of '{other.name}' already. Received: swap_weights() "
-                f"of '{wrapper.name}'. Swap the first back before."
-            )
+    return [
+        wrapper
+        for wrapper in list(_WRAPPERS_IN_A_MODEL)
+        if any(id(variable) in ours for variable in wrapper._raw.variables)
+    ]
 
 
 def bind_statistics(wrapper: Any, variables: list[Any]) -> None:
