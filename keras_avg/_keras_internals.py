@@ -31,8 +31,15 @@ def share_step_counter(wrapper: Any, inner_optimizer: Any) -> None:
     Every Keras optimizer makes a counter when it is constructed. A wrapper's would be a second
     truth about the same thing, and its path (`SWA/iteration`) would stand twice in a state tree
     that holds two wrappers of one name.
+
+    The list of variables is a new one: TensorFlow refuses to save an object from whose list an
+    element was taken.
     """
-    wrapper._untrack_variable(wrapper._iterations)
+    tracker = wrapper._tracker
+    is_variable, _ = tracker.config["variables"]
+    wrapper._variables = []
+    tracker.config["variables"] = (is_variable, wrapper._variables)
+    tracker.stored_ids["variables"] = set()
     wrapper._iterations = inner_optimizer._iterations
 
 
@@ -110,6 +117,8 @@ def _colocated(optimizer: Any, variable: Any) -> Iterator[None]:
 
 def is_purged(variable: Any) -> bool:
     """Whether the JAX trainer has taken the value away for the time of an epoch."""
+    if not isinstance(variable, keras.Variable):  # a `tf.Variable`
+        return False
     return variable._value is None and variable._initializer is None
 
 

@@ -217,7 +217,7 @@ class TestAverages:
         optimizer, variable = SWA("sgd"), variable_of([1.0])
         optimizer.build([variable])
         assert optimizer.get_slot(variable, "average").shape == variable.shape
-        with pytest.raises(ValueError, match="slot_name='momentum'"):
+        with pytest.raises(ValueError, match="name='momentum'"):
             optimizer.get_slot(variable, "momentum")
         with pytest.raises(ValueError, match="not built with this variable"):
             optimizer.get_slot(variable_of([1.0]), "average")
@@ -255,6 +255,20 @@ class TestAverages:
         average = optimizer.get_slot(variable, "average")
         assert average.dtype == "float64"
         np.testing.assert_allclose(average, [13 / 3], rtol=1e-15)
+
+    @pytest.mark.skipif(keras.backend.backend() == "jax", reason="JAX has float64 only with x64")
+    @pytest.mark.parametrize("arguments", [{"dynamic_decay": True}, {"start_step": 1}])
+    def test_float64_decays_keep_their_digits(self, arguments):
+        optimizer = MovingAverage(optimizers.SGD(1.0), average_decay=0.1, **arguments)
+        variable = variable_of([0.0], "float64")
+
+        small.apply(optimizer, [variable], [[-1.0]], times=3)  # 1, 2, 3
+
+        decays = [0.0 if "start_step" in arguments else 0.1, 0.1, 0.1]
+        expected = 0.0
+        for value, decay in zip([1.0, 2.0, 3.0], decays, strict=True):
+            expected = decay * expected + (1 - decay) * value
+        np.testing.assert_allclose(optimizer.get_slot(variable, "average"), [expected], rtol=1e-15)
 
     @pytest.mark.skipif(keras.backend.backend() != "jax", reason="others always have float64")
     def test_float64_averages_on_jax_without_x64_are_refused(self):

@@ -287,6 +287,42 @@ class TestTogetherWithOtherCallbacks:
         small.assert_same_bits(averages(three), averages(one))
 
 
+def test_the_callback_may_be_used_inside_its_own_fit():
+    seen = []
+    callback = SwapAverageWeights()
+
+    class Predicts(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append(keras_avg.averaging_optimizers(self.model)[0].averages_in_model)
+            self.model.predict(small.X, verbose=0, callbacks=[callback])
+
+    fit(small.model(SWA("sgd", 0, 1)), callback, Predicts())
+    assert seen == [True, True, True]
+
+
+def test_statistics_are_recomputed_after_other_weights_were_loaded(tmp_path):
+    def trained_after(callback):
+        model = small.model(MovingAverage("sgd"))
+        model.optimizer.build(model.trainable_variables)
+        model.save_weights(tmp_path / "initial.weights.h5")
+        fit(model, callback, epochs=1)
+        model.load_weights(tmp_path / "initial.weights.h5")
+        model.fit(
+            -3 * small.X, small.Y, batch_size=8, verbose=0, shuffle=False, callbacks=[callback]
+        )
+        return model.get_weights()
+
+    class Forgets(SwapAverageWeights):
+        def on_epoch_begin(self, epoch, logs=None):
+            super().on_epoch_begin(epoch, logs)
+            self._recomputed = None
+
+    small.assert_same_bits(
+        trained_after(SwapAverageWeights(batch_norm_data=small.X)),
+        trained_after(Forgets(batch_norm_data=small.X)),
+    )
+
+
 class TestLogRaw:
     def test_both_copies_are_logged(self):
         raw = fit(small.model(swa())).history.history

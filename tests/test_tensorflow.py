@@ -97,3 +97,28 @@ def test_native_variables_in_a_custom_loop():
     np.testing.assert_allclose(optimizer.get_slot(variable, "average"), [0.75, 1.75])
     optimizer.assign_average_vars([variable])
     np.testing.assert_allclose(variable, [0.75, 1.75], rtol=TOLERANCE)
+
+
+def test_a_model_is_exported_and_checkpointed(tmp_path):
+    import tensorflow as tf
+
+    model = small.fit(small.model(SWA(MovingAverage("adam"), 0, 2)))
+    with model.optimizer.average_weights():
+        expected = model.predict(small.X, verbose=0)
+        model.export(tmp_path / "exported", verbose=False)
+    exported = tf.saved_model.load(str(tmp_path / "exported"))
+    served = exported.serve(tf.constant(small.X))
+    np.testing.assert_allclose(served, expected, rtol=1e-5, atol=1e-5)
+    tf.train.Checkpoint(model=model).save(str(tmp_path / "checkpoint"))
+
+
+def test_native_variables_are_swapped():
+    import tensorflow as tf
+
+    variable = tf.Variable([1.0, 2.0])
+    optimizer = MovingAverage(optimizers.SGD(2.0), average_decay=0.5)
+    optimizer.apply([tf.constant([0.1, 0.1])], [variable])
+    raw = variable.numpy()
+    with optimizer.average_weights():
+        np.testing.assert_allclose(variable, [0.9, 1.9], rtol=TOLERANCE)
+    np.testing.assert_array_equal(variable, raw)

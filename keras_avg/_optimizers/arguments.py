@@ -1,6 +1,7 @@
 """What the wrappers' constructors accept. A check returns the value to keep or says what to do."""
 
 import copy
+import numbers
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -98,7 +99,7 @@ def fraction(argument: str, value: Any) -> float:
 def truth(argument: str, value: Any, meant: str = "") -> bool:
     if isinstance(value, bool):
         return value
-    if meant and isinstance(value, int | float):
+    if meant and isinstance(value, numbers.Real):
         meant = f" Did you mean {meant}={value!r}? Pass it by name."
     else:
         meant = ""
@@ -167,8 +168,10 @@ def set_rate(optimizer: Any, wrapper: str, rate: dict[str, Any]) -> None:
         return
     decay = _non_negative("decay", rate.get("decay", 0.0))
     given = rate.get("learning_rate", rate.get("lr"))
+    if given is None and not decay:
+        return
     start = optimizer.learning_rate if given is None else given
-    settable = isinstance(start, keras.Variable | float | int)
+    settable = isinstance(start, keras.Variable | numbers.Real)
     if decay and not settable:
         raise ValueError(
             f"`decay` turns a constant learning rate into InverseTimeDecay, but the rate is a "

@@ -120,12 +120,12 @@ class HasAverages:
         """Whether there has been a snapshot. For use outside compiled code."""
         return self.num_snapshots > 0
 
-    def get_slot(self, var: Any, slot_name: str) -> Any:
+    def get_slot(self, var: Any, name: str) -> Any:
         """The variable that holds the average of `var`: shape of `var`, dtype of the averages.
 
         Args:
             var: A variable that the optimizer was built with.
-            slot_name: `"average"`.
+            name: `"average"`.
 
         Returns:
             A variable; None for one that its gradient overwrites (float8 scales).
@@ -134,8 +134,8 @@ class HasAverages:
             ValueError: If there is no such slot, or `var` is not one of the variables.
         """
         self._check_built("get_slot")
-        if slot_name != "average":
-            raise ValueError(f"Received: slot_name={slot_name!r}. The slots are: 'average'.")
+        if name != "average":
+            raise ValueError(f"Received: name={name!r}. The slots are: 'average'.")
         if _keras_internals.variable_index(self, var) is None:
             raise ValueError(
                 f"'{self.name}' was not built with this variable. Received: var={var!r}. Pass one "

@@ -86,7 +86,7 @@ class MovingAverage(AveragedOptimizerWrapper):
         average_period = arguments.whole_number("average_period", average_period, minimum=1)
         super().__init__(optimizer, sequential_update, name, **kwargs)
         self.average_decay = average_decay
-        self.num_updates = num_updates
+        self.num_updates = None if num_updates is None else int(num_updates)
         self.start_step = start_step
         self.dynamic_decay = dynamic_decay
         self.average_period = average_period
@@ -107,7 +107,7 @@ class MovingAverage(AveragedOptimizerWrapper):
         if self.start_step == 0:
             return weight
         dtype = _backend.widest_float()
-        return ops.where(step < self.start_step, ops.ones((), dtype), ops.cast(weight, dtype))
+        return ops.where(step < self.start_step, ops.ones((), dtype), _tensor(weight))
 
     def _weight_over_period(self, step: Any) -> Any:
         if isinstance(self.average_decay, float) and not self.dynamic_decay:
@@ -119,14 +119,15 @@ class MovingAverage(AveragedOptimizerWrapper):
         return -ops.expm1(self.average_period * ops.log1p(-weight))
 
     def _weight_of_one_step(self, step: Any) -> Any:
-        dtype = _backend.widest_float()
         if isinstance(self.average_decay, LearningRateSchedule):
-            weight = 1.0 - ops.cast(self.average_decay(step), dtype)
+            weight = 1.0 - _tensor(self.average_decay(step))
         else:
-            weight = 1.0 - self.average_decay
+            weight = _tensor(1.0 - self.average_decay)
         if self.dynamic_decay:
-            steps = ops.cast(ops.maximum(step - self.start_step, 0), dtype)
-            weight = ops.maximum(weight, 9.0 / (10.0 + steps))
+            steps = ops.cast(ops.maximum(step - self.start_step, 0), _backend.widest_float())
+            warming = 9.0 / (10.0 + steps)
+            # Not `ops.maximum`, which makes float32 of two float64 on torch.
+            weight = ops.where(weight > warming, weight, warming)
         return weight
 
     def get_config(self) -> dict[str, Any]:
@@ -140,6 +141,11 @@ class MovingAverage(AveragedOptimizerWrapper):
             "dynamic_decay": self.dynamic_decay,
             "average_period": self.average_period,
         }
+
+
+def _tensor(weight: Any) -> Any:
+    # Not `ops.cast`, which takes a Python float through float32.
+    return ops.convert_to_tensor(weight, _backend.widest_float())
 
 
 def _decay(value: Any) -> Any:

@@ -32,7 +32,6 @@ class StoresOwnVariables:
     _own_variables: dict[str, Any]
     _raw_or_refuse: Callable[[], RawValues]
     _hold: Callable[[RawValues | None], None]
-    _known_in_model: Callable[[], bool | None]
     _averages_and_variables: Callable[[], tuple[list[Any], list[Any]]]
 
     def _add_own_variables(self, variables: list[Any]) -> None:
@@ -96,7 +95,8 @@ class StoresOwnVariables:
         values = {str(i): weight for i, weight in enumerate(weights)}
         _check_fit(self.name, variables, values)
         _assign(variables, values)
-        self._known_in_model()
+        if not self.averages_in_model:
+            self._hold(None)
 
     def save_own_variables(self, store: MutableMapping[str, Any]) -> None:
         """Write the wrapper's own variables, and the raw values if the averages are in the model.

@@ -28,7 +28,10 @@ class SwapsWeights(HasAverages):
         if not self.built:
             return False
         check_attached(self._own_variables.values())
-        return self._known_in_model() is True
+        held = self._known_in_model() is True
+        if not held and self._raw is not None:
+            self._hold(None)  # a state from outside the swap was restored over it
+        return held
 
     def swap_weights(self) -> None:
         """Exchange the raw and the averaged values in the model; twice gives every raw bit back.
@@ -121,8 +124,6 @@ class SwapsWeights(HasAverages):
         flag = _backend.concrete(self._swapped.read())
         if flag is None:
             return self._raw is not None
-        if not flag and self._raw is not None:
-            self._hold(None)  # a state from outside the swap was restored over it
         return bool(flag)
 
     def _raw_or_refuse(self) -> RawValues:

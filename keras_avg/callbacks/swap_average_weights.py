@@ -82,12 +82,12 @@ class SwapAverageWeights(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Go on from the raw weights."""
-        self._in_fit, self._found_averages = True, None
+        self._in_fit, self._found_averages, self._recomputed = True, None, None
         self._take_averages_out()
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Go on from the raw weights; `BackupAndRestore` may have loaded since training began."""
-        self._validated = False
+        self._in_fit, self._validated = True, False
         self._take_averages_out()
 
     def on_test_begin(self, logs: dict | None = None) -> None:
@@ -176,7 +176,8 @@ class SwapAverageWeights(keras.callbacks.Callback):
             variable.assign(_backend.copy(value))
 
     def _take_averages_out(self) -> None:
-        for wrapper in self._wrappers():
+        self._wrappers()  # refuses a model without any
+        for wrapper in finding.averaging_optimizers(self.model):
             if wrapper.averages_in_model:
                 swapping.bind_statistics(wrapper, statistics(self.model))
                 wrapper.swap_weights()
