@@ -89,7 +89,7 @@ def update_batch_norm(
     if _is_built(model) and not _layers_to_update(model):
         return
     adapter = _adapter(x, batch_size, steps)
-    with _keras_internals.batches(adapter) as data:
+    with _backend.random_state_kept(), _keras_internals.batches(adapter) as data:
         pools = _filled_pools(model, _inputs(data, adapter.num_batches, steps, verbose))
     for pool in pools:
         pool.assign()

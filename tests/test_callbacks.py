@@ -120,6 +120,14 @@ def test_training_is_not_disturbed(epoch_end, validation):
     small.assert_same_bits(judged.optimizer.get_weights(), plain.optimizer.get_weights())
 
 
+@pytest.mark.parametrize("arguments", [{"batch_norm_data": small.X}, {"log_raw": True}])
+def test_the_order_of_later_batches_does_not_change(arguments):
+    plain = fit(small.model(swa()), shuffle=True)
+    judged = fit(small.model(swa()), SwapAverageWeights(**arguments), shuffle=True)
+    judged.optimizer.swap_weights()
+    small.assert_same_bits(judged.get_weights(), plain.get_weights())
+
+
 class TestStandAlone:
     def test_evaluate_and_predict_see_averages_and_leave_raw_weights(self):
         model = fit(small.model(swa()))

@@ -24,6 +24,8 @@ Each file defines the same names with the same signatures, in the same order:
   multi-tensor update in place where the framework has one.
 * `start_averages(updates, averages, variables)`: gives the averages the variables' values if there
   has been no update yet. To be called before the step; on JAX that takes saying so.
+* `random_state_kept()`: context after which the global generator is as before. On torch every pass
+  over data draws from it, and the order of later batches would change.
 * `eager_inference(function)`: `function`, run without gradients and without the compiled copies
   of what it calls, nor leaving any. Torch checks by itself that a copy still fits; JAX has no
   such switch but one that takes the kernels of `jax.numpy` apart, too.
@@ -41,6 +43,7 @@ if keras.backend.backend() == "tensorflow":
         eager_inference,
         lerp,
         lerp_if,
+        random_state_kept,
         scalar,
         start_averages,
         widest_float,
@@ -55,6 +58,7 @@ elif keras.backend.backend() == "jax":
         eager_inference,
         lerp,
         lerp_if,
+        random_state_kept,
         scalar,
         start_averages,
         widest_float,
@@ -69,6 +73,7 @@ elif keras.backend.backend() == "torch":
         eager_inference,
         lerp,
         lerp_if,
+        random_state_kept,
         scalar,
         start_averages,
         widest_float,
@@ -88,6 +93,7 @@ __all__ = [
     "eager_inference",
     "lerp",
     "lerp_if",
+    "random_state_kept",
     "scalar",
     "start_averages",
     "widest_float",

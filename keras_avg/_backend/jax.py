@@ -1,5 +1,6 @@
 """The vocabulary on JAX: no assignment inside a branch, every `cond` returns values."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -102,6 +103,10 @@ def start_averages(updates: Any, averages: Sequence[Any], variables: Sequence[An
         average.assign(value)
     for variable in variables:
         variable.assign(jnp.where(never, jnp.zeros((), variable.dtype), variable.value))
+
+
+def random_state_kept() -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext()
 
 
 def eager_inference(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 """The vocabulary on TensorFlow: a `cond` around assignments, on every replica of a strategy."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,6 +114,10 @@ def lerp_if(
 
 def start_averages(updates: Any, averages: Sequence[Any], variables: Sequence[Any]) -> None:
     assign_if(updates == 0, averages, variables, lambda a, v: [copy(value) for value in v])
+
+
+def random_state_kept() -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext()
 
 
 def eager_inference(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 What asks for a Python number stays outside a compiled graph, `torch.compile` breaks there.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -121,6 +122,10 @@ def lerp_if(
 
 def start_averages(updates: Any, averages: Sequence[Any], variables: Sequence[Any]) -> None:
     assign_if(updates == 0, averages, variables, lambda a, v: [copy(value) for value in v])
+
+
+def random_state_kept() -> contextlib.AbstractContextManager:
+    return torch.random.fork_rng(devices=[])
 
 
 def eager_inference(function: Callable[..., Any]) -> Callable[..., Any]:

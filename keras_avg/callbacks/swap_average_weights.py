@@ -185,7 +185,8 @@ class SwapAverageWeights(keras.callbacks.Callback):
     def _raw_logs(self, logs: dict) -> dict:
         if self._chosen():
             self._take_averages_out()
-            raw = _keras_internals.validate_again(self.model)
+            with _backend.random_state_kept():
+                raw = _keras_internals.validate_again(self.model)
             if self.swap_on_epoch:
                 self._put_averages_in()
         else:
