@@ -42,6 +42,7 @@ def test_no_two_variables_share_a_buffer(optimizer):
         lambda optimizer: optimizer.has_average,
         lambda optimizer: optimizer.get_weights(),
         lambda optimizer: optimizer.save_own_variables({}),
+        lambda optimizer: optimizer.set_weights([]),
     ],
 )
 def test_members_that_need_variables_say_how_to_get_them_during_an_epoch(use):

@@ -91,6 +91,7 @@ class StoresOwnVariables:
                 f"{self.name} has no variables to set before it is built. Call "
                 "`optimizer.build(model.trainable_variables)`, or take a first step."
             )
+        check_attached(self.variables)
         variables = {str(i): variable for i, variable in enumerate(self.variables)}
         values = {str(i): weight for i, weight in enumerate(weights)}
         _check_fit(self.name, variables, values)
