@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.trainers import data_adapters
 from keras.src.utils import tracking
 
@@ -116,10 +117,20 @@ def _colocated(optimizer: Any, variable: Any) -> Iterator[None]:
 
 
 def is_purged(variable: Any) -> bool:
-    """Whether the JAX trainer has taken the value away for the time of an epoch."""
-    if not isinstance(variable, keras.Variable):  # a `tf.Variable`
+    """Whether the JAX trainer has taken the value away for the time of an epoch.
+
+    False inside a `StatelessScope` that has another value for it.
+    """
+    if not isinstance(variable, keras.Variable):
         return False
-    return variable._value is None and variable._initializer is None
+    if stored_value(variable) is not None or variable._initializer is not None:
+        return False
+    return not in_stateless_scope() or get_stateless_scope().get_current_value(variable) is None
+
+
+def stored_value(variable: Any) -> Any:
+    """What the variable itself holds, whatever a `StatelessScope` has in its place; or None."""
+    return variable._value if isinstance(variable, keras.Variable) else variable  # `tf.Variable`
 
 
 def reattach_state(optimizer: Any) -> bool:
@@ -145,6 +156,19 @@ def reattach_state(optimizer: Any) -> bool:
             model._jax_state_synced = False
             model.jax_state_sync()
     return True
+
+
+def models_being_loaded() -> Iterator[Any]:
+    """The models on whose behalf Keras is loading at the moment, innermost call first.
+
+    A loading optimizer is handed its own part of a file only. Where variables of the model stand in
+    it, the model is in the frames of its callers.
+    """
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        if isinstance(model := frame.f_locals.get("saveable"), keras.Model):
+            yield model
+        frame = frame.f_back
 
 
 def validate_again(model: Any) -> dict[str, float]:

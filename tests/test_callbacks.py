@@ -389,11 +389,37 @@ class TestBatchNormalization:
             model.evaluate(*VALIDATION, verbose=0, callbacks=[callback])
         assert len(passes) == 2
 
-    def test_a_file_brings_the_raw_statistics_back(self, tmp_path):
+    @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
+    def test_a_file_brings_the_raw_statistics_back(self, name, tmp_path):
         model = fit(small.model(swa()), SwapAverageWeights(batch_norm_data=small.X))
-        model.save(tmp_path / "model.keras")
-        loaded = keras.saving.load_model(tmp_path / "model.keras")
-        with pytest.raises(RuntimeError, match="SwapAverageWeights"):
+        if name == "model.keras":
+            model.save(tmp_path / name)
+            loaded = keras.saving.load_model(tmp_path / name)
+        else:
+            model.save_weights(tmp_path / name)
+            loaded = small.model(swa())
+            loaded.optimizer.build(loaded.trainable_variables)
+            loaded.load_weights(tmp_path / name)
+        small.assert_same_bits(loaded.get_weights(), model.get_weights())
+
+        for each in (model, loaded):
+            each.optimizer.swap_weights()
+        small.assert_same_bits(loaded.get_weights(), model.get_weights())
+
+        for each in (model, loaded):
+            fit(each)
+        small.assert_same_bits(loaded.get_weights(), model.get_weights())
+        small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
+
+    def test_a_state_without_its_model_is_swapped_back_by_the_callback(self):
+        model = fit(small.model(swa()), SwapAverageWeights(batch_norm_data=small.X))
+        store, loaded = {}, small.model(swa())
+        model.optimizer.save_own_variables(store)
+        loaded.optimizer.build(loaded.trainable_variables)
+        loaded.set_weights(model.get_weights())
+        loaded.optimizer.set_weights(model.optimizer.get_weights())
+        loaded.optimizer.load_own_variables(store)
+        with pytest.raises(RuntimeError, match=r"let .*SwapAverageWeights swap back"):
             loaded.optimizer.swap_weights()
 
         for each in (model, loaded):
@@ -401,6 +427,19 @@ class TestBatchNormalization:
 
         small.assert_same_bits(loaded.get_weights(), model.get_weights())
         small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
+
+
+def test_keras_own_average_ends_up_in_the_raw_weights():
+    def trained(*callbacks):
+        inner = optimizers.Adam(0.02, use_ema=True, ema_momentum=0.5)
+        return fit(small.model(SWA(inner, 3, 2)), *callbacks)
+
+    plain, model = trained(), trained(SwapAverageWeights())
+
+    small.assert_same_bits(trainable(model), averages(model))
+    model.optimizer.swap_weights()
+    small.assert_same_bits(model.get_weights(), plain.get_weights())
+    small.assert_same_bits(model.optimizer.get_weights(), plain.optimizer.get_weights())
 
 
 class TestAverageModelCheckpoint:

@@ -43,6 +43,13 @@ def test_no_two_variables_share_a_buffer(optimizer):
         lambda optimizer: optimizer.get_weights(),
         lambda optimizer: optimizer.save_own_variables({}),
         lambda optimizer: optimizer.set_weights([]),
+        lambda optimizer: optimizer.load_own_variables({}),
+        lambda optimizer: optimizer.average_op(1.0, 2.0),
+        lambda optimizer: optimizer.stateless_average(optimizer.variables),
+        lambda optimizer: optimizer.iterations,
+        lambda optimizer: optimizer.learning_rate,
+        lambda optimizer: setattr(optimizer, "lr", 0.1),
+        lambda optimizer: optimizer.get_config(),
     ],
 )
 def test_members_that_need_variables_say_how_to_get_them_during_an_epoch(use):

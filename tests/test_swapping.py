@@ -85,6 +85,15 @@ def test_the_context_puts_raw_weights_back_after_an_exception():
     small.assert_same_bits(trainable(model), raw)
 
 
+def test_the_context_leaves_raw_weights_that_were_put_back_inside():
+    model = trained()
+    raw = trainable(model)
+    with model.optimizer.average_weights():
+        model.optimizer.swap_weights()
+    assert not model.optimizer.averages_in_model
+    small.assert_same_bits(trainable(model), raw)
+
+
 def test_the_context_leaves_averages_that_were_there_before():
     model = trained()
     model.optimizer.swap_weights()
@@ -155,6 +164,26 @@ class TestTrainingWhileSwapped:
 
         model.optimizer.swap_weights()
         small.assert_same_bits(trainable(model), raw)
+
+    @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch sees every step")
+    def test_in_code_compiled_before_is_found_by_a_file(self, tmp_path):
+        model = small.model(SWA(optimizers.Adam(0.01), 0, 2))
+        model.train_on_batch(small.X[:8], small.Y[:8])
+        model.optimizer.swap_weights()
+        model.train_on_batch(small.X[:8], small.Y[:8])
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="1 updates since they were put in"):
+                model.save_weights(tmp_path / "mixed.weights.h5")
+
+    def test_is_refused_to_the_wrapper_inside_too(self):
+        model = trained(SWA(MovingAverage("sgd"), 0, 1))
+        swa, moving_average = keras_avg.averaging_optimizers(model)
+        with swa.average_weights():
+            zeros = [np.zeros(v.shape) for v in model.trainable_variables]
+            with pytest.raises(RuntimeError, match="averages of 'SWA', so training is refused"):
+                small.apply(moving_average, model.trainable_variables, zeros)
+            with pytest.raises(RuntimeError, match="averages of 'SWA', so assigning"):
+                moving_average.assign_average_vars(model.variables)
 
     def test_assigning_averages_is_refused(self):
         model = trained()
@@ -286,6 +315,46 @@ class TestCopiesThatLostTheRawWeights:
         model = self.restored()
         with pytest.raises(RuntimeError, match="does not carry them"):
             small.fit(model)
+
+    def test_a_state_of_another_update_over_a_swap_is_not_written_to_a_file(self, tmp_path):
+        model = trained()
+        model.optimizer.swap_weights()
+        copy = model.optimizer.get_weights()
+        model.optimizer.swap_weights()
+        small.fit(model, epochs=1)
+        raw = trainable(model)
+        model.optimizer.swap_weights()
+
+        model.optimizer.set_weights(copy)
+
+        with pytest.raises(RuntimeError, match=r"another state restored.*-6 updates"):
+            model.save_weights(tmp_path / "mixed.weights.h5")
+        model.optimizer.swap_weights()
+        small.assert_same_bits(trainable(model), raw)
+
+    @pytest.mark.parametrize("compiled_anew", [False, True])
+    def test_an_unswapped_state_tree_over_a_swapped_state_is_no_swap(self, compiled_anew):
+        model = trained()
+        raw, tree = trainable(model), model.get_state_tree(value_format="numpy_array")
+        model.optimizer.swap_weights()
+
+        model.set_state_tree(tree)
+        if compiled_anew:
+            model.compile(model.optimizer, "mse")
+
+        small.assert_same_bits(trainable(model), raw)
+        small.fit(model, epochs=1)
+        assert not model.optimizer.averages_in_model
+
+    def test_a_restored_state_is_not_in_the_way_of_another_wrapper(self):
+        model = trained(SWA(MovingAverage("sgd"), 0, 1))
+        swa, moving_average = keras_avg.averaging_optimizers(model)
+        tree = model.get_state_tree(value_format="numpy_array")
+        swa.swap_weights()
+        model.set_state_tree(tree)
+        moving_average.swap_weights()
+        assert moving_average.averages_in_model
+        assert not swa.averages_in_model
 
     def test_an_unswapped_copy_over_a_swapped_state_is_no_swap(self):
         model = trained()

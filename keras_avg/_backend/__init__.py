@@ -13,7 +13,8 @@ Each file defines the same names with the same signatures, in the same order:
   queue of work.
 * `scalar(compute)`: what `compute()` gives, from counters: a Python number on torch, computed on
   the host for the same reason; a tensor elsewhere.
-* `concrete(number)`: what a counter reads, as a Python number; None in code that is being compiled.
+* `concrete(number)`: what a counter reads, or its variable holds, as a Python number; None where
+  that cannot be known, in code that is being compiled.
 * `all_finite(tensors)`: one truth value for all elements of all tensors.
 * `lerp(averages, values, weight)`: a list of `average + weight * (value - average)`, each in its
   average's dtype; weight 1 gives the value bit for bit.

@@ -35,7 +35,9 @@ def scalar(compute: Callable[[], Any]) -> Any:
 
 
 def concrete(number: Any) -> Any:
-    return None if isinstance(number, jax.core.Tracer) else number.item()
+    if isinstance(number, jax.core.Tracer) or number.is_deleted():
+        return None
+    return number.item()
 
 
 def all_finite(tensors: Sequence[Any]) -> Any:

@@ -35,6 +35,9 @@ def scalar(compute: Callable[[], Any]) -> Any:
 
 
 def concrete(number: Any) -> Any:
+    if isinstance(number, tf.Variable):
+        with tf.init_scope():
+            return concrete(tf.convert_to_tensor(number))
     return number.numpy().item() if tf.executing_eagerly() else None
 
 

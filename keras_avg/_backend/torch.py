@@ -62,8 +62,9 @@ def scalar(compute: Callable[[], Any]) -> Any:
     return result.item() if torch.is_tensor(result) else result
 
 
+@outside_graph
 def concrete(number: Any) -> Any:
-    return number
+    return number.item() if torch.is_tensor(number) else number
 
 
 @outside_graph

@@ -38,6 +38,7 @@ class HasAverages:
             ValueError: If the optimizer has not been built, so that there is no current weight.
         """
         self._check_built("average_op")
+        check_attached([*self.variables, var, average_var])
         weight = _backend.scalar(lambda: self.value_weight(self._last_step()))
         return _backend.lerp([average_var], [var], weight)[0]
 
@@ -104,6 +105,7 @@ class HasAverages:
                 f"'{self.name}' has {len(self.variables)} variables. Received: a list of "
                 f"{len(optimizer_variables)}. Pass one value for each of `optimizer.variables`."
             )
+        check_attached(optimizer_variables)
         pairs = zip(self._own_variables, optimizer_variables, strict=False)
         return [ops.convert_to_tensor(v) for name, v in pairs if name.startswith(AVERAGE)]
 

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from keras_avg import _keras_internals, _registered_functions
+from keras_avg._optimizers.storage import check_attached
 
 
 class HasConfig:
@@ -32,6 +33,7 @@ class HasConfig:
         Raises:
             ValueError: If a gradient function is not registered with Keras.
         """
+        check_attached(self.inner_optimizer.variables)
         aggregator, transformers = self.gradient_aggregator, self.gradient_transformers
         serialize = _registered_functions.serialize
         return {

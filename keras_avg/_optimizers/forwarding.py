@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from keras_avg import _keras_internals
+from keras_avg._optimizers.storage import check_attached
 
 
 class ForwardsToInnerOptimizer:
@@ -12,20 +13,25 @@ class ForwardsToInnerOptimizer:
     inner_optimizer: Any
     variables: list[Any]
     averages_in_model: bool
-    _refuse_training_meanwhile: Callable[[], None]
+    _refuse_training_meanwhile: Callable[..., None]
+    _raw_weights_for_a_moment: Any
 
     @property
     def iterations(self) -> Any:
         """Real updates taken by the inner optimizer; accumulation micro-steps do not count."""
+        check_attached([_keras_internals.step_counter(self.inner_optimizer)])
         return self.inner_optimizer.iterations
 
     @property
     def learning_rate(self) -> Any:
         """The inner optimizer's learning rate; settable where Keras has it settable."""
-        return self.inner_optimizer.learning_rate
+        learning_rate = self.inner_optimizer.learning_rate
+        check_attached([learning_rate])
+        return learning_rate
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
+        check_attached([_keras_internals.step_counter(self.inner_optimizer)])
         self.inner_optimizer.learning_rate = learning_rate
 
     @property
@@ -67,6 +73,9 @@ class ForwardsToInnerOptimizer:
         """
         if not _keras_internals.reattach_state(self):
             return  # an error is on its way already
-        if self.averages_in_model:
-            self._refuse_training_meanwhile()
-        self.inner_optimizer.finalize_variable_values(var_list)
+        if not self.averages_in_model:
+            self.inner_optimizer.finalize_variable_values(var_list)
+            return
+        self._refuse_training_meanwhile()
+        with self._raw_weights_for_a_moment():  # Keras' own average (`use_ema`) goes there
+            self.inner_optimizer.finalize_variable_values(var_list)

@@ -20,8 +20,8 @@ class RawValues:
         variables: List of variables.
         tensors: List of their raw values.
         updates: Integer. The optimizer's `iterations` when they were set aside.
-        statistics: List of arrays: batch-normalization statistics from a file, whose variables are
-            the model's and not yet known.
+        statistics: Dict of arrays: batch-normalization statistics from a file, by the place of
+            their variables among those of a model that is not yet known.
     """
 
     def __init__(
@@ -29,41 +29,69 @@ class RawValues:
         variables: list[Any],
         tensors: list[Any],
         updates: int,
-        statistics: list[Any] | None = None,
+        statistics: dict[int, Any] | None = None,
     ) -> None:
         self.variables = variables
         self.tensors = tensors
         self.updates = updates
-        self.statistics = statistics or []
-        self._number_of_averaged = len(variables)
+        self.statistics = statistics or {}
+        self.has_told_of_training = False
+        self._places: list[int] = []  # of bound statistics, in their order
 
-    def add_statistics(self, variables: list[Any]) -> None:
-        """Set the values of batch-normalization statistics aside too."""
+    def add_statistics(self, model: Any, variables: list[Any]) -> None:
+        """Set the values of a model's batch-normalization statistics aside too."""
+        places = {id(variable): place for place, variable in enumerate(model.variables)}
+        self._add(
+            [places[id(variable)] for variable in variables],
+            variables,
+            [_backend.copy(variable) for variable in variables],
+        )
+
+    def bind_statistics(self, model: Any) -> None:
+        """Say which model the statistics from a file belong to.
+
+        Raises:
+            ValueError: If the model has no variables of such shapes in their places.
+        """
+        of_model = model.variables
+        for place, value in self.statistics.items():
+            if place >= len(of_model) or tuple(of_model[place].shape) != np.shape(value):
+                raise ValueError(
+                    "The batch-normalization statistics of the raw weights do not fit the model: "
+                    f"its variable {place} should have shape {np.shape(value)}. Received: "
+                    f"{[v.path for v in of_model[place : place + 1]] or len(of_model)}."
+                )
+        variables = [of_model[place] for place in self.statistics]
+        values = [
+            ops.convert_to_tensor(value, variable.dtype)
+            for value, variable in zip(self.statistics.values(), variables, strict=True)
+        ]
+        self._add(list(self.statistics), variables, values)
+        self.statistics = {}
+
+    def _add(self, places: list[int], variables: list[Any], tensors: list[Any]) -> None:
+        self._places = self._places + places
         self.variables = self.variables + variables
-        self.tensors = self.tensors + [_backend.copy(variable) for variable in variables]
-
-    def bind_statistics(self, variables: list[Any]) -> None:
-        """Say which variables the statistics from a file belong to, in order."""
-        if self.statistics:
-            pairs = zip(self.statistics, variables, strict=True)
-            values = [ops.convert_to_tensor(value, v.dtype) for value, v in pairs]
-            self.variables, self.tensors = self.variables + variables, self.tensors + values
-            self.statistics = []
+        self.tensors = self.tensors + tensors
 
     def put_back(self) -> None:
         for variable, tensor in zip(self.variables, self.tensors, strict=True):
             variable.assign(tensor)
 
+    def exchange(self) -> None:
+        """Let the raw values and those in the model change places; one copy is made at a time."""
+        for i, variable in enumerate(self.variables):
+            held = _backend.copy(variable)
+            variable.assign(self.tensors[i])
+            self.tensors[i] = held
+
     def arrays(self) -> dict[str, Any]:
         """What goes into a file."""
         values = [ops.convert_to_numpy(tensor) for tensor in self.tensors]
-        averaged, statistics = (
-            values[: self._number_of_averaged],
-            values[self._number_of_averaged :],
-        )
-        statistics += self.statistics
+        of_weights = len(values) - len(self._places)
+        bound = dict(zip(self._places, values[of_weights:], strict=True))
         return {
             SWAPPED: np.asarray(self.updates),
-            **{f"{RAW}{i}": value for i, value in enumerate(averaged)},
-            **{f"{STATISTIC}{i:05}": value for i, value in enumerate(statistics)},
+            **{f"{RAW}{i}": value for i, value in enumerate(values[:of_weights])},
+            **{f"{STATISTIC}{i:05}": value for i, value in (bound | self.statistics).items()},
         }

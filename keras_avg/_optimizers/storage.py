@@ -32,6 +32,8 @@ class StoresOwnVariables:
     _own_variables: dict[str, Any]
     _raw_or_refuse: Callable[[], RawValues]
     _hold: Callable[[RawValues | None], None]
+    _notice_restored_state: Callable[[], None]
+    _refuse_training_meanwhile: Callable[..., None]
     _averages_and_variables: Callable[[], tuple[list[Any], list[Any]]]
 
     def _add_own_variables(self, variables: list[Any]) -> None:
@@ -67,6 +69,7 @@ class StoresOwnVariables:
     @property
     def variables(self) -> list[Any]:
         """Own variables (three numbers, the averages), then the inner optimizer's."""
+        self._notice_restored_state()  # JAX' trainer asks for them before it takes the values away
         return [*self._own_variables.values(), *self.inner_optimizer.variables]
 
     @property
@@ -105,9 +108,13 @@ class StoresOwnVariables:
         Keras writes the inner optimizer's.
 
         Raises:
-            RuntimeError: If the raw values should be there and are not.
+            RuntimeError: If the raw values should be there and are not, or if they and the rest
+                of the state are of different updates.
         """
-        raw = self._raw_or_refuse().arrays() if self.averages_in_model else {}
+        raw: dict[str, Any] = {}
+        if self.averages_in_model:
+            self._refuse_training_meanwhile(even_if_told=True)
+            raw = self._raw_or_refuse().arrays()
         check_attached(self._own_variables.values())
         for name, variable in self._own_variables.items():
             store[name] = variable.numpy()
@@ -128,22 +135,32 @@ class StoresOwnVariables:
                 stacklevel=2,
             )
             return
+        check_attached(self.variables)
         stored = {name: store[name][...] for name in store.keys()}  # noqa: SIM118 (no `__iter__`)
         raw = {name: stored.pop(name) for name in list(stored) if name.startswith((RAW, SWAPPED))}
         _check_fit(self.name, self._own_variables, stored)
         held = self._raw_values_from(raw) if raw else None
+        if held:
+            self._bind_statistics(held)
         _assign(self._own_variables, stored)
         self._hold(held)
 
     def _raw_values_from(self, stored: dict[str, Any]) -> RawValues:
         _, variables = self._averages_and_variables()
         updates = stored.pop(SWAPPED)
-        statistics = [stored.pop(name) for name in list(stored) if name.startswith(STATISTIC)]
+        names = [name for name in stored if name.startswith(STATISTIC)]
+        statistics = {int(name.removeprefix(STATISTIC)): stored.pop(name) for name in names}
         _check_fit(self.name, {f"{RAW}{i}": v for i, v in enumerate(variables)}, stored)
         tensors = [
             ops.convert_to_tensor(stored[f"{RAW}{i}"], v.dtype) for i, v in enumerate(variables)
         ]
         return RawValues(variables, tensors, int(updates), statistics)
+
+    def _bind_statistics(self, raw: RawValues) -> None:
+        for model in _keras_internals.models_being_loaded():
+            if any(_keras_internals.variable_index(self, v) is not None for v in model.variables):
+                raw.bind_statistics(model)
+                return
 
 
 def _depth_suffix(wrapper: Any) -> str:
@@ -159,7 +176,7 @@ def _depth(optimizer: Any) -> int:
 
 
 def check_attached(variables: Any) -> None:
-    """Raise if the JAX trainer holds the values at the moment."""
+    """Raise if the JAX trainer holds the values of variables at the moment."""
     if any(_keras_internals.is_purged(variable) for variable in variables):
         raise RuntimeError(
             "During `fit` on JAX the variables' values live in the train step, not in the "

@@ -7,7 +7,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_avg import _backend
+from keras_avg import _backend, _keras_internals
 from keras_avg._optimizers.averages import HasAverages
 from keras_avg._optimizers.raw_values import RawValues
 from keras_avg._optimizers.storage import check_attached
@@ -28,10 +28,8 @@ class SwapsWeights(HasAverages):
         if not self.built:
             return False
         check_attached(self._own_variables.values())
-        held = self._known_in_model() is True
-        if not held and self._raw is not None:
-            self._hold(None)  # a state from outside the swap was restored over it
-        return held
+        self._notice_restored_state()
+        return bool(_backend.concrete(self._swapped.read()))
 
     def swap_weights(self) -> None:
         """Exchange the raw and the averaged values in the model; twice gives every raw bit back.
@@ -78,7 +76,17 @@ class SwapsWeights(HasAverages):
         try:
             yield
         finally:
-            self.swap_weights()
+            if self.averages_in_model:
+                self.swap_weights()
+
+    @contextlib.contextmanager
+    def _raw_weights_for_a_moment(self) -> Iterator[None]:
+        raw = self._raw_or_refuse()
+        raw.exchange()
+        try:
+            yield
+        finally:
+            raw.exchange()
 
     def _put_averages_in(self) -> None:
         if not self.has_average:
@@ -104,9 +112,9 @@ class SwapsWeights(HasAverages):
         self._refuse_training_meanwhile()
         if raw.statistics:
             raise RuntimeError(
-                f"The file that '{self.name}' was loaded from holds batch-normalization statistics "
-                "of the raw weights, and the optimizer does not know their layers. Let "
-                "keras_avg.callbacks.SwapAverageWeights(batch_norm_data=...) swap back, in `fit`."
+                f"What '{self.name}' was loaded from holds batch-normalization statistics "
+                "of the raw weights, and the optimizer does not know the model. Load the whole "
+                "model's file, or let keras_avg.callbacks.SwapAverageWeights swap back, in `fit`."
             )
         raw.put_back()
         self._hold(None)
@@ -119,12 +127,19 @@ class SwapsWeights(HasAverages):
         else:
             _WRAPPERS_IN_A_MODEL.add(self)
 
-    def _known_in_model(self) -> bool | None:
+    def _known_in_model(self) -> bool:
         """What the state says, where it can be read; what Python knows, while code is compiled."""
+        self._notice_restored_state()
         flag = _backend.concrete(self._swapped.read())
-        if flag is None:
-            return self._raw is not None
-        return bool(flag)
+        return self._raw is not None if flag is None else bool(flag)
+
+    def _notice_restored_state(self) -> None:
+        """A state from outside the swap, restored over it by whatever route, has ended it."""
+        if self._raw is None:
+            return
+        flag = _keras_internals.stored_value(self._own_variables["averages_in_model"])
+        if flag is not None and _backend.concrete(flag) == 0:
+            self._hold(None)
 
     def _raw_or_refuse(self) -> RawValues:
         if self._raw is None:
@@ -136,23 +151,25 @@ class SwapsWeights(HasAverages):
             )
         return self._raw
 
-    def _refuse_training_meanwhile(self) -> None:
+    def _refuse_training_meanwhile(self, even_if_told: bool = False) -> None:
         raw, now = self._raw_or_refuse(), self._updates_so_far()
-        if now != raw.updates:
-            before, raw.updates = raw.updates, now
-            raise RuntimeError(
-                f"The model was trained while it held the averages of '{self.name}'. Received: "
-                f"{now - before} updates since they were put in. The raw weights of update "
-                f"{before} are kept: `swap_weights()` now puts them back; those updates are lost."
-            )
+        if now == raw.updates or (raw.has_told_of_training and not even_if_told):
+            return
+        raw.has_told_of_training = True
+        raise RuntimeError(
+            f"The model was trained, or another state restored, while it held the averages of "
+            f"'{self.name}'. Received: {now - raw.updates} updates since they were put in. The raw "
+            f"weights of update {raw.updates} are kept: `swap_weights()` now puts them back; those "
+            "updates are lost."
+        )
 
     def _refuse_while_in_model(self, what: str) -> None:
         if self._known_in_model():
             self._raw_or_refuse()
-            raise RuntimeError(
-                f"The model holds the averages of '{self.name}', so {what} is refused. Call "
-                "`swap_weights()` to put the raw weights back first."
-            )
+            raise _refusal(self, what)
+        if _WRAPPERS_IN_A_MODEL:
+            for other in _holding(self._averages_and_variables()[1]):
+                raise _refusal(other, what)
 
     def _updates_so_far(self) -> int:
         return int(ops.convert_to_numpy(self.iterations))
@@ -176,8 +193,17 @@ def _refuse_second_swap(wrapper: Any, variables: list[Any]) -> None:
         )
 
 
+def _refusal(holder: Any, what: str) -> RuntimeError:
+    return RuntimeError(
+        f"The model holds the averages of '{holder.name}', so {what} is refused. Call its "
+        "`swap_weights()` to put the raw weights back first."
+    )
+
+
 def _holding(variables: list[Any]) -> list[Any]:
     """The wrappers whose averages are in some of the variables."""
+    for wrapper in list(_WRAPPERS_IN_A_MODEL):
+        wrapper._notice_restored_state()
     ours = {id(variable) for variable in variables}
     return [
         wrapper
@@ -186,12 +212,12 @@ def _holding(variables: list[Any]) -> list[Any]:
     ]
 
 
-def bind_statistics(wrapper: Any, variables: list[Any]) -> None:
+def bind_statistics(wrapper: Any, model: Any) -> None:
     """Tell a wrapper that was loaded while swapped where its statistics belong."""
     if wrapper._raw is not None:
-        wrapper._raw.bind_statistics(variables)
+        wrapper._raw.bind_statistics(model)
 
 
-def set_statistics_aside(wrapper: Any, variables: list[Any]) -> None:
+def set_statistics_aside(wrapper: Any, model: Any, variables: list[Any]) -> None:
     """Let a wrapper whose averages are in the model keep the raw statistics too."""
-    wrapper._raw.add_statistics(variables)
+    wrapper._raw.add_statistics(model, variables)

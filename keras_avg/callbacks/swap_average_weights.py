@@ -29,7 +29,9 @@ class SwapAverageWeights(keras.callbacks.Callback):
 
     Args:
         swap_on_epoch: Bool. If False, the raw weights come back right after validation, so that
-            callbacks at the end of an epoch keep raw weights. Default True.
+            callbacks at the end of an epoch keep raw weights. What puts such weights back when
+            training ends, `EarlyStopping(restore_best_weights=True)`, comes before this callback
+            in the list then. Default True.
         batch_norm_data: Data as for `keras_avg.update_batch_norm`. If given, the statistics of
             batch-normalization layers are recomputed for the averages, once per change of these,
             and go out and come back with them. Default None: the layers keep the statistics of the
@@ -164,7 +166,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
         for wrapper in chosen:
             wrapper.swap_weights()
         if chosen and self.batch_norm_data is not None:
-            swapping.set_statistics_aside(chosen[0], statistics(self.model))
+            swapping.set_statistics_aside(chosen[0], self.model, statistics(self.model))
             self._set_statistics(tuple((w, w.num_snapshots) for w in chosen))
 
     def _set_statistics(self, averages: Any) -> None:
@@ -179,7 +181,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
         self._wrappers()  # refuses a model without any
         for wrapper in finding.averaging_optimizers(self.model):
             if wrapper.averages_in_model:
-                swapping.bind_statistics(wrapper, statistics(self.model))
+                swapping.bind_statistics(wrapper, self.model)
                 wrapper.swap_weights()
 
     def _raw_logs(self, logs: dict) -> dict:
