@@ -353,6 +353,21 @@ class TestForwarding:
         small.fit(model, epochs=2, callbacks=[schedule])
         np.testing.assert_allclose(model.optimizer.inner_optimizer.learning_rate, 0.05)
 
+    @has_multi_optimizer
+    def test_callbacks_set_the_rates_of_the_members_of_a_multi_optimizer_inside(self):
+        slow, fast = optimizers.SGD(0.01), optimizers.SGD(0.5)
+        members = optimizers.OptimizerMap(slow, {".*bias": fast})
+        optimizer = SWA(MovingAverage(optimizers.MultiOptimizer(members)))
+        halve = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+
+        small.fit(small.model(optimizer), epochs=2, callbacks=[halve])
+
+        assert optimizer.optimizers == [fast, slow]
+        np.testing.assert_allclose([fast.learning_rate, slow.learning_rate], [0.125, 0.0025])
+
+    def test_an_inner_optimizer_without_members_gives_none(self):
+        assert not hasattr(SWA("sgd"), "optimizers")  # Keras' callbacks ask for them this way
+
     def test_loss_scale_is_the_inner_optimizers(self):
         inner = optimizers.SGD(0.5, loss_scale_factor=4.0)
         optimizer = SWA(inner)

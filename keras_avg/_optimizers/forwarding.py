@@ -44,6 +44,15 @@ class ForwardsToInnerOptimizer:
         self.learning_rate = learning_rate
 
     @property
+    def optimizers(self) -> list[Any]:
+        """The members of a `MultiOptimizer` inside, whose rates Keras' callbacks set one by one.
+
+        Raises:
+            AttributeError: If the inner optimizer has no members.
+        """
+        return self.inner_optimizer.optimizers
+
+    @property
     def loss_scale_factor(self) -> float | None:
         """The inner optimizer's static loss scale."""
         return self.inner_optimizer.loss_scale_factor

@@ -91,8 +91,9 @@ class StoresOwnVariables:
         """
         if not self.built:
             raise ValueError(
-                f"{self.name} has no variables to set before it is built. Call "
-                "`optimizer.build(model.trainable_variables)`, or take a first step."
+                f"You are calling `set_weights()` on '{self.name}', which has no variables to "
+                "set before it is built. Call `optimizer.build(model.trainable_variables)`, or "
+                "take a first step."
             )
         check_attached(self.variables)
         variables = {str(i): variable for i, variable in enumerate(self.variables)}
