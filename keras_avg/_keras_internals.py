@@ -90,19 +90,47 @@ def is_averageable(variable: Any) -> bool:
     return not getattr(variable, "overwrite_with_gradient", False)
 
 
-def add_variable_like(optimizer: Any, variable: Any, name: str, dtype: str) -> Any:
+def add_variable_like(
+    optimizer: Any, variable: Any, name: str, dtype: str, initializer: Any = "zeros"
+) -> Any:
     """An optimizer variable with the shape, layout and device of `variable`, but its own dtype.
 
     Keras' `add_variable_from_reference` does this with the dtype of `variable` only.
     """
-    path = getattr(variable, "path", variable.name)
     with _colocated(optimizer, variable):
         return optimizer.add_variable(
             shape=variable.shape,
+            initializer=initializer,
             dtype=dtype,
             layout=getattr(variable, "_layout", None),
-            name=f"{re.sub('[/:]', '_', path)}_{name}",
+            name=f"{_flat_path(variable)}_{name}",
         )
+
+
+def _flat_path(variable: Any) -> str:
+    return re.sub("[/:]", "_", getattr(variable, "path", variable.name))
+
+
+def slots(optimizer: Any, variable: Any) -> dict[str, Any]:
+    """What a Keras optimizer keeps for one model variable, under Keras' names (`"momentum"`).
+
+    Keras has no call for it. Paths alone do not tell, because two `tf.Variable`s may have one name;
+    but each kind of slot is an attribute: a list as long as that of the model variables. Where
+    Keras gives a slot no name of its own (Adafactor's `r` and `c`), the attribute's counts.
+    """
+    index = variable_index(optimizer, variable)
+    if index is None:
+        return {}
+    trained, own = optimizer._trainable_variables, {id(v) for v in optimizer.variables}
+    prefix, found = f"{_flat_path(trained[index])}_", {}
+    for attribute, kept in vars(optimizer).items():
+        if attribute == "_variables" or not isinstance(kept, list) or len(kept) != len(trained):
+            continue
+        if id(kept[index]) in own:
+            name = kept[index].path.rpartition("/")[2]
+            named = name.startswith(prefix)
+            found[name.removeprefix(prefix) if named else attribute.strip("_")] = kept[index]
+    return found
 
 
 @contextlib.contextmanager

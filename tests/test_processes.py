@@ -37,3 +37,10 @@ def test_training_killed_in_the_middle_of_an_epoch_ends_where_it_would_have(tmp_
 def test_sharded_averages_are_swapped_and_saved_where_they_lie(kind, tmp_path):
     finished = run("swap_sharded.py", tmp_path, kind)
     assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="strategies are TensorFlow's")
+def test_gradients_of_two_replicas_are_summed_once_by_keras_or_by_the_caller():
+    finished = run("apply_aggregated.py")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.split() == ["4.0", "8.0"]

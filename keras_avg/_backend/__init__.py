@@ -25,6 +25,14 @@ Each file defines the same names with the same signatures, in the same order:
   multi-tensor update in place where the framework has one.
 * `start_averages(updates, averages, variables)`: gives the averages the variables' values if there
   has been no update yet. To be called before the step; on JAX that takes saying so.
+* `loss_gradients(loss, variables, output_gradient, tape)`: calls `loss` with its effects on state,
+  and gives the variables and their gradients, weighed by `output_gradient(value of the loss)`; None
+  for a variable that the loss does not use. `variables` is a list, or a function that may be called
+  only after the loss was. TensorFlow records on a tape, and takes a tensor from the user's in place
+  of a loss to call; JAX differentiates functions without effects, so what the loss assigns is kept
+  aside and assigned after it.
+* `part_of_sum(grad)`: one replica's part of a gradient that is summed over all replicas already. A
+  TensorFlow strategy adds them up when the step is taken, whatever they are.
 * `random_state_kept()`: context after which the global generator is as before. On torch every pass
   over data draws from it, and the order of later batches would change.
 * `eager_inference(function)`: `function`, run without gradients and without the compiled copies
@@ -44,6 +52,8 @@ if keras.backend.backend() == "tensorflow":
         eager_inference,
         lerp,
         lerp_if,
+        loss_gradients,
+        part_of_sum,
         random_state_kept,
         scalar,
         start_averages,
@@ -59,6 +69,8 @@ elif keras.backend.backend() == "jax":
         eager_inference,
         lerp,
         lerp_if,
+        loss_gradients,
+        part_of_sum,
         random_state_kept,
         scalar,
         start_averages,
@@ -74,6 +86,8 @@ elif keras.backend.backend() == "torch":
         eager_inference,
         lerp,
         lerp_if,
+        loss_gradients,
+        part_of_sum,
         random_state_kept,
         scalar,
         start_averages,
@@ -94,6 +108,8 @@ __all__ = [
     "eager_inference",
     "lerp",
     "lerp_if",
+    "loss_gradients",
+    "part_of_sum",
     "random_state_kept",
     "scalar",
     "start_averages",

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import keras
 
 
 def widest_float() -> str:
@@ -105,6 +106,55 @@ def start_averages(updates: Any, averages: Sequence[Any], variables: Sequence[An
         average.assign(value)
     for variable in variables:
         variable.assign(jnp.where(never, jnp.zeros((), variable.dtype), variable.value))
+
+
+def loss_gradients(
+    loss: Any, variables: Any, output_gradient: Callable[[Any], Any], tape: Any
+) -> tuple[list[Any], list[Any]]:
+    if callable(variables):
+        with keras.StatelessScope():  # makes variables, and changes none
+            loss()
+        variables = variables()
+    scopes = []
+
+    def value_and_state(values: list[Any]) -> tuple[jax.Array, list[Any]]:
+        with _Effects(zip(variables, values, strict=True)) as scope:
+            value = keras.ops.convert_to_tensor(loss())
+        scopes.append(scope)
+        return value, [scope.state_mapping[key] for key in scope.assigned]
+
+    value, pull_back, state = jax.vjp(value_and_state, [v.value for v in variables], has_aux=True)
+    (grads,) = pull_back(output_gradient(value))
+    (scope,) = scopes
+    for variable, new_value in zip(scope.assigned.values(), state, strict=True):
+        variable.assign(new_value)
+    pairs = zip(variables, grads, strict=True)
+    return variables, [grad if id(variable) in scope.read else None for variable, grad in pairs]
+
+
+class _Effects(keras.StatelessScope):
+    """Knows which variables were read in it, and which assigned. Keras' scope knows only their ids.
+
+    JAX gives a variable that was not used a gradient of zeros, where the others say that it has
+    none.
+    """
+
+    def __init__(self, state: Any) -> None:
+        super().__init__(state)
+        self.read: set[int] = set()
+        self.assigned: dict[int, Any] = {}
+
+    def get_current_value(self, variable: Any) -> Any:
+        self.read.add(id(variable))
+        return super().get_current_value(variable)
+
+    def add_update(self, update: tuple[Any, Any]) -> None:
+        self.assigned[id(update[0])] = update[0]
+        super().add_update(update)
+
+
+def part_of_sum(grad: Any) -> Any:
+    return grad
 
 
 def random_state_kept() -> contextlib.AbstractContextManager:

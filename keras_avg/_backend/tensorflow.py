@@ -119,6 +119,22 @@ def start_averages(updates: Any, averages: Sequence[Any], variables: Sequence[An
     assign_if(updates == 0, averages, variables, lambda a, v: [copy(value) for value in v])
 
 
+def loss_gradients(
+    loss: Any, variables: Any, output_gradient: Callable[[Any], Any], tape: Any
+) -> tuple[list[Any], list[Any]]:
+    value = loss
+    if callable(loss):
+        with tape or tf.GradientTape() as tape:
+            value = tf.convert_to_tensor(loss())
+    variables = variables() if callable(variables) else variables
+    return variables, tape.gradient(value, _native(variables), output_gradient(value))
+
+
+def part_of_sum(grad: Any) -> Any:
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    return grad if replicas == 1 else tf.math.scalar_mul(1.0 / replicas, grad)
+
+
 def random_state_kept() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 

@@ -125,6 +125,24 @@ def start_averages(updates: Any, averages: Sequence[Any], variables: Sequence[An
     assign_if(updates == 0, averages, variables, lambda a, v: [copy(value) for value in v])
 
 
+def loss_gradients(
+    loss: Any, variables: Any, output_gradient: Callable[[Any], Any], tape: Any
+) -> tuple[list[Any], list[Any]]:
+    with torch.enable_grad():
+        value = keras.ops.convert_to_tensor(loss())
+    variables = variables() if callable(variables) else variables
+    tensors = [_tensor(variable) for variable in variables]
+    learned = [tensor for tensor in tensors if tensor.requires_grad]
+    if not learned or not value.requires_grad:
+        return variables, [None] * len(variables)
+    grads = iter(torch.autograd.grad(value, learned, output_gradient(value), allow_unused=True))
+    return variables, [next(grads) if tensor.requires_grad else None for tensor in tensors]
+
+
+def part_of_sum(grad: Any) -> Any:
+    return grad
+
+
 def random_state_kept() -> contextlib.AbstractContextManager:
     return torch.random.fork_rng(devices=[])
 

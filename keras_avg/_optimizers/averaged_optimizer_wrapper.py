@@ -7,8 +7,10 @@ from keras import ops
 
 from keras_avg import _backend, _keras_internals
 from keras_avg._optimizers import arguments, gradients
+from keras_avg._optimizers.added_variables import AddsVariables
 from keras_avg._optimizers.configuration import HasConfig
 from keras_avg._optimizers.forwarding import ForwardsToInnerOptimizer
+from keras_avg._optimizers.minimizing import Minimizes
 from keras_avg._optimizers.raw_values import RawValues
 from keras_avg._optimizers.storage import StoresOwnVariables
 from keras_avg._optimizers.swapping import SwapsWeights, supersede
@@ -19,6 +21,8 @@ class AveragedOptimizerWrapper(
     ForwardsToInnerOptimizer,
     SwapsWeights,
     StoresOwnVariables,
+    AddsVariables,
+    Minimizes,
     HasConfig,
     keras.optimizers.Optimizer,
 ):
@@ -165,12 +169,16 @@ class AveragedOptimizerWrapper(
         Raises:
             RuntimeError: If the averages are in the model.
         """
-        grads = list(grads)
+        self._apply(list(grads), trainable_variables, aggregate=True)
+
+    def _apply(self, grads: list[Any], variables: list[Any] | None, aggregate: bool) -> None:
         if not grads:
             return
-        variables = self._variables_for(grads, trainable_variables)
+        variables = self._variables_for(grads, variables)
         self._refuse_while_in_model("training")
-        grads = gradients.process(self, grads, variables)
+        grads = gradients.process(self, grads, variables, aggregate)
+        if not aggregate:
+            grads = gradients.parts_of_sums(grads, variables)
         before = self._clock.read()
         if self.average_starts_at_variable:
             _backend.start_averages(self._updates.read(), *self._averages_and_variables())
@@ -195,16 +203,6 @@ class AveragedOptimizerWrapper(
                 f"{len(grads)} gradients for {len(variables)} variables."
             )
         return variables
-
-    def apply_gradients(self, grads_and_vars: Any) -> Any:
-        """Apply a list of `(gradient, variable)` pairs.
-
-        Returns:
-            `iterations`.
-        """
-        grads, variables = zip(*grads_and_vars, strict=True)
-        self.apply(list(grads), list(variables))
-        return self.iterations
 
     def _average_after(self, before: Any) -> None:
         step, after = self._step(before), self._step(self._clock.read_after_step())

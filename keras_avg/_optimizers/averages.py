@@ -122,29 +122,6 @@ class HasAverages:
         """Whether there has been a snapshot. For use outside compiled code."""
         return self.num_snapshots > 0
 
-    def get_slot(self, var: Any, name: str) -> Any:
-        """The variable that holds the average of `var`: shape of `var`, dtype of the averages.
-
-        Args:
-            var: A variable that the optimizer was built with.
-            name: `"average"`.
-
-        Returns:
-            A variable; None for one that its gradient overwrites (float8 scales).
-
-        Raises:
-            ValueError: If there is no such slot, or `var` is not one of the variables.
-        """
-        self._check_built("get_slot")
-        if name != "average":
-            raise ValueError(f"Received: name={name!r}. The slots are: 'average'.")
-        if _keras_internals.variable_index(self, var) is None:
-            raise ValueError(
-                f"'{self.name}' was not built with this variable. Received: var={var!r}. Pass one "
-                "of the variables that the optimizer trains."
-            )
-        return self._average_of(var)
-
     def _average_of(self, variable: Any) -> Any:
         index = _keras_internals.variable_index(self, variable)
         return None if index is None else self._averages[index]

@@ -4,10 +4,10 @@ from typing import Any
 
 from keras import ops
 
-from keras_avg import _keras_internals
+from keras_avg import _backend, _keras_internals
 
 
-def process(wrapper: Any, grads: list[Any], variables: list[Any]) -> list[Any]:
+def process(wrapper: Any, grads: list[Any], variables: list[Any], aggregate: bool) -> list[Any]:
     """Aggregate, transform and clip, on unscaled gradients.
 
     With a static `loss_scale_factor` the gradients arrive scaled and the inner optimizer divides
@@ -17,8 +17,9 @@ def process(wrapper: Any, grads: list[Any], variables: list[Any]) -> list[Any]:
     Returns:
         The gradients for the inner optimizer, one for each variable, in the order of `variables`.
     """
-    functions = [wrapper.gradient_aggregator, *wrapper.gradient_transformers]
-    functions = [f for f in functions if f is not None]
+    functions = list(wrapper.gradient_transformers)
+    if aggregate and wrapper.gradient_aggregator is not None:
+        functions.insert(0, wrapper.gradient_aggregator)
     clips = any((wrapper.clipnorm, wrapper.clipvalue, wrapper.global_clipnorm))
     chosen = [
         i
@@ -44,6 +45,16 @@ def process(wrapper: Any, grads: list[Any], variables: list[Any]) -> list[Any]:
     for i, grad in zip(chosen, processed, strict=True):
         grads[i] = grad
     return grads
+
+
+def parts_of_sums(grads: list[Any], variables: list[Any]) -> list[Any]:
+    """What one replica gives to gradients that are summed over all replicas already."""
+    return [
+        _backend.part_of_sum(grad)
+        if grad is not None and _keras_internals.is_averageable(variable)
+        else grad
+        for grad, variable in zip(grads, variables, strict=True)
+    ]
 
 
 def _scaled(operation: Any, grad: Any, scale: float | None) -> Any:

@@ -13,6 +13,7 @@ from keras_avg._optimizers import arguments
 from keras_avg._optimizers.raw_values import RAW, STATISTIC, SWAPPED, RawValues
 
 AVERAGE = "average_"  # what the names of averages in a file begin with
+ADDED = ("slot_", "weight_")  # and those of variables that users added
 LOW_PRECISION = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -35,6 +36,8 @@ class StoresOwnVariables:
     _notice_restored_state: Callable[[], None]
     _refuse_training_meanwhile: Callable[..., None]
     _averages_and_variables: Callable[[], tuple[list[Any], list[Any]]]
+    _expected_in_file: Callable[[Mapping[str, Any]], dict[str, Any]]
+    _add_what_is_stored: Callable[[Mapping[str, Any]], None]
 
     def _add_own_variables(self, variables: list[Any]) -> None:
         """Three numbers, and an average for each variable: zeros until the averages start.
@@ -46,7 +49,7 @@ class StoresOwnVariables:
         self._updates, self._snapshots, self._swapped = map(_backend.Counter, numbers.values())
         self._averages = [self._add_average(variable) for variable in variables]
         averages = {f"{AVERAGE}{i}": a for i, a in enumerate(self._averages) if a is not None}
-        self._own_variables = numbers | averages
+        self._own_variables = numbers | averages | self._own_variables  # weights added before
 
     def _add_counter(self, name: str) -> Any:
         # The innermost optimizer's name is unique in a program (Keras numbers it), the depth makes
@@ -55,7 +58,7 @@ class StoresOwnVariables:
             shape=(),
             dtype="int",
             aggregation="only_first_replica",
-            name=f"{arguments.innermost(self).name}_{name}{_depth_suffix(self)}",
+            name=f"{arguments.innermost(self).name}_{name}{depth_suffix(self)}",
         )
 
     def _add_average(self, variable: Any) -> Any:
@@ -63,12 +66,12 @@ class StoresOwnVariables:
             return None
         dtype = keras.backend.standardize_dtype(variable.dtype)
         dtype = self.average_dtype or ("float32" if dtype in LOW_PRECISION else dtype)
-        name = f"average{_depth_suffix(self)}"
+        name = f"average{depth_suffix(self)}"
         return _keras_internals.add_variable_like(self, variable, name, dtype)
 
     @property
     def variables(self) -> list[Any]:
-        """Own variables (three numbers, the averages), then the inner optimizer's."""
+        """Own variables (three numbers, the averages, added ones), then the inner optimizer's."""
         self._notice_restored_state()  # JAX' trainer asks for them before it takes the values away
         return [*self._own_variables.values(), *self.inner_optimizer.variables]
 
@@ -139,11 +142,12 @@ class StoresOwnVariables:
         check_attached(self.variables)
         stored = {name: store[name][...] for name in store.keys()}  # noqa: SIM118 (no `__iter__`)
         raw = {name: stored.pop(name) for name in list(stored) if name.startswith((RAW, SWAPPED))}
-        _check_fit(self.name, self._own_variables, stored)
+        _check_fit(self.name, self._expected_in_file(stored), stored)
         held = self._raw_values_from(raw) if raw else None
         if held:
             self._bind_statistics(held)
-        _assign(self._own_variables, stored)
+        self._add_what_is_stored(stored)
+        _assign({name: self._own_variables[name] for name in stored}, stored)
         self._hold(held)
 
     def _raw_values_from(self, stored: dict[str, Any]) -> RawValues:
@@ -164,7 +168,8 @@ class StoresOwnVariables:
                 return
 
 
-def _depth_suffix(wrapper: Any) -> str:
+def depth_suffix(wrapper: Any) -> str:
+    """What tells the variables of nested wrappers apart."""
     depth = _depth(wrapper)
     return f"_{depth}" if depth > 1 else ""
 
