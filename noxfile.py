@@ -1,10 +1,11 @@
 """What CI runs: `nox` for all of it, `nox --list` for the parts."""
 
+import pathlib
 import re
 
 import nox
 
-nox.options.sessions = ["lint", "tests", "min"]
+nox.options.sessions = ["lint", "tests", "min", "integration"]
 nox.options.default_venv_backend = "virtualenv"
 
 KERAS = "3.15.1"
@@ -19,6 +20,9 @@ BESIDE = {
     "jax": ["flax==0.12.*", "orbax-checkpoint==0.12.*"],
     "torch": [],
 }
+
+# Beside the three, Keras loads models on NumPy, which it brings along, and on this.
+LOADERS = ["openvino==2026.*"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 OLDEST_KERAS = re.fullmatch(r"keras>=([\d.]+)", PROJECT["dependencies"][0])[1]
@@ -44,6 +48,16 @@ def tests(session, backend):
 def min_keras(session):
     """The tests on the oldest Keras that pyproject.toml admits."""
     run_tests(session, "jax", OLDEST_KERAS)
+
+
+@nox.session
+def integration(session):
+    """What takes several processes or backends: on the installed wheel, outside the repository."""
+    needs = [f"keras=={KERAS}", *FRAMEWORKS.values(), *LOADERS]
+    session.install(".", *needs, *tools("pytest"))
+    tests = pathlib.Path("integration_tests").resolve()
+    session.chdir(session.create_tmp())
+    session.run("pytest", str(tests), *session.posargs, env=environment("jax"))
 
 
 @nox.session

@@ -229,6 +229,30 @@ def _with_public_names(config: Any) -> Any:
     return config
 
 
+def stored_inside(store: Any, path: str) -> Any:
+    """What a file holds for an object inside the one whose `store` it is; None if not to be seen.
+
+    Keras hands an object its own part of a file only, and loads what is inside afterwards: too late
+    to refuse a file of which one half fits. Arrays are read when they are looked at.
+    """
+    if type(store).__name__ != "H5IOStore":  # one of several shards, or not a file
+        return None
+    own = store._h5_entry_path
+    try:
+        return store.get(f"{own}/{path}")._h5_entry_group
+    finally:
+        store.get(own)
+
+
+def is_stored_by_number(optimizer: Any) -> bool:
+    """Whether an optimizer leaves the names of its variables in a file to Keras, which counts."""
+    kind = type(optimizer)
+    return (
+        kind.save_own_variables is keras.optimizers.Optimizer.save_own_variables
+        and kind.load_own_variables is keras.optimizers.Optimizer.load_own_variables
+    )
+
+
 def layers_at_any_depth(layer: Any) -> list[Any]:
     """`layer` and all layers inside it. Public `model.layers` stops at the first level."""
     return layer._flatten_layers()
@@ -248,9 +272,10 @@ def data_adapter(x: Any, batch_size: int | None, steps: int | None) -> Any:
 def batches(adapter: Any) -> Iterator[Any]:
     """An iterable over one epoch of an adapter's batches, as the backend's `fit` sees them."""
     kinds = {"tensorflow": "tf_dataset", "jax": "jax_iterator", "torch": "torch_dataloader"}
+    kind = kinds.get(keras.backend.backend(), "numpy_iterator")
     adapter.on_epoch_begin()
     try:
-        yield getattr(adapter, f"get_{kinds[keras.backend.backend()]}")()
+        yield getattr(adapter, f"get_{kind}")()
     finally:
         adapter.on_epoch_end()  # ends a PyDataset's workers
 

@@ -1,5 +1,6 @@
 """Functions in configs."""
 
+import copy
 import types
 from typing import Any
 
@@ -21,3 +22,22 @@ def serialize(argument: str, function: Any) -> dict[str, Any]:
             '`@keras.saving.register_keras_serializable(package="...")`.'
         )
     return keras.saving.serialize_keras_object(function)
+
+
+def deserialize(argument: str, function: Any) -> Any:
+    """The function of a config: itself, a config as `serialize` gives it, or a registered name.
+
+    Raises:
+        ValueError: If there is no function of that name. Configs of Keras 2 hold no more than it.
+    """
+    if isinstance(function, dict):
+        return keras.saving.deserialize_keras_object(copy.deepcopy(function))
+    if not isinstance(function, str):
+        return function
+    found = keras.saving.get_registered_object(function)
+    if found is None:
+        raise ValueError(
+            f"The config names a function that is not known here. Received: {argument}="
+            f"{function!r}. Pass it: `custom_objects={{{function!r}: ...}}`."
+        )
+    return found

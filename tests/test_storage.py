@@ -148,3 +148,20 @@ def test_averages_of_low_precision_weights_survive_a_file(tmp_path, dtype_policy
     loaded = keras.saving.load_model(tmp_path / "model.keras")
 
     small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
+
+
+def test_an_optimizer_built_for_no_variables_can_be_built_for_some():
+    model = small.model()
+    optimizer = SWA(MovingAverage("nadam"), 0, 2)
+    optimizer.build([])
+    assert not optimizer.has_average
+    assert not optimizer.averages_in_model
+
+    model.compile(optimizer, "mse")
+    optimizer.build(model.trainable_variables)
+
+    expected = trained(SWA(MovingAverage("nadam"), 0, 2)).optimizer
+    assert len(optimizer.variables) == len(expected.variables)
+    small.assert_same_bits(
+        small.fit(model, epochs=1).optimizer.get_weights(), expected.get_weights()
+    )

@@ -43,59 +43,17 @@ Each file defines the same names with the same signatures, in the same order:
 import keras
 
 if keras.backend.backend() == "tensorflow":
-    from keras_avg._backend.tensorflow import (
-        Counter,
-        all_finite,
-        assign_if,
-        concrete,
-        copy,
-        eager_inference,
-        lerp,
-        lerp_if,
-        loss_gradients,
-        part_of_sum,
-        random_state_kept,
-        scalar,
-        start_averages,
-        widest_float,
-    )
+    from keras_avg._backend.tensorflow import *
 elif keras.backend.backend() == "jax":
-    from keras_avg._backend.jax import (
-        Counter,
-        all_finite,
-        assign_if,
-        concrete,
-        copy,
-        eager_inference,
-        lerp,
-        lerp_if,
-        loss_gradients,
-        part_of_sum,
-        random_state_kept,
-        scalar,
-        start_averages,
-        widest_float,
-    )
+    from keras_avg._backend.jax import *
 elif keras.backend.backend() == "torch":
-    from keras_avg._backend.torch import (
-        Counter,
-        all_finite,
-        assign_if,
-        concrete,
-        copy,
-        eager_inference,
-        lerp,
-        lerp_if,
-        loss_gradients,
-        part_of_sum,
-        random_state_kept,
-        scalar,
-        start_averages,
-        widest_float,
-    )
+    from keras_avg._backend.torch import *
+elif keras.backend.backend() in ("numpy", "openvino"):
+    from keras_avg._backend.numpy import *
 else:
     raise ImportError(
-        "keras_avg runs on the TensorFlow, JAX and PyTorch backends of Keras. Received: "
+        "keras_avg runs on the TensorFlow, JAX and PyTorch backends of Keras, and loads models on "
+        "NumPy and OpenVINO. Received: "
         f"KERAS_BACKEND={keras.backend.backend()!r}."
     )
 

@@ -9,6 +9,7 @@ from keras_avg import _backend, _keras_internals
 from keras_avg._optimizers import arguments, gradients
 from keras_avg._optimizers.added_variables import AddsVariables
 from keras_avg._optimizers.configuration import HasConfig
+from keras_avg._optimizers.files import StoredInFiles
 from keras_avg._optimizers.forwarding import ForwardsToInnerOptimizer
 from keras_avg._optimizers.minimizing import Minimizes
 from keras_avg._optimizers.raw_values import RawValues
@@ -21,6 +22,7 @@ class AveragedOptimizerWrapper(
     ForwardsToInnerOptimizer,
     SwapsWeights,
     StoresOwnVariables,
+    StoredInFiles,
     AddsVariables,
     Minimizes,
     HasConfig,
@@ -144,13 +146,13 @@ class AveragedOptimizerWrapper(
 
     def build(self, variables: list[Any]) -> None:
         """Make the averages, one for each variable, and build the inner optimizer."""
-        if self.built:
-            return
         variables = list(variables)
+        if self.built and (not variables or _keras_internals.built_variables(self)):
+            return
         kind = type(self).__name__
         if self.inner_optimizer.built:
             arguments.refuse_other_variables(self.inner_optimizer, variables, kind)
-        else:
+        elif variables:  # built for none, it could not be built for those that come later
             self.inner_optimizer.build(variables)
         arguments.refuse_accumulating_members(self.inner_optimizer, kind)
         self._clock = _backend.Counter(_keras_internals.step_counter(self))

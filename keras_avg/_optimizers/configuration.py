@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from keras_avg import _keras_internals, _registered_functions
+from keras_avg._optimizers import addons_configs
 from keras_avg._optimizers.storage import check_attached
 
 
@@ -58,7 +59,7 @@ class HasConfig:
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict | None = None) -> Any:
-        """Construct a wrapper from what `get_config` returned.
+        """Construct a wrapper from what `get_config` returned, or that of TensorFlow Addons.
 
         Args:
             config: Dict. Left as it is.
@@ -66,7 +67,19 @@ class HasConfig:
 
         Returns:
             A new wrapper, not built.
+
+        Raises:
+            ValueError: If an argument is unknown or out of range, or if the config is of Keras 2
+                and an optimizer or a schedule in it has no counterpart in Keras 3.
+
+        Example:
+
+        ```python
+        inner = {"class_name": "SGD", "config": {"learning_rate": 0.1, "decay": 0.01}}
+        optimizer = keras_avg.SWA.from_config({"optimizer": inner, "average_period": 5})
+        ```
         """
+        config = addons_configs.translated(config, custom_objects)
         return cls(**{key: _restored(value, custom_objects) for key, value in config.items()})
 
 

@@ -1,7 +1,6 @@
-"""How a wrapper's state is listed, set, saved and loaded."""
+"""How a wrapper's state is made, listed and set."""
 
-import warnings
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -9,20 +8,15 @@ import numpy as np
 from keras import ops
 
 from keras_avg import _backend, _keras_internals
-from keras_avg._optimizers import arguments
-from keras_avg._optimizers.raw_values import RAW, STATISTIC, SWAPPED, RawValues
+from keras_avg._optimizers import arguments, fitting
+from keras_avg._optimizers.raw_values import RawValues
 
 AVERAGE = "average_"  # what the names of averages in a file begin with
 ADDED = ("slot_", "weight_")  # and those of variables that users added
-LOW_PRECISION = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
 class StoresOwnVariables:
-    """State: own variables, then the inner optimizer's. In a file each stands once.
-
-    Keras walks into `inner_optimizer` by itself when it saves, so a wrapper writes only what is its
-    own, under names: a file of another optimizer is then never mistaken for a wrapper's.
-    """
+    """State: own variables, then the inner optimizer's."""
 
     inner_optimizer: Any
     built: bool
@@ -31,13 +25,8 @@ class StoresOwnVariables:
     add_variable: Callable[..., Any]
     averages_in_model: bool
     _own_variables: dict[str, Any]
-    _raw_or_refuse: Callable[[], RawValues]
     _hold: Callable[[RawValues | None], None]
     _notice_restored_state: Callable[[], None]
-    _refuse_training_meanwhile: Callable[..., None]
-    _averages_and_variables: Callable[[], tuple[list[Any], list[Any]]]
-    _expected_in_file: Callable[[Mapping[str, Any]], dict[str, Any]]
-    _add_what_is_stored: Callable[[Mapping[str, Any]], None]
 
     def _add_own_variables(self, variables: list[Any]) -> None:
         """Three numbers, and an average for each variable: zeros until the averages start.
@@ -45,7 +34,9 @@ class StoresOwnVariables:
         An initializer that reads the variable would fail where TensorFlow creates both in the first
         trace of a `tf.function`, and weights loaded later would not count.
         """
-        numbers = {n: self._add_counter(n) for n in ("updates", "snapshots", "averages_in_model")}
+        names = ("updates", "snapshots", "averages_in_model")
+        made = self._own_variables  # by a `build` for no variables
+        numbers = {n: made[n] if n in made else self._add_counter(n) for n in names}
         self._updates, self._snapshots, self._swapped = map(_backend.Counter, numbers.values())
         self._averages = [self._add_average(variable) for variable in variables]
         averages = {f"{AVERAGE}{i}": a for i, a in enumerate(self._averages) if a is not None}
@@ -65,7 +56,7 @@ class StoresOwnVariables:
         if not _keras_internals.is_averageable(variable):
             return None
         dtype = keras.backend.standardize_dtype(variable.dtype)
-        dtype = self.average_dtype or ("float32" if dtype in LOW_PRECISION else dtype)
+        dtype = self.average_dtype or ("float32" if dtype in fitting.LOW_PRECISION else dtype)
         name = f"average{depth_suffix(self)}"
         return _keras_internals.add_variable_like(self, variable, name, dtype)
 
@@ -92,7 +83,9 @@ class StoresOwnVariables:
             ValueError: If the optimizer has not been built, or the number or a shape of the arrays
                 is not that of the variables.
         """
-        if not self.built:
+        if not self.built or not _keras_internals.built_variables(self):
+            # Keras' loader of legacy `.h5` files builds every optimizer for no variables.
+            self.built = False
             raise ValueError(
                 f"You are calling `set_weights()` on '{self.name}', which has no variables to "
                 "set before it is built. Call `optimizer.build(model.trainable_variables)`, or "
@@ -101,71 +94,11 @@ class StoresOwnVariables:
         check_attached(self.variables)
         variables = {str(i): variable for i, variable in enumerate(self.variables)}
         values = {str(i): weight for i, weight in enumerate(weights)}
-        _check_fit(self.name, variables, values)
-        _assign(variables, values)
+        fitting.check_fit(self.name, variables, values)
+        fitting.check_numbers(self.name, variables, values)
+        fitting.assign(variables, values)
         if not self.averages_in_model:
             self._hold(None)
-
-    def save_own_variables(self, store: MutableMapping[str, Any]) -> None:
-        """Write the wrapper's own variables, and the raw values if the averages are in the model.
-
-        Keras writes the inner optimizer's.
-
-        Raises:
-            RuntimeError: If the raw values should be there and are not, or if they and the rest
-                of the state are of different updates.
-        """
-        raw: dict[str, Any] = {}
-        if self.averages_in_model:
-            self._refuse_training_meanwhile(even_if_told=True)
-            raw = self._raw_or_refuse().arrays()
-        check_attached(self._own_variables.values())
-        for name, variable in self._own_variables.items():
-            store[name] = variable.numpy()
-        for name, array in raw.items():
-            store[name] = array
-
-    def load_own_variables(self, store: Mapping[str, Any]) -> None:
-        """Read the wrapper's own variables, all or none.
-
-        Raises:
-            ValueError: If the stored state is not one of a wrapper like this one.
-        """
-        if not self.built:
-            warnings.warn(
-                f"Skipping variable loading for optimizer '{self.name}', because it has not been "
-                f"built yet, whereas the saved one has {len(store.keys())} variables of its own. "
-                "Call `optimizer.build(model.trainable_variables)` before loading.",
-                stacklevel=2,
-            )
-            return
-        check_attached(self.variables)
-        stored = {name: store[name][...] for name in store.keys()}  # noqa: SIM118 (no `__iter__`)
-        raw = {name: stored.pop(name) for name in list(stored) if name.startswith((RAW, SWAPPED))}
-        _check_fit(self.name, self._expected_in_file(stored), stored)
-        held = self._raw_values_from(raw) if raw else None
-        if held:
-            self._bind_statistics(held)
-        self._add_what_is_stored(stored)
-        _assign({name: self._own_variables[name] for name in stored}, stored)
-        self._hold(held)
-
-    def _raw_values_from(self, stored: dict[str, Any]) -> RawValues:
-        _, variables = self._averages_and_variables()
-        updates = stored.pop(SWAPPED)
-        names = [name for name in stored if name.startswith(STATISTIC)]
-        statistics = {int(name.removeprefix(STATISTIC)): stored.pop(name) for name in names}
-        _check_fit(self.name, {f"{RAW}{i}": v for i, v in enumerate(variables)}, stored)
-        tensors = [
-            ops.convert_to_tensor(stored[f"{RAW}{i}"], v.dtype) for i, v in enumerate(variables)
-        ]
-        return RawValues(variables, tensors, int(updates), statistics)
-
-    def _bind_statistics(self, raw: RawValues) -> None:
-        for model in _keras_internals.models_being_loaded():
-            if any(_keras_internals.variable_index(self, v) is not None for v in model.variables):
-                raw.bind_statistics(model)
-                return
 
 
 def depth_suffix(wrapper: Any) -> str:
@@ -188,28 +121,3 @@ def check_attached(variables: Any) -> None:
             "During `fit` on JAX the variables' values live in the train step, not in the "
             "variables. Call `model.jax_state_sync()` first."
         )
-
-
-def _check_fit(name: str, variables: dict[str, Any], values: dict[str, Any]) -> None:
-    def refuse(difference: str) -> None:
-        raise ValueError(
-            f"The state does not fit optimizer '{name}': {difference} Nothing was changed. To "
-            "start from another optimizer's file, load it with `skip_mismatch=True`."
-        )
-
-    if len(values) != len(variables):
-        refuse(f"it has {len(variables)} variables. Received: {len(values)} variables.")
-    for key, variable in variables.items():
-        if key not in values:
-            refuse(f"it has a variable '{key}'. Received: {sorted(values)}.")
-        shape = tuple(np.shape(values[key]))
-        if shape != tuple(variable.shape):
-            refuse(
-                f"its variable '{variable.path}' has shape {tuple(variable.shape)}. "
-                f"Received: shape {shape}."
-            )
-
-
-def _assign(variables: dict[str, Any], values: dict[str, Any]) -> None:
-    for key, variable in variables.items():
-        variable.assign(_backend.copy(ops.convert_to_tensor(values[key], variable.dtype)))

@@ -1,6 +1,5 @@
 """Learning rates that go up and down between two bounds."""
 
-import copy
 import fractions
 import math
 from collections.abc import Callable
@@ -177,9 +176,7 @@ class CyclicalLearningRate(_Cyclical):
         Returns:
             A new schedule.
         """
-        scale_fn = config["scale_fn"]
-        if isinstance(scale_fn, dict):
-            scale_fn = keras.saving.deserialize_keras_object(copy.deepcopy(scale_fn))
+        scale_fn = _registered_functions.deserialize("scale_fn", config["scale_fn"])
         return cls(**(config | {"scale_fn": scale_fn}))
 
 

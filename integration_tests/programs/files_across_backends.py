@@ -1,0 +1,91 @@
+"""`save FOLDER` trains and saves, `load FOLDER SOURCE...` loads; both write down what they have."""
+
+import pathlib
+import sys
+
+import keras
+import numpy as np
+import small_model
+
+from keras_avg import SWA, MovingAverage
+
+POLICIES = ("float32", "bfloat16")
+HELD = ("raw", "averages")
+NAMES = ("model.keras", "model.weights.h5")
+CAN_TRAIN = keras.backend.backend() in ("tensorflow", "jax", "torch")
+
+
+def new_model():
+    return small_model.compiled(SWA(MovingAverage(keras.optimizers.Adam(0.01)), 1, 2))
+
+
+def save(folder):
+    for policy in POLICIES:
+        keras.config.set_dtype_policy(policy)
+        for held in HELD:
+            model = new_model()
+            small_model.fit(model, epochs=2)
+            if held == "averages":
+                model.optimizer.swap_weights()
+            for name in NAMES:
+                write = model.save if name.endswith(".keras") else model.save_weights
+                write(folder / f"{policy}-{held}-{name}")
+            np.savez(folder / f"{policy}-{held}.npz", **state_and_future(model))
+
+
+def load(folder, *sources):
+    for policy in POLICIES:
+        keras.config.set_dtype_policy(policy)
+        for held in HELD:
+            for source in sources:
+                for name in NAMES:
+                    file = f"{policy}-{held}-{name}"
+                    found = state_and_future(loaded(source / file))
+                    np.savez(folder / f"{source.name}-{file}.npz", **found)
+
+
+def loaded(path):
+    if path.suffix == ".keras":
+        return keras.saving.load_model(path)
+    model = new_model()
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(path)
+    return model
+
+
+def state_and_future(model):
+    """All values, then those after swapping back, after steps by hand, and after an epoch."""
+    optimizer = model.optimizer
+    found = {"averages_in_model": np.asarray(optimizer.averages_in_model)}
+    found |= numbered("model", model.variables)
+    found |= numbered("optimizer", optimizer.variables)
+    if optimizer.averages_in_model:
+        optimizer.swap_weights()
+    found |= numbered("raw", model.variables)
+    if keras.config.dtype_policy().name != "float32":
+        return found  # in bfloat16 each backend computes in its own way
+    found["predicted"] = model.predict(small_model.X, verbose=0)
+    found["bare"] = predicted_without_keras_avg(model.get_weights())
+    ones = [keras.ops.ones(v.shape, v.dtype) for v in model.trainable_variables]
+    for _ in range(2):
+        optimizer.apply(ones, model.trainable_variables)
+    found |= numbered("after_steps", [*model.variables, *optimizer.variables])
+    if CAN_TRAIN:
+        small_model.fit(model, epochs=1)
+        found |= numbered("after_fit", [*model.variables, *optimizer.variables])
+    return found
+
+
+def predicted_without_keras_avg(weights):
+    bare = small_model.compiled(None)
+    bare.set_weights(weights)
+    return bare.predict(small_model.X, verbose=0)
+
+
+def numbered(key, variables):
+    return {f"{key}_{i}": value for i, value in enumerate(small_model.arrays(variables))}
+
+
+if __name__ == "__main__":
+    command, *folders = sys.argv[1:]
+    {"save": save, "load": load}[command](*map(pathlib.Path, folders))

@@ -1,0 +1,82 @@
+"""A file written on one backend means the same on every other: each bit, and the training after."""
+
+import numpy as np
+import pytest
+
+TRAINING_BACKENDS = ("tensorflow", "jax", "torch")
+LOADING_BACKENDS = (*TRAINING_BACKENDS, "numpy", "openvino")
+PROGRAM = "files_across_backends.py"
+# Two or eight steps of another backend's arithmetic on float32 numbers of order 1. Adam divides by
+# a root of squares, which multiplies rounding errors where gradients are small.
+TOLERANCE = 1e-4
+
+backends = pytest.mark.parametrize("backend", LOADING_BACKENDS)
+sources = pytest.mark.parametrize("source", TRAINING_BACKENDS)
+names = pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
+held_values = pytest.mark.parametrize("held", ["raw", "averages"])
+policies = pytest.mark.parametrize("policy", ["float32", "bfloat16"])
+
+
+@pytest.fixture(scope="session")
+def saved(run_program, tmp_path_factory):
+    """The folder of what was saved on each backend, in folders named like them."""
+    folder = tmp_path_factory.mktemp("saved")
+    for backend in TRAINING_BACKENDS:
+        (folder / backend).mkdir()
+        run_program(backend, PROGRAM, "save", folder / backend)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def loaded(run_program, saved, tmp_path_factory):
+    """`loaded(backend)`: the folder of what that backend found in the files of all others."""
+    folders = {}
+
+    def folder_of(backend):
+        if backend not in folders:
+            folder = tmp_path_factory.mktemp(backend)
+            sources = [saved / source for source in TRAINING_BACKENDS]
+            run_program(backend, PROGRAM, "load", folder, *sources)
+            folders[backend] = folder
+        return folders[backend]
+
+    return folder_of
+
+
+@backends
+@sources
+@names
+@held_values
+@policies
+def test_every_bit_is_there(saved, loaded, backend, source, name, held, policy):
+    expected = np.load(saved / source / f"{policy}-{held}.npz")
+    found = np.load(loaded(backend) / f"{source}-{policy}-{held}-{name}.npz")
+
+    assert bool(found["averages_in_model"]) == (held == "averages")
+    for key in expected.files:
+        if key.startswith(("model", "optimizer", "raw")):
+            np.testing.assert_array_equal(found[key], expected[key], err_msg=key)
+    counted = [found[f"optimizer_{i}"] for i in (0, 1)]  # updates and snapshots of 12 steps
+    np.testing.assert_array_equal(counted, [12, 6])
+
+
+@backends
+@sources
+@names
+@held_values
+def test_it_goes_on_as_it_would_have(saved, loaded, backend, source, name, held):
+    expected = np.load(saved / source / f"float32-{held}.npz")
+    found = np.load(loaded(backend) / f"{source}-float32-{held}-{name}.npz")
+
+    np.testing.assert_array_equal(found["predicted"], found["bare"])
+    compared = ["after_steps"]
+    if backend != "openvino":  # whose predictions are in the processor's bfloat16, if it has that
+        compared.append("predicted")
+    if backend in TRAINING_BACKENDS:
+        compared.append("after_fit")
+    for key in expected.files:
+        if key.startswith(tuple(compared)):
+            np.testing.assert_allclose(
+                found[key], expected[key], rtol=TOLERANCE, atol=TOLERANCE, err_msg=key
+            )
+    assert {key.rstrip("_0123456789") for key in found.files} >= set(compared)

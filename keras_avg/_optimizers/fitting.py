@@ -1,0 +1,64 @@
+"""Whether values from outside fit the variables they are for. Checked before any is assigned."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_avg import _backend
+
+LOW_PRECISION = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+
+
+def check_fit(name: str, variables: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Refuse values of another number, of other names or of other shapes."""
+    if len(values) != len(variables):
+        _refuse(name, f"it has {len(variables)} variables. Received: {len(values)} variables.")
+    for key, variable in variables.items():
+        if key not in values:
+            _refuse(name, f"it has a variable '{key}'. Received: {sorted(values)}.")
+        shape = tuple(np.shape(values[key]))
+        if shape != tuple(variable.shape):
+            _refuse(
+                name,
+                f"its variable {_named(variable, key)} has shape {tuple(variable.shape)}. "
+                f"Received: shape {shape}.",
+            )
+
+
+def check_numbers(name: str, variables: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Refuse values that a conversion would bend: text, and counters that do not count."""
+    for key, variable in variables.items():
+        value = np.asarray(ops.convert_to_numpy(values[key]))
+        dtype = keras.backend.standardize_dtype(variable.dtype)
+        if value.dtype.kind not in "biuf" and value.dtype.name not in LOW_PRECISION:
+            _refuse(
+                name,
+                f"its variable {_named(variable, key)} has dtype {dtype}. "
+                f"Received: dtype {value.dtype}.",
+            )
+        if "int" in dtype and not _are_counts(value, np.iinfo(dtype).max):
+            _refuse(name, f"its variable {_named(variable, key)} counts. Received: {value}.")
+
+
+def _are_counts(value: np.ndarray, largest: int) -> bool:
+    in_range = np.logical_and(value >= 0, value <= largest)  # False for NaN
+    return bool(np.all(in_range)) and bool(np.all(value == np.floor(value)))
+
+
+def _named(variable: Any, key: str) -> str:
+    return repr(getattr(variable, "path", key))
+
+
+def _refuse(name: str, difference: str) -> None:
+    raise ValueError(
+        f"The state does not fit optimizer '{name}': {difference} Nothing was changed. To "
+        "start from another optimizer's file, load it with `skip_mismatch=True`."
+    )
+
+
+def assign(variables: dict[str, Any], values: dict[str, Any]) -> None:
+    for key, variable in variables.items():
+        variable.assign(_backend.copy(ops.convert_to_tensor(values[key], variable.dtype)))
