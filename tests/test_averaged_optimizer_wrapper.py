@@ -446,25 +446,6 @@ class TestApply:
         assert members[".*kernel"].num_snapshots == 4
         model.get_state_tree()  # raises where two variables have one path
 
-    @has_multi_optimizer
-    def test_a_multi_optimizer_inside_is_averaged_as_a_whole(self):
-        def members():
-            return optimizers.OptimizerMap(optimizers.Adam(0.01), {".*bias": optimizers.SGD(0.1)})
-
-        plain = small.fit(small.model(optimizers.MultiOptimizer(members())))
-        wrapped = small.fit(small.model(SWA(optimizers.MultiOptimizer(members()), 1, 3)))
-
-        small.assert_same_bits(wrapped.get_weights(), plain.get_weights())
-        assert wrapped.optimizer.num_snapshots == 4
-
-    @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "bfloat16"])
-    def test_low_precision_policies_train_as_without_the_wrapper(self, policy, dtype_policy):
-        dtype_policy(policy)
-        plain = small.fit(small.model(optimizers.Adam(0.01)))
-        wrapped = small.fit(small.model(SWA(optimizers.Adam(0.01), 1, 2)))
-
-        small.assert_same_bits(wrapped.get_weights(), plain.get_weights())
-
     def test_a_model_without_input_shape_is_averaged_from_its_first_step(self):
         shaped = small.model(MovingAverage(optimizers.SGD(0.1), average_decay=0.5))
         unshaped = small.model(

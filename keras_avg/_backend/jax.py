@@ -53,6 +53,10 @@ def lerp(averages: Sequence[Any], values: Sequence[Any], weight: Any) -> list[An
 
 
 def _lerp(average: jax.Array, value: jax.Array, weight: Any) -> jax.Array:
+    if value.dtype != average.dtype:
+        # XLA leaves out a rounding to bfloat16 that a cast to float32 follows: the average would be
+        # of what the step computed, not of the variable.
+        value = jax.lax.optimization_barrier(value)
     if isinstance(weight, float) and weight == 1.0:
         return jnp.array(value, average.dtype, copy=True)
     value = value.astype(average.dtype)

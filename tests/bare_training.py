@@ -1,0 +1,97 @@
+"""What a feature of Keras has to show: training is that of the bare optimizer, averages are right.
+
+`assert_invisible` trains a model twice, with the bare inner optimizer and with wrappers around it.
+The second time the variables are written down after each real update, for the oracle.
+"""
+
+import keras
+import numpy as np
+import small_training as small
+from keras import ops
+from test_wrapper_contract import AVERAGE_TOLERANCE, WRAPPERS, chain
+
+import keras_avg
+
+NEST = "SWA of MovingAverage"  # both kinds of average at once
+
+
+def wrapped(optimizer, wrapper=NEST):
+    return WRAPPERS[wrapper][0](optimizer)
+
+
+class Trajectories(keras.callbacks.Callback):
+    """The trainable variables' values: before the first update, and after each.
+
+    Batches that bring no update still apply constraints, so the first value is the last before it.
+    """
+
+    def on_train_begin(self, logs=None):
+        self.values = [[small.numpy(v)] for v in self.model.trainable_variables]
+        self.updates = self._updates()
+
+    def on_train_batch_end(self, batch, logs=None):
+        variables = self.model.trainable_variables  # on JAX this brings the state back
+        moved = self._updates() > self.updates
+        self.updates = self._updates()
+        for values, variable in zip(self.values, variables, strict=True):
+            if moved:
+                values.append(small.numpy(variable))
+            elif len(values) == 1:
+                values[0] = small.numpy(variable)
+
+    def _updates(self):
+        return int(ops.convert_to_numpy(self.model.optimizer.iterations))
+
+
+def assert_invisible(make_model, make_inner, fit=small.fit, wrapper=NEST, still=(), **tolerance):
+    """`make_model(optimizer)` gives a compiled model, `fit(model, callbacks=...)` trains it.
+
+    `still` names the variables that do not move: of such, any average would be right.
+
+    Returns:
+        The model that was trained with the wrappers.
+    """
+    bare = fit(make_model(make_inner()), callbacks=[])
+    record = Trajectories()
+    model = fit(make_model(wrapped(make_inner(), wrapper)), callbacks=[record])
+
+    pairs = zip(model.trainable_variables, record.values, strict=True)
+    assert {v.name for v, values in pairs if np.array_equal(values[0], values[-1])} == set(still)
+    assert_same_training(model, bare)
+    assert_averages(model, record.values, wrapper, **tolerance)
+    return model
+
+
+def assert_same_training(model, bare):
+    """Weights, loss scale and the inner optimizer's state are the same to the last bit."""
+    small.assert_same_bits(state(model), state(bare))
+    optimizer, same = model.optimizer, bare.optimizer
+    if isinstance(same, keras.optimizers.LossScaleOptimizer):
+        assert small.numpy(optimizer.dynamic_scale) == small.numpy(same.dynamic_scale)
+        optimizer, same = optimizer.inner_optimizer, same.inner_optimizer
+    small.assert_same_bits(state(chain(optimizer)[1]), state(same))
+
+
+def assert_averages(model, trajectories, wrapper=NEST, tolerance=AVERAGE_TOLERANCE):
+    wrappers, _ = chain(outermost(model))
+    averaged = 0
+    for optimizer, oracle in zip(wrappers, WRAPPERS[wrapper][1], strict=True):
+        for variable, values in zip(model.trainable_variables, trajectories, strict=True):
+            average = optimizer.get_slot(variable, "average")
+            if average is not None:
+                assert_close(small.numpy(average), oracle(values), tolerance)
+                averaged += 1
+    assert averaged > 0
+
+
+def assert_close(average, expected, tolerance=AVERAGE_TOLERANCE):
+    deviation = np.abs(average.astype("float64") - expected) / (1 + np.abs(expected))
+    assert np.max(deviation) <= tolerance, f"off by {np.max(deviation)}"
+
+
+def outermost(model):
+    return keras_avg.averaging_optimizers(model)[0]
+
+
+def state(model_or_optimizer):
+    return [small.numpy(v) for v in model_or_optimizer.variables]

@@ -1,0 +1,72 @@
+"""What needs a process of its own: several devices, and settings that Keras reads when imported."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import pytest
+from test_processes import run
+
+HERE = pathlib.Path(__file__).parent
+
+on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="a setting of JAX")
+
+
+def run_tests(tests, **settings):
+    """Runs tests in a process where `settings` are in the environment and known to have worked."""
+    checks = "; ".join(["import sys, keras, pytest", *(f"assert {c}" for c in settings.values())])
+    command = [sys.executable, "-c", f"{checks}; sys.exit(pytest.main(sys.argv[1:]))"]
+    arguments = ["-q", "-p", "no:cacheprovider", *(f"{HERE / test}" for test in tests)]
+    finished = subprocess.run(
+        [*command, *arguments],
+        env=os.environ | dict.fromkeys(settings, "1"),
+        cwd=HERE.parent,
+        timeout=400,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert f"{len(tests)} passed" in finished.stdout
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's")
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_every_replica_of_a_mirrored_strategy_has_the_averages_of_one_device(policy, tmp_path):
+    finished = run("train_on_replicas.py", tmp_path, policy)
+    assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="keras.distribution is for JAX")
+@pytest.mark.parametrize("kind", ["data", "model"])
+def test_sharded_training_is_that_of_the_bare_optimizer_and_gathers_nothing(kind):
+    finished = run("train_sharded.py", kind)
+    assert finished.returncode == 0, finished.stderr
+
+
+@on_jax
+@pytest.mark.skipif(importlib.util.find_spec("flax") is None, reason="NNX is a part of flax")
+def test_nnx_variables():
+    contract, swapping = "test_wrapper_contract.py::", "test_swapping.py::"
+    run_tests(
+        [
+            f"{contract}test_training_is_that_of_the_inner_optimizer_bit_for_bit"
+            "[SWA of MovingAverage-adam]",
+            f"{contract}test_averages_are_those_of_the_oracle[SWA of MovingAverage-accumulation]",
+            f"{contract}test_a_loaded_model_trains_on_as_if_it_had_never_stopped"
+            "[SWA of MovingAverage-adam]",
+            f"{swapping}test_nan_and_infinity_survive_a_swap",
+        ],
+        KERAS_NNX_ENABLED="keras.config.is_nnx_enabled()",
+    )
+
+
+@on_jax
+def test_float64_on_jax():
+    run_tests(
+        ["test_mixed_precision.py::test_float64_weights_have_float64_averages"],
+        JAX_ENABLE_X64="keras.ops.ones((), 'float64').dtype == 'float64'",
+    )

@@ -1,0 +1,93 @@
+"""Dtype policies, loss scaling and accumulation: what counts as an update is Keras' decision."""
+
+import os
+
+import bare_training
+import keras
+import numpy as np
+import pytest
+import small_training as small
+from keras import optimizers
+from test_wrapper_contract import INNER, each_wrapper
+
+from keras_avg import MovingAverage
+
+# Rounding of a float64 average, relative to 1 + |average|, over a dozen averagings.
+FLOAT64_TOLERANCE = 2e-15
+
+
+SGD = {
+    "nesterov": INNER["nesterov"],
+    "accumulation": lambda: optimizers.SGD(0.05, momentum=0.9, gradient_accumulation_steps=2),
+}
+
+
+# Not by Adam: its beta_2 is 1 in bfloat16, and nothing moves.
+@pytest.mark.parametrize("inner", SGD)
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "bfloat16"])
+def test_low_precision_policies(policy, inner, dtype_policy):
+    dtype_policy(policy)
+
+    model = bare_training.assert_invisible(small.model, SGD[inner])
+
+    scaled = isinstance(model.optimizer, optimizers.LossScaleOptimizer)
+    assert scaled == (policy == "mixed_float16")  # `compile` puts it outside
+    average = bare_training.outermost(model).get_slot(model.trainable_variables[0], "average")
+    assert average.dtype == "float32"
+
+
+@pytest.mark.parametrize("inner", ["adam", "accumulation"])
+@each_wrapper
+def test_steps_skipped_in_the_middle_of_training(wrapper, inner, dtype_policy):
+    dtype_policy("mixed_float16")
+    targets = small.Y.copy()
+    targets[2 * small.BATCH_SIZE] = np.inf  # in the third batch of each epoch
+
+    def model(optimizer):
+        return small.model(optimizers.LossScaleOptimizer(optimizer, initial_scale=64.0))
+
+    def fit(model, callbacks):
+        arguments = {"batch_size": small.BATCH_SIZE, "shuffle": False, "verbose": 0}
+        model.fit(small.X, targets, epochs=2, callbacks=callbacks, **arguments)
+        return model
+
+    optimizer = bare_training.assert_invisible(model, INNER[inner], fit, wrapper).optimizer
+
+    taken = 2 * (small.BATCHES - 1)
+    assert int(optimizer.iterations) == (taken if inner == "adam" else taken // 2)
+    assert float(optimizer.dynamic_scale) == 64.0 / 4
+
+
+def test_a_loss_scale_that_grows(dtype_policy):
+    def model(optimizer):
+        scaled = optimizers.LossScaleOptimizer(optimizer, dynamic_growth_steps=3)
+        return small.model(scaled)
+
+    trained = bare_training.assert_invisible(model, INNER["adam"])
+
+    assert float(trained.optimizer.dynamic_scale) == 2.0**15 * 2**4  # in twelve steps
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "jax" and os.environ.get("JAX_ENABLE_X64") != "1",
+    reason="JAX has float64 only with JAX_ENABLE_X64=1; test_devices.py runs this with it",
+)
+def test_float64_weights_have_float64_averages(dtype_policy):
+    dtype_policy("float64")
+
+    model = bare_training.assert_invisible(
+        small.model, INNER["nesterov"], tolerance=FLOAT64_TOLERANCE
+    )
+
+    average = bare_training.outermost(model).get_slot(model.trainable_variables[0], "average")
+    assert average.dtype == "float64"
+
+
+def test_an_average_in_bfloat16_is_kept_finer_than_its_variable(dtype_policy):
+    """Weights 1 and then 1 + 1/128, the next bfloat16: the average lies between."""
+    variable = keras.Variable([1.0], dtype="bfloat16")
+    optimizer = MovingAverage(optimizers.SGD(1.0), average_decay=0.75)
+
+    small.apply(optimizer, [variable], [[-1 / 128]])
+
+    np.testing.assert_array_equal(optimizer.get_slot(variable, "average"), [1 + 1 / 512])
