@@ -1,11 +1,10 @@
 """What CI runs: `nox` for all of it, `nox --list` for the parts."""
 
-import pathlib
 import re
 
 import nox
 
-nox.options.sessions = ["lint", "tests", "min", "integration"]
+nox.options.sessions = ["lint", "tests", "integration", "min", "across"]
 nox.options.default_venv_backend = "virtualenv"
 
 KERAS = "3.15.1"
@@ -20,7 +19,7 @@ BESIDE = {
     "jax": ["flax==0.12.*", "orbax-checkpoint==0.12.*"],
     "torch": [],
 }
-
+ACROSS = "integration_tests/test_files_across_backends.py"
 # Beside the three, Keras loads models on NumPy, which it brings along, and on this.
 LOADERS = ["openvino==2026.*"]
 
@@ -37,27 +36,35 @@ def lint(session):
     session.run("mypy")
 
 
+each_backend = nox.parametrize("backend", list(FRAMEWORKS), ids=list(FRAMEWORKS))
+
+
 @nox.session
-@nox.parametrize("backend", list(FRAMEWORKS), ids=list(FRAMEWORKS))
+@each_backend
 def tests(session, backend):
     """The tests on one backend, with no other framework installed."""
-    run_tests(session, backend, KERAS)
+    run_tests(session, backend, KERAS, "tests")
+
+
+@nox.session
+@each_backend
+def integration(session, backend):
+    """What takes several processes: Keras' own tests, and workers of one job."""
+    run_tests(session, backend, KERAS, "integration_tests", f"--ignore={ACROSS}")
 
 
 @nox.session(name="min")
 def min_keras(session):
     """The tests on the oldest Keras that pyproject.toml admits."""
-    run_tests(session, "jax", OLDEST_KERAS)
+    run_tests(session, "jax", OLDEST_KERAS, "tests")
 
 
 @nox.session
-def integration(session):
-    """What takes several processes or backends: on the installed wheel, outside the repository."""
+def across(session):
+    """What is written on one backend is read on all others, which takes all of them."""
     needs = [f"keras=={KERAS}", *FRAMEWORKS.values(), *LOADERS]
     session.install(".", *needs, *tools("pytest"))
-    tests = pathlib.Path("integration_tests").resolve()
-    session.chdir(session.create_tmp())
-    session.run("pytest", str(tests), *session.posargs, env=environment("jax"))
+    session.run("pytest", ACROSS, *session.posargs, env=environment("jax"))
 
 
 @nox.session
@@ -68,12 +75,12 @@ def quickstart(session):
     session.run("python", "examples/quickstart.py", env=environment(backend))
 
 
-def run_tests(session, backend, keras):
+def run_tests(session, backend, keras, *what):
     """Runs the tests on the installed wheel: `pytest` leaves the working folder out of the path."""
     needs = [f"keras=={keras}", FRAMEWORKS[backend], *BESIDE[backend]]
     session.install(".", *needs, *tools("pytest", "pytest-xdist", "hypothesis"))
     expect_no_framework_but(session, backend)
-    session.run("pytest", "-n", "2", "tests", *session.posargs, env=environment(backend))
+    session.run("pytest", "-n", "2", *what, *session.posargs, env=environment(backend))
 
 
 def expect_no_framework_but(session, backend):
