@@ -1,6 +1,6 @@
 """Weight averaging for Keras 3, on TensorFlow, JAX and PyTorch."""
 
-from keras_avg import callbacks, schedules
+from keras_avg import callbacks, distributed, schedules
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 from keras_avg._optimizers.finding import averaging_optimizers
 from keras_avg._optimizers.moving_average import MovingAverage
@@ -13,6 +13,7 @@ __all__ = [
     "MovingAverage",
     "averaging_optimizers",
     "callbacks",
+    "distributed",
     "schedules",
     "update_batch_norm",
 ]

@@ -67,7 +67,12 @@ def test_private_names_of_keras_are_used_in_one_file_only(path):
     assert not found, f"{path}: {found}. Private Keras names belong into {INTERNALS.name}."
 
 
-def test_every_backend_has_the_same_functions_in_the_same_order():
+@pytest.mark.parametrize(
+    ("folder", "loading_only"),
+    [(BACKEND, {"numpy"}), (BACKEND / "communicators", set())],
+    ids=["_backend", "communicators"],
+)
+def test_every_backend_has_the_same_functions_in_the_same_order(folder, loading_only):
     def signatures(path):
         tree = ast.parse(path.read_text())
         for node in tree.body:
@@ -81,9 +86,9 @@ def test_every_backend_has_the_same_functions_in_the_same_order():
     def public(name):
         return not name.startswith("_") or name == "__init__"
 
-    files = {path.stem: path for path in BACKEND.glob("*.py") if path.stem != "__init__"}
+    files = {path.stem: path for path in folder.glob("*.py") if path.stem != "__init__"}
     described = {name: list(signatures(path)) for name, path in files.items()}
-    assert set(described) == {"tensorflow", "jax", "torch", "numpy"}
+    assert set(described) == {"tensorflow", "jax", "torch"} | loading_only
     assert all(functions == described["jax"] for functions in described.values())
 
 

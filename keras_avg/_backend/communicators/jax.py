@@ -1,0 +1,156 @@
+"""The engine is jax.distributed; the launcher sets the variables of keras.distribution.
+
+`keras.distribution.initialize` is not called, because it passes no timeouts on. JAX would end the
+process from C++, with the weights in it, when another worker dies, and wait at exit for a dead one:
+so the workers are made recoverable, which leaves it to us to notice. What stays: the coordination
+service lives in worker 0, and when that one dies JAX ends the others.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import distributed
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from keras_avg._backend.communicators import TooLateError, UnreachableError, place, variables
+
+ADDRESSES = "KERAS_DISTRIBUTION_JOB_ADDRESSES"
+SIZE = "KERAS_DISTRIBUTION_NUM_PROCESSES"
+RANK = "KERAS_DISTRIBUTION_PROCESS_ID"
+LONGEST_SILENCE = 100  # seconds without a heartbeat, JAX' own default
+MARGIN = 2  # seconds: what has a timeout of its own is to end by that
+
+
+def launched() -> tuple[int, int] | None:
+    if jax.distributed.is_initialized():  # by the user
+        return jax.process_index(), jax.process_count()
+    found = variables(ADDRESSES, SIZE, RANK)
+    if found is None:
+        return None
+    return place(RANK, found[RANK], SIZE, found[SIZE])
+
+
+class Engine:
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        if not jax.distributed.is_initialized():
+            _start(timeout)
+        self.rank, self.size = jax.process_index(), jax.process_count()
+        # Meetings and heartbeats have no public name.
+        self._client: Any = distributed.global_state.client
+        self._meetings = 0
+        self._missing: set[int] = set()
+        one_each = {device.process_index: device for device in reversed(jax.devices())}
+        mesh = Mesh(np.array([one_each[rank] for rank in range(self.size)]), ("worker",))
+        self._device = one_each[self.rank]
+        self._one_row_each = NamedSharding(mesh, PartitionSpec("worker"))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._sum_rows = jax.jit(lambda rows: rows.sum(0), out_shardings=everywhere)
+        if self.rank == 0:
+            atexit.register(self._outlive_the_others)
+
+    def meet(self, numbers: Sequence[int]) -> list[list[int]]:
+        self._meetings += 1
+        folder = f"keras_avg/{self._meetings}/"
+        try:
+            self._client.key_value_set(f"{folder}{self.rank}", json.dumps(numbers))
+            if self._meetings > 2:  # everybody has read that one
+                self._client.key_value_delete(f"keras_avg/{self._meetings - 2}/{self.rank}")
+            self._within(self._client.wait_at_barrier, folder, round(1000 * self._timeout))
+            brought = self._brought(folder)
+        except Exception as error:
+            raise UnreachableError(error, self._note_missing(folder)) from error
+        return [brought[rank] for rank in range(self.size)]
+
+    def sum(self, flat: np.ndarray) -> np.ndarray:
+        try:
+            return self._within(self._sum, flat)
+        except Exception as error:
+            raise UnreachableError(error) from error
+
+    def _sum(self, flat: np.ndarray) -> np.ndarray:
+        wide = jax.enable_x64(True) if flat.dtype == np.float64 else contextlib.nullcontext()
+        with wide:
+            row = jax.device_put(flat[np.newaxis], self._device)
+            rows = jax.make_array_from_single_device_arrays(
+                (self.size, flat.size), self._one_row_each, [row]
+            )
+            return np.asarray(self._sum_rows(rows).addressable_data(0))
+
+    def _brought(self, folder: str) -> dict[int, list[int]]:
+        pairs = self._client.key_value_dir_get(folder)
+        return {int(key.rpartition("/")[2]): json.loads(numbers) for key, numbers in pairs}
+
+    def _note_missing(self, folder: str) -> tuple[int, ...]:
+        with contextlib.suppress(Exception):
+            self._missing = set(range(self.size)) - self._brought(folder).keys()
+        return tuple(sorted(self._missing))
+
+    def _within(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Not every wait of JAX has an end: from a stuck thread one can at least go on."""
+        result: futures.Future = futures.Future()
+
+        def run() -> None:
+            try:
+                result.set_result(call(*arguments))
+            except Exception as error:
+                result.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        patience = self._timeout + MARGIN
+        try:
+            return result.result(patience)
+        except futures.TimeoutError:
+            raise TimeoutError(f"no answer in {patience:g} s") from None
+
+    def _outlive_the_others(self) -> None:
+        """Keeps the coordination service up while others still save: without it JAX ends them."""
+        others = [rank for rank in range(self.size) if rank not in self._missing]
+        with contextlib.suppress(Exception):
+            self._within(self._client.get_live_nodes, others)
+
+
+def pack(arrays: Sequence[Any], dtype: str) -> np.ndarray:
+    # On the host: compiled for two hundred arrays, a concatenation takes seconds to compile, and
+    # arrays from a global mesh would let the train step compile anew.
+    arrays = [np.asarray(array) for array in arrays]
+    flat = np.empty(sum(array.size for array in arrays), dtype)
+    for part, array in zip(unpack(flat, [a.shape for a in arrays]), arrays, strict=True):
+        part[...] = array
+    return flat
+
+
+def unpack(flat: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+    ends = np.cumsum([np.prod(shape, dtype=int) for shape in shapes])
+    parts = np.split(flat, ends[:-1]) if len(shapes) else []
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _start(timeout: float) -> None:
+    found = variables(ADDRESSES, SIZE, RANK) or {}
+    coordinator = found[ADDRESSES].split(",")[0]
+    silence = max(2, min(LONGEST_SILENCE, round(timeout)))
+    if not hasattr(jax.config, "jax_enable_recoverability"):
+        raise RuntimeError(f"Several workers on JAX need jax >= 0.7. Received: {jax.__version__}.")
+    jax.config.update("jax_enable_recoverability", True)
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            int(found[SIZE]),
+            int(found[RANK]),
+            initialization_timeout=max(1, round(timeout)),
+            heartbeat_timeout_seconds=silence,
+            # By itself JAX would listen on every interface of the machine.
+            coordinator_bind_address=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator),
+        )
+    except RuntimeError as error:
+        late = "must be called before" in str(error)
+        raise (TooLateError(error) if late else UnreachableError(error)) from error

@@ -1,0 +1,126 @@
+"""The engine is torch.distributed, and torchrun the launcher: gloo on CPUs, NCCL on GPUs."""
+
+import atexit
+import contextlib
+import datetime
+import errno
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from keras_avg._backend.communicators import UnreachableError, place, variables
+
+_kept_memory: list[np.ndarray] = []  # one at most
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launched() -> tuple[int, int] | None:
+    if dist.is_initialized():  # by the user
+        return dist.get_rank(), dist.get_world_size()
+    found = variables(*LAUNCHER)
+    if found is None:
+        return None
+    return place("RANK", found["RANK"], "WORLD_SIZE", found["WORLD_SIZE"])
+
+
+class Engine:
+    def __init__(self, timeout: float) -> None:
+        self._timeout = datetime.timedelta(seconds=timeout)
+        with _failures():
+            if not dist.is_initialized():
+                _start(self._timeout)
+                # Gloo's threads abort a process that ends with its groups in place.
+                atexit.register(_stop)
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            # `monitored_barrier`, which tells who is missing, is there on gloo alone.
+            self._meetings = dist.new_group(backend="gloo", timeout=self._timeout)
+
+    def meet(self, numbers: Sequence[int]) -> list[list[int]]:
+        rows = torch.zeros(self.size, len(numbers), dtype=torch.int64)
+        rows[self.rank] = torch.tensor(numbers)
+        with _failures():
+            dist.monitored_barrier(self._meetings, self._timeout, wait_all_ranks=True)
+            dist.all_reduce(rows, group=self._meetings)
+        return rows.tolist()
+
+    def sum(self, flat: torch.Tensor) -> torch.Tensor:
+        with _failures():
+            dist.all_reduce(flat)
+        return flat
+
+
+@torch.no_grad()
+def pack(arrays: Sequence[Any], dtype: str) -> torch.Tensor:
+    tensors = [keras.ops.convert_to_tensor(array, dtype).detach().reshape(-1) for array in arrays]
+    if tensors[0].device.type != "cpu":
+        return torch.cat(tensors)
+    # Not `torch.cat`, which lets all cores of the machine meet at each of the tensors.
+    memory = _host_memory(sum(tensor.numel() for tensor in tensors), dtype)
+    np.concatenate([tensor.numpy() for tensor in tensors], out=memory)
+    return torch.from_numpy(memory)
+
+
+def unpack(flat: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    parts = flat.split([torch.Size(shape).numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _host_memory(size: int, dtype: str) -> np.ndarray:
+    """Memory of the last time, once no result uses it: fresh pages cost ten times the copying."""
+    memory = _kept_memory.pop() if _kept_memory else None
+    in_use = sys.getrefcount(memory) > 2  # by tensors, beside this name and the argument
+    if memory is None or in_use or (memory.size, memory.dtype) != (size, dtype):
+        memory = np.empty(size, dtype)
+    _kept_memory.append(memory)
+    return memory
+
+
+def _start(timeout: datetime.timedelta) -> None:
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "nccl"
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # the launcher holds the store
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listener = _listener(host, port).detach() if rank == 0 else None
+    store = dist.TCPStore(
+        host, port, size, is_master=rank == 0, timeout=timeout, master_listen_fd=listener
+    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """Listens on the launcher's interface only; torch by itself listens on all of them."""
+    try:
+        return socket.create_server((socket.gethostbyname(host), port))
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:  # an address that is forwarded to this machine
+            raise
+        return socket.create_server(("", port))
+
+
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        named = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
+        ranks = named[1].replace(",", " ").split() if named else ()
+        raise UnreachableError(error, tuple(map(int, ranks))) from error

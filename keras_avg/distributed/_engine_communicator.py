@@ -1,0 +1,73 @@
+"""The communicator of a job, on the backend's own engine."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from keras_avg._backend import communicators
+from keras_avg.distributed import _packing
+from keras_avg.distributed.communicator import Communicator
+
+BARRIER = [0, 0, 0, 0]
+
+
+class EngineCommunicator(Communicator):
+    """Meets before each collective, so that what engines abort or hang at becomes an error."""
+
+    def __init__(self, engine: Any, timeout: float) -> None:
+        self._engine = engine
+        self._timeout = timeout
+        self._failure: str | None = None
+
+    @property
+    def rank(self) -> int:
+        return self._engine.rank
+
+    @property
+    def size(self) -> int:
+        return self._engine.size
+
+    def all_reduce_sum(self, arrays: Sequence[Any]) -> list[Any]:
+        packed = _packing.Packed(arrays)
+        self._meet(packed.description())
+        if packed.size:
+            packed.flat = self._ask(self._engine.sum, packed.flat)
+        return packed.unpack()
+
+    def barrier(self) -> None:
+        self._meet(BARRIER)
+
+    def _meet(self, description: list[int]) -> None:
+        brought = self._ask(self._engine.meet, description)
+        if any(other != description for other in brought):
+            every = "; ".join(f"worker {rank}: {_words(b)}" for rank, b in enumerate(brought))
+            raise ValueError(
+                "The workers do not bring the same arrays in the same order, so nothing was "
+                f"summed. Received: {every}. Build the same model, and make the same calls, on "
+                "all of them."
+            )
+
+    def _ask(self, call: Any, argument: Any) -> Any:
+        if self._failure:
+            raise RuntimeError(f"This communicator has failed before. {self._failure}")
+        try:
+            return call(argument)
+        except communicators.UnreachableError as error:
+            self._failure = self._explanation(error)
+            raise RuntimeError(self._failure) from error
+
+    def _explanation(self, error: communicators.UnreachableError) -> str:
+        missing = ", ".join(str(rank) for rank in error.missing if rank != self.rank)
+        who = f"worker(s) {missing}" if missing else "some worker (the engine does not say which)"
+        return (
+            f"Worker {self.rank} of {self.size} has lost {who}: dead, or without an answer for "
+            f"{self._timeout:g} s. The weights of this worker are as they were before the call and "
+            "can be saved. Then end this program, and let the launcher start the job again. The "
+            f"engine said: {error}"
+        )
+
+
+def _words(description: list[int]) -> str:
+    if description == BARRIER:
+        return "a barrier"
+    arrays, size, bits, shapes = description
+    return f"{arrays} arrays of {size} float{bits} in all (shapes {shapes:08x})"

@@ -1,0 +1,44 @@
+"""The communicator of a worker that is alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from keras_avg.distributed import _packing
+from keras_avg.distributed.communicator import Communicator
+
+
+class LocalCommunicator(Communicator):
+    """A job of one worker: sums are copies, and nobody has to be waited for.
+
+    So programs for several workers run alone without a change.
+
+    Raises:
+        ValueError: By `all_reduce_sum`, if an array is not of floats.
+
+    Example:
+
+    ```python
+    communicator = keras_avg.distributed.LocalCommunicator()
+    communicator.all_reduce_sum(model.trainable_variables)  # their values, in float32
+    ```
+
+    Reference:
+        `MPI_COMM_SELF` of the Message Passing Interface.
+    """
+
+    @property
+    def rank(self) -> int:
+        """Always 0."""
+        return 0
+
+    @property
+    def size(self) -> int:
+        """Always 1."""
+        return 1
+
+    def all_reduce_sum(self, arrays: Sequence[Any]) -> list[Any]:
+        """Copies, in float32 or float64, as `Communicator.all_reduce_sum` gives them."""
+        return _packing.Packed(arrays).unpack()
+
+    def barrier(self) -> None:
+        """Return at once."""

@@ -1,0 +1,93 @@
+"""Several workers in one process: threads that take turns at nothing but meet at every call.
+
+Results do not depend on how the threads are scheduled: between two meetings each works on its own
+things, and sums are formed in the order of ranks. Keras keeps its seed and its dtype policy per
+thread: set them in `work`.
+"""
+
+import threading
+
+import keras
+import numpy as np
+
+from keras_avg.distributed import Communicator
+
+
+class FakeCommunicator(Communicator):
+    """One worker's; `job` is what the workers share. Counts its collectives in `sums`."""
+
+    def __init__(self, rank, job):
+        self._rank, self._job, self.sums = rank, job, 0
+
+    @property
+    def rank(self):
+        return self._rank
+
+    @property
+    def size(self):
+        return self._job.size
+
+    def all_reduce_sum(self, arrays):
+        self.sums += 1
+        brought = self._job.exchange(self._rank, [_wide(array) for array in arrays])
+        forms = [[(a.shape, a.dtype) for a in arrays] for arrays in brought]
+        if any(form != forms[0] for form in forms):
+            raise ValueError(f"The workers do not bring the same arrays. Received: {forms}.")
+        return [np.sum(same, axis=0, dtype=same[0].dtype) for same in zip(*brought, strict=True)]
+
+    def barrier(self):
+        self._job.exchange(self._rank, None)
+
+
+def _wide(array):
+    array = np.array(keras.ops.convert_to_numpy(array), copy=True)
+    return array if array.dtype == "float64" else array.astype("float32")
+
+
+class Job:
+    def __init__(self, size, timeout):
+        self.size, self._brought = size, [None] * size
+        self._barrier = threading.Barrier(size, timeout=timeout)
+
+    def exchange(self, rank, things):
+        """What every worker brought, once all have come; an error if one fails to come."""
+        self._brought[rank] = things
+        self._wait()
+        brought = list(self._brought)
+        self._wait()
+        return brought
+
+    def abort(self):
+        self._barrier.abort()
+
+    def _wait(self):
+        try:
+            self._barrier.wait()
+        except threading.BrokenBarrierError:
+            raise RuntimeError("A worker is dead or stalled.") from None
+
+
+def run(size, work, timeout=60):
+    """Call `work(communicator)` in a thread per worker; what they return, by rank.
+
+    The first exception of a worker is raised here; the others are released by it.
+    """
+    job, results, errors = Job(size, timeout), [None] * size, []
+
+    def worker(rank):
+        try:
+            results[rank] = work(FakeCommunicator(rank, job))
+        except BaseException as error:
+            errors.append(error)
+            job.abort()
+
+    threads = [threading.Thread(target=worker, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout)
+    if errors:
+        raise errors[0]
+    if any(thread.is_alive() for thread in threads):
+        raise RuntimeError(f"A worker did not end within {timeout} s.")
+    return results
