@@ -3,6 +3,7 @@
 from keras_avg import callbacks, distributed, schedules
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 from keras_avg._optimizers.finding import averaging_optimizers
+from keras_avg._optimizers.lookahead import Lookahead
 from keras_avg._optimizers.moving_average import MovingAverage
 from keras_avg._optimizers.swa import SWA
 from keras_avg.batch_norm import update_batch_norm
@@ -10,6 +11,7 @@ from keras_avg.batch_norm import update_batch_norm
 __all__ = [
     "SWA",
     "AveragedOptimizerWrapper",
+    "Lookahead",
     "MovingAverage",
     "averaging_optimizers",
     "callbacks",

@@ -89,6 +89,12 @@ class AveragedOptimizerWrapper(
     #: whose first weight is 1 needs no start.
     average_starts_at_variable = True
 
+    #: Whether the variables take their averages' values after an averaging.
+    average_flows_back = False
+
+    #: Whether no other averaging wrapper may be around this one.
+    must_be_outermost = False
+
     def __init__(
         self,
         optimizer: Any,
@@ -210,17 +216,26 @@ class AveragedOptimizerWrapper(
         step, after = self._step(before), self._step(self._clock.read_after_step())
         moved = self._counts_every_step() or step != after
         due = _backend.scalar(lambda: _both(moved, self.is_due(step)))
-        averages, variables = self._averages_and_variables()
         if self.skip_nonfinite:
-            due = _backend.scalar(
-                lambda: ops.cond(due, lambda: _backend.all_finite(variables), lambda: _false())
-            )
+            due = self._due_if_finite(due)
+        self._average(due, step)
+        self._updates.advance(moved)
+
+    def _due_if_finite(self, due: Any) -> Any:
+        _, variables = self._averages_and_variables()
+        return _backend.scalar(
+            lambda: ops.cond(due, lambda: _backend.all_finite(variables), lambda: _false())
+        )
+
+    def _average(self, due: Any, step: Any) -> None:
+        averages, variables = self._averages_and_variables()
         if self._overrides_average_op():
             _backend.assign_if(due, averages, variables, self._average_ops)
         else:
             _backend.lerp_if(due, averages, variables, lambda: self._weight(step))
+        if self.average_flows_back:
+            _backend.assign_if(due, variables, averages, _copies_of_sources)
         self._snapshots.advance(due)
-        self._updates.advance(moved)
 
     def _counts_every_step(self) -> bool:
         inner = self.inner_optimizer
@@ -234,6 +249,10 @@ class AveragedOptimizerWrapper(
 
     def _average_ops(self, averages: Any, variables: Any) -> list[Any]:
         return [self.average_op(v, a) for a, v in zip(averages, variables, strict=True)]
+
+
+def _copies_of_sources(targets: Any, sources: Any) -> list[Any]:
+    return [_backend.copy(source) for source in sources]
 
 
 def _both(first: Any, second: Any) -> Any:
