@@ -11,7 +11,7 @@ import pytest
 import small_training as small
 from keras import optimizers
 
-from keras_avg import SWA, MovingAverage
+from keras_avg import SWA, Lookahead, ModelAverage, MovingAverage
 
 STEPS = 11
 # Rounding of a float32 average, relative to 1 + |average|, over a dozen averagings.
@@ -20,6 +20,11 @@ AVERAGE_TOLERANCE = 1e-6
 
 def warm_up(updates):
     return [min(0.9, (1 + s) / (10 + s)) for s in range(updates)]
+
+
+def last_synchronized(trajectory):
+    """With a step size of 1, and with one worker, what flows back is what was there."""
+    return trajectory[(len(trajectory) - 1) // 3 * 3]
 
 
 def swa_of_variables(trajectory):
@@ -42,6 +47,14 @@ WRAPPERS = {
     "SWA of MovingAverage": (
         lambda inner: SWA(MovingAverage(inner, average_decay=0.9, dynamic_decay=True), 1, 2),
         [swa_of_variables, warm_moving_average],
+    ),
+    "Lookahead": (
+        lambda inner: Lookahead(inner, sync_period=3, slow_step_size=1.0),
+        [last_synchronized],
+    ),
+    "ModelAverage": (
+        lambda inner: ModelAverage(inner, interval_steps=3),
+        [last_synchronized],
     ),
 }
 
@@ -167,7 +180,7 @@ def test_a_config_makes_the_same_optimizer_again(wrapper, inner):
 def test_a_snapshot_takes_place_after_every_real_update_that_is_due(wrapper):
     model = small.model(wrapped(wrapper, "accumulation"))
     wrappers, _ = chain(model.optimizer)
-    expected = {SWA: 3, MovingAverage: 6}  # updates 1, 3, 5 of 0..5; all six
+    expected = {SWA: 3, MovingAverage: 6, Lookahead: 2, ModelAverage: 2}  # of updates 0..5
 
     small.fit(model)  # twelve micro-steps
 

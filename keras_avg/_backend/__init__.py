@@ -21,6 +21,8 @@ Each file defines the same names with the same signatures, in the same order:
 * `assign_if(condition, targets, sources, new_values)`: assigns `new_values(targets, sources)`
   where the condition holds, and computes nothing where it does not. JAX needs a `cond` that
   returns values, TensorFlow one around the assignments, torch a Python `if`.
+* `run_if(condition, function, variables)`: runs a function that assigns to these variables, where
+  the condition holds.
 * `lerp_if(condition, averages, variables, weight)`: the same for `lerp`, with `weight()`; a
   multi-tensor update in place where the framework has one.
 * `start_averages(updates, averages, variables)`: gives the averages the variables' values if there
@@ -69,6 +71,7 @@ __all__ = [
     "loss_gradients",
     "part_of_sum",
     "random_state_kept",
+    "run_if",
     "scalar",
     "start_averages",
     "widest_float",

@@ -84,6 +84,22 @@ def assign_if(
         target.assign(value)
 
 
+def run_if(condition: Any, function: Callable[[], None], variables: Sequence[Any]) -> None:
+    if not isinstance(condition, jax.core.Tracer):
+        if condition:
+            function()
+        return
+
+    def run() -> list[Any]:
+        with keras.StatelessScope([(v, v.value) for v in variables]) as scope:
+            function()
+        return [scope.get_current_value(v) for v in variables]
+
+    values = jax.lax.cond(condition, run, lambda: [v.value for v in variables])
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
 def lerp_if(
     condition: Any, averages: Sequence[Any], variables: Sequence[Any], weight: Callable[[], Any]
 ) -> None:

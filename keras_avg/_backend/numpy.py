@@ -71,6 +71,11 @@ def assign_if(
         target.assign(value)
 
 
+def run_if(condition: Any, function: Callable[[], None], variables: Sequence[Any]) -> None:
+    if condition:
+        function()
+
+
 def lerp_if(
     condition: Any, averages: Sequence[Any], variables: Sequence[Any], weight: Callable[[], Any]
 ) -> None:

@@ -105,6 +105,19 @@ def assign_if(
     )
 
 
+def run_if(condition: Any, function: Callable[[], None], variables: Sequence[Any]) -> None:
+    if tf.distribute.has_strategy():
+        raise NotImplementedError(
+            "An outer optimizer, and resetting the inner one, are not possible under a "
+            f"tf.distribute strategy. Received: {tf.distribute.get_strategy()!r}."
+        )
+
+    def run() -> None:
+        function()
+
+    tf.cond(tf.convert_to_tensor(condition), run, lambda: None)
+
+
 def _native(variables: Sequence[Any]) -> list[Any]:
     return [v.value if isinstance(v, keras.Variable) else v for v in variables]
 

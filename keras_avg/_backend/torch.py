@@ -104,6 +104,13 @@ def assign_if(
 
 @outside_graph
 @torch.no_grad()
+def run_if(condition: Any, function: Callable[[], None], variables: Sequence[Any]) -> None:
+    if condition:
+        function()
+
+
+@outside_graph
+@torch.no_grad()
 def lerp_if(
     condition: Any, averages: Sequence[Any], variables: Sequence[Any], weight: Callable[[], Any]
 ) -> None:

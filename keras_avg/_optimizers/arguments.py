@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from keras_avg import _backend, _keras_internals
+from keras_avg import _backend, _keras_internals, distributed
 
 CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 RATE = ("lr", "learning_rate", "decay")
@@ -39,12 +39,69 @@ def inner_optimizer(identifier: Any, wrapper: str) -> Any:
             f"optimizer={optimizer!r}. Wrap the other way: LossScaleOptimizer({wrapper}(...))."
         )
     refuse_accumulating_members(optimizer, wrapper)
+    refuse_what_must_be_outermost(optimizer, wrapper)
     return optimizer
+
+
+def refuse_what_must_be_outermost(optimizer: Any, wrapper: str) -> None:
+    """Workers meet once a round, with all the averages there are inside."""
+    if getattr(optimizer, "must_be_outermost", False):
+        kind = type(optimizer).__name__
+        raise ValueError(
+            f"{kind} must be the outermost averaging wrapper. Received: a {kind} inside {wrapper}. "
+            f"Nest the other way: {kind}({wrapper}(...)) averages {wrapper}'s averages over the "
+            "workers too."
+        )
+    for inside in (getattr(optimizer, "inner_optimizer", None), *_members(optimizer)):
+        if inside is not None:
+            refuse_what_must_be_outermost(inside, wrapper)
+
+
+def _members(optimizer: Any) -> list[Any]:
+    return list(getattr(optimizer, "optimizers", ()))
+
+
+def outer_optimizer(identifier: Any) -> Any:
+    """The optimizer of the center, or None."""
+    if identifier is None:
+        return None
+    if isinstance(identifier, dict):
+        identifier = copy.deepcopy(identifier)  # Keras rewrites the config it is given
+    optimizer = keras.optimizers.get(identifier)
+    if hasattr(optimizer, "inner_optimizer") or optimizer.gradient_accumulation_steps:
+        raise ValueError(
+            "`outer_optimizer` takes one plain step along center - mean at each round. Received: "
+            f"outer_optimizer={optimizer!r}. Pass an optimizer that wraps nothing and accumulates "
+            "nothing, such as keras.optimizers.SGD(0.7, momentum=0.9, nesterov=True)."
+        )
+    return optimizer
+
+
+def communicator(given: Any, num_worker: Any, is_chief: Any) -> Any:
+    """The communicator to use, which must be what the caller believes."""
+    chosen = distributed.initialize() if given is None else given
+    if num_worker is not None and num_worker != chosen.size:
+        raise ValueError(
+            f"There are {chosen.size} workers. Received: num_worker={num_worker!r}. Leave it out, "
+            "or start as many workers by the backend's launcher."
+        )
+    if is_chief is not None and bool(is_chief) != chosen.is_chief:
+        raise ValueError(
+            f"The chief is the worker of rank 0, and this is rank {chosen.rank}. Received: "
+            f"is_chief={is_chief!r}. Leave it out."
+        )
+    return chosen
+
+
+def one_of(argument: str, value: Any, choices: tuple[str, ...]) -> str:
+    if value in choices:
+        return value
+    raise ValueError(f"`{argument}` must be one of {choices}. Received: {argument}={value!r}.")
 
 
 def refuse_accumulating_members(optimizer: Any, wrapper: str) -> None:
     """A MultiOptimizer counts micro-steps, so nobody outside can tell its real updates."""
-    for member in getattr(optimizer, "optimizers", ()):
+    for member in _members(optimizer):
         if innermost(member).gradient_accumulation_steps:
             raise ValueError(
                 f"{wrapper} cannot wrap a MultiOptimizer whose members accumulate gradients: its "

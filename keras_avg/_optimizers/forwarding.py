@@ -14,7 +14,7 @@ class ForwardsToInnerOptimizer:
     variables: list[Any]
     averages_in_model: bool
     _refuse_training_meanwhile: Callable[..., None]
-    _raw_weights_for_a_moment: Any
+    raw_weights: Any
 
     @property
     def iterations(self) -> Any:
@@ -82,9 +82,7 @@ class ForwardsToInnerOptimizer:
         """
         if not _keras_internals.reattach_state(self):
             return  # an error is on its way already
-        if not self.averages_in_model:
-            self.inner_optimizer.finalize_variable_values(var_list)
-            return
-        self._refuse_training_meanwhile()
-        with self._raw_weights_for_a_moment():  # Keras' own average (`use_ema`) goes there
+        if self.averages_in_model:
+            self._refuse_training_meanwhile()
+        with self.raw_weights():  # Keras' own average (`use_ema`) goes there
             self.inner_optimizer.finalize_variable_values(var_list)

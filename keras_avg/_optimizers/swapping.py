@@ -80,13 +80,22 @@ class SwapsWeights(HasAverages):
                 self.swap_weights()
 
     @contextlib.contextmanager
-    def _raw_weights_for_a_moment(self) -> Iterator[None]:
+    def raw_weights(self) -> Iterator[None]:
+        """Context in which the model holds the raw weights; outside what it held before.
+
+        Raw weights, averages and iterations may change in it.
+        """
+        if not self.averages_in_model:
+            yield
+            return
         raw = self._raw_or_refuse()
         raw.exchange()
         try:
             yield
         finally:
             raw.exchange()
+            for average, variable in zip(*self._averages_and_variables(), strict=True):
+                variable.assign(_backend.copy(average))
 
     def _put_averages_in(self) -> None:
         if not self.has_average:

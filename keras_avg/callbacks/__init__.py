@@ -2,5 +2,6 @@
 
 from keras_avg.callbacks.average_model_checkpoint import AverageModelCheckpoint
 from keras_avg.callbacks.swap_average_weights import SwapAverageWeights
+from keras_avg.callbacks.synchronize_workers import SynchronizeWorkers
 
-__all__ = ["AverageModelCheckpoint", "SwapAverageWeights"]
+__all__ = ["AverageModelCheckpoint", "SwapAverageWeights", "SynchronizeWorkers"]

@@ -1,0 +1,193 @@
+"""Periodic averaging of the models of several workers."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_avg import _backend, _keras_internals
+from keras_avg._optimizers import arguments
+from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from keras_avg._optimizers.meeting import MeetsWorkers
+
+
+@keras.saving.register_keras_serializable(package="keras_avg")
+class ModelAverage(MeetsWorkers, AveragedOptimizerWrapper):
+    """Local steps on each worker, and every `interval_steps` of them the mean over all workers.
+
+    A worker is a process with its own copy of the model and its own shard of the data. With step
+    `t` counted from 1, a round takes place after update `t` when `t <= start_step` or
+    `(t - start_step) % interval_steps == 0`:
+
+        center   <- mean of the variables over all workers
+        variables <- center
+
+    The center is the average here: the initial values before the first round, those of the chief.
+    With an `outer_optimizer` the center takes a step of that along the pseudo-gradient
+    `center - mean` instead: `SGD(0.7, momentum=0.9, nesterov=True)` gives DiLoCo,
+    `SGD(block_lr, momentum)` gives BMUF.
+
+    In `fit` rounds take place between batches, in `keras_avg.callbacks.SynchronizeWorkers`, on
+    every backend; in a loop of your own that runs eagerly, in `apply`. One worker alone needs no
+    callback. `Lookahead` is the same machine with one worker and a step size.
+
+    Args:
+        optimizer: The optimizer that takes the local steps: a Keras optimizer, its name, or its
+            config. Averages that wrappers in it keep (`ModelAverage(MovingAverage("adam"))`) are
+            averaged over the workers too, at each round.
+        num_worker: Integer, or None to take it from the communicator. Checked against it.
+        is_chief: Bool, or None to take it from the communicator. Checked against it.
+        interval_steps: Integer >= 1, in steps, from one round to the next. Default 100.
+        name: String. Default `"ModelAverage"`.
+        outer_optimizer: The Keras optimizer that moves the center, its name, or its config. Its
+            state is part of `variables`. Default None: the center is the mean.
+        start_step: Integer >= 0. Up to this step there is a round after every update, as the
+            synchronous beginning of post-local SGD. Default 0.
+        inner_state: What becomes of the inner optimizer's float slots, such as momenta, at a round:
+            `"keep"` leaves each worker its own, `"average"` takes their mean over the workers,
+            `"reset"` gives them their initial values. Default `"keep"`.
+        communicator: A `keras_avg.distributed.Communicator`. Default None: that of
+            `keras_avg.distributed.initialize()`. Not part of the config.
+        sequential_update: Bool. See `AveragedOptimizerWrapper`, as for the arguments below.
+        average_dtype: Dtype of the center.
+        skip_nonfinite: Bool. If True, a worker with NaN or infinite weights adds nothing to a mean.
+        gradient_transformers: List of functions of a list of `(gradient, variable)` pairs.
+        gradient_aggregator: One such function, applied first.
+        **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, `learning_rate`, `lr`, `decay`.
+
+    Raises:
+        TypeError: If `optimizer` is None.
+        ValueError: If an argument is out of range, `num_worker` or `is_chief` is not what the
+            communicator says, or as for `AveragedOptimizerWrapper`.
+        RuntimeError: In training, if another worker is gone, stalled for longer than the timeout,
+            or works on another model; the local weights stay valid. If training was compiled
+            without `SynchronizeWorkers`.
+
+    Example:
+
+    ```python
+    keras_avg.distributed.initialize()  # first of all: under torchrun, for instance
+    optimizer = keras_avg.ModelAverage("adam", interval_steps=100)
+    model.compile(optimizer=optimizer, loss="mse")
+    model.fit(my_shard, epochs=10, callbacks=[keras_avg.callbacks.SynchronizeWorkers()])
+    ```
+
+    Reference:
+        `tf.contrib.opt.ModelAverageOptimizer` of TensorFlow 1. Lin et al., Don't Use Large
+        Mini-Batches, Use Local SGD, https://arxiv.org/abs/1808.07217 (post-local SGD). Chen and
+        Huo, Scalable Training of Deep Learning Machines by Incremental Block Training (BMUF),
+        https://doi.org/10.1109/ICASSP.2016.7472805, equations 1-4. Douillard et al., DiLoCo,
+        https://arxiv.org/abs/2311.08105, Algorithm 1.
+    """
+
+    average_flows_back = True
+    must_be_outermost = True
+
+    def __init__(
+        self,
+        optimizer: Any,
+        num_worker: int | None = None,
+        is_chief: bool | None = None,
+        interval_steps: int = 100,
+        name: str | None = "ModelAverage",
+        *,
+        outer_optimizer: Any = None,
+        start_step: int = 0,
+        inner_state: str = "keep",
+        communicator: Any = None,
+        sequential_update: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        interval = arguments.whole_number("interval_steps", interval_steps, minimum=1)
+        start = arguments.whole_number("start_step", start_step, minimum=0)
+        inner_state = arguments.one_of("inner_state", inner_state, ("keep", "average", "reset"))
+        outer = arguments.outer_optimizer(outer_optimizer)
+        communicator = arguments.communicator(communicator, num_worker, is_chief)
+        super().__init__(optimizer, sequential_update, name, **kwargs)
+        self.interval_steps = interval
+        self.start_step = start
+        self.inner_state = inner_state
+        self.outer_optimizer = outer
+        self.communicator = communicator
+
+    # The original counts local steps from 1 and averages after steps k, 2k, 3k, ...:
+    #     local_step += 1;  if local_step % interval_steps == 0: average
+    # Its local_step is i + 1 here. Post-local SGD begins with s steps of interval 1:
+    #     due  iff  t <= s  or  (t - s) % interval_steps == 0.
+
+    def is_due(self, step: Any) -> Any:
+        since = step + 1 - self.start_step
+        return (since <= 0) | (since % self.interval_steps == 0)
+
+    # The center is the mean of the workers, so with one worker, or the mean in the variables'
+    # place, the value has all the weight. An outer optimizer takes the place of this formula: from
+    # BMUF's  G <- eta * G + zeta * (mean - center);  center <- center + G  one reads off that it
+    # is SGD with momentum eta and rate zeta on the gradient  center - mean.
+
+    def value_weight(self, step: Any) -> Any:
+        return 1.0
+
+    def last_due_step(self, step: int) -> int:
+        """The last of the steps 1, 2, ... `step` after which a round takes place; 0 if none."""
+        if step <= self.start_step:
+            return step
+        return step - (step - self.start_step) % self.interval_steps
+
+    def next_due_step(self, step: int) -> int:
+        """The first step after `step` (the first of all is 1) after which there is a round."""
+        if step < self.start_step:
+            return step + 1
+        return self.last_due_step(step) + self.interval_steps
+
+    @property
+    def variables(self) -> list[Any]:  # type: ignore[override]
+        """Own variables, the inner optimizer's, then the outer optimizer's."""
+        outer = self.outer_optimizer
+        return super().variables + (list(outer.variables) if outer else [])
+
+    def build(self, variables: list[Any]) -> None:
+        """Make the center, and build the inner and the outer optimizer."""
+        if self.built:
+            return
+        super().build(variables)
+        if self.outer_optimizer:
+            self.outer_optimizer.build(self._averages_and_variables()[0])
+        if self.inner_state == "reset":
+            self._initial_slots = self._values_of_new_slots(list(variables))
+
+    def _average(self, due: Any, step: Any) -> None:
+        if self.communicator.size > 1:
+            self._average_over_workers(due)
+        elif self.outer_optimizer is None and self.inner_state != "reset":
+            super()._average(due, step)
+        else:
+            _, variables = self._averages_and_variables()
+            changed = [*self._averages_and_variables()[0], *variables, *self.variables]
+            _backend.run_if(due, lambda: self._finish_round(variables), changed)
+            self._snapshots.advance(due)
+
+    def _finish_round(self, means: list[Any]) -> None:
+        """Move the center towards the means, and the variables to the center."""
+        centers, variables = self._averages_and_variables()
+        means = [ops.cast(m, c.dtype) for m, c in zip(means, centers, strict=True)]
+        if self.outer_optimizer:
+            gradients = [c - m for c, m in zip(centers, means, strict=True)]
+            self.outer_optimizer.apply(gradients, centers)
+        else:
+            for center, mean in zip(centers, means, strict=True):
+                center.assign(_backend.copy(mean))
+        for center, variable in zip(centers, variables, strict=True):
+            self.assign(variable, _backend.copy(ops.cast(center, variable.dtype)))
+        if self.inner_state == "reset":
+            for slot, initial in zip(self._inner_slots(), self._initial_slots, strict=True):
+                initial = ops.convert_to_tensor(initial, slot.dtype)
+                slot.assign(_backend.copy(ops.broadcast_to(initial, slot.shape)))
+
+    def get_config(self) -> dict[str, Any]:
+        outer = self.outer_optimizer
+        return super().get_config() | {
+            "interval_steps": self.interval_steps,
+            "outer_optimizer": outer and _keras_internals.serialize(outer),
+            "start_step": self.start_step,
+            "inner_state": self.inner_state,
+        }

@@ -1,0 +1,135 @@
+"""Rounds of a ModelAverage between the batches of `fit`."""
+
+import contextlib
+from typing import Any
+
+import keras
+
+from keras_avg._optimizers import arguments, finding
+from keras_avg._optimizers.model_average import ModelAverage
+
+
+class SynchronizeWorkers(keras.callbacks.Callback):
+    """Lets the workers of a `ModelAverage` meet in `fit`: at the start, at each round, at the end.
+
+    Before the first batch ever all workers take the chief's variables. After each batch after which
+    a round is due, all take the mean. A worker that has no more data stays, without weight, until
+    the last has finished, so that shards of different sizes neither hang nor bias.
+
+    One worker alone has nothing to synchronize, and the callback does nothing. Callbacks that load
+    weights when training begins, such as `BackupAndRestore`, may stand before or behind it.
+
+    Args:
+        average_non_trainable: Bool. Whether float variables that are not trained, such as
+            batch-normalization statistics, take the mean over the workers too, at each round.
+            Default True.
+
+    Raises:
+        ValueError: When training begins, if the model's optimizer is no `ModelAverage`, if there
+            are several, or if `interval_steps` is not a multiple of `steps_per_execution`.
+        RuntimeError: In training, if another worker is gone or stalled for longer than the timeout.
+            The local weights stay valid, and can be saved.
+
+    Example:
+
+    ```python
+    keras_avg.distributed.initialize()
+    model.compile(optimizer=keras_avg.ModelAverage("adam", interval_steps=100), loss="mse")
+    model.fit(my_shard, epochs=10, callbacks=[keras_avg.callbacks.SynchronizeWorkers()])
+    ```
+
+    Reference:
+        `tf.contrib.opt.ModelAverageOptimizer` of TensorFlow 1, `make_session_run_hook`.
+    """
+
+    def __init__(self, average_non_trainable: bool = True) -> None:
+        super().__init__()
+        self.average_non_trainable = arguments.truth("average_non_trainable", average_non_trainable)
+        self._wrapper: Any = None  # None: one worker, nothing to do
+        self._step = 0  # updates done, when last looked at
+        self._executions = 0  # since then
+        self._steps_per_execution = 1
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Check that rounds can take place between batches."""
+        model = self.model
+        wrapper = _model_average(model)
+        self._wrapper = wrapper if wrapper.communicator.size > 1 else None
+        if self._wrapper is not None:
+            self._steps_per_execution = model.steps_per_execution
+            _check_rounds_end_executions(wrapper, model.steps_per_execution)
+            wrapper._meets_between_batches = True
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Begin together, before the first step; others may have loaded weights until now."""
+        if self._wrapper is not None:
+            model = self.model  # syncs JAX' state
+            if not model.optimizer.built:  # TensorFlow would, while the step is traced
+                model.optimizer.build(model.trainable_variables)
+            self._wrapper.start_together(self._others(model))
+            self._look()
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """Meet the others, if a round is due."""
+        if self._wrapper is None:
+            return
+        self._executions += 1
+        if self._steps_at_most() < self._wrapper.next_due_step(self._step):
+            return
+        model, before = self.model, self._step
+        self._look()
+        due = self._wrapper.last_due_step(self._step)
+        if due <= before:
+            return
+        if due != self._step:
+            raise RuntimeError(
+                f"A round was due after step {due}, in the middle of an execution. Received: "
+                f"step {self._step}, steps_per_execution={self._steps_per_execution}. Let the "
+                "number of batches in an epoch be a multiple of `steps_per_execution`."
+            )
+        self._wrapper.meet(self._others(model))
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Keep the others company until all have finished."""
+        if self._wrapper is None:
+            return
+        model, wrapper = self.model, self._wrapper
+        with contextlib.ExitStack() as stack:
+            for holding in finding.averaging_optimizers(model):
+                stack.enter_context(holding.raw_weights())
+            while wrapper.meet(self._others(model), is_training=False):
+                pass
+        wrapper._meets_between_batches = False
+
+    def _look(self) -> None:
+        self._step, self._executions = int(self._wrapper.iterations), 0
+
+    def _steps_at_most(self) -> int:
+        micro_steps = self._executions * self._steps_per_execution
+        accumulated = arguments.innermost(self._wrapper).gradient_accumulation_steps or 1
+        return self._step + -(-micro_steps // accumulated)
+
+    def _others(self, model: Any) -> list[Any]:
+        if not self.average_non_trainable:
+            return []
+        return [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
+
+
+def _model_average(model: Any) -> ModelAverage:
+    found = [w for w in finding.averaging_optimizers(model) if isinstance(w, ModelAverage)]
+    if len(found) != 1:
+        raise ValueError(
+            "SynchronizeWorkers needs a model compiled with one keras_avg.ModelAverage, around all "
+            f"other optimizers. Received: {len(found)} in optimizer={model.optimizer!r}."
+        )
+    return found[0]
+
+
+def _check_rounds_end_executions(wrapper: ModelAverage, steps: int) -> None:
+    if steps > 1 and (wrapper.start_step or wrapper.interval_steps % steps):
+        raise ValueError(
+            "Workers meet between executions, so `interval_steps` must be a multiple of "
+            f"`steps_per_execution`, and `start_step` 0. Received: interval_steps="
+            f"{wrapper.interval_steps}, start_step={wrapper.start_step}, "
+            f"steps_per_execution={steps}."
+        )

@@ -1,0 +1,462 @@
+"""ModelAverage: rounds of several workers, who are threads here."""
+
+import fake_workers
+import keras
+import numpy as np
+import pytest
+import small_training as small
+from keras import optimizers
+
+import keras_avg
+from keras_avg import SWA, Lookahead, ModelAverage, MovingAverage
+from keras_avg.callbacks import SwapAverageWeights, SynchronizeWorkers
+
+TOLERANCE = 1e-6  # float32, over two dozen steps of variables of order 1
+OUTER_TOLERANCE = 2e-6  # with a momentum of rounds on top
+RANDOM = np.random.default_rng(5)
+STARTS = [RANDOM.normal(size=(3,)).astype("float32") for _ in range(2)]
+GRADS = RANDOM.normal(size=(3, 24, 3)).astype("float32")  # of worker, step
+
+
+def simulated(steps, interval, outer=None, start_step=0):
+    """Local SGD(0.1, momentum=0.9) of workers with these numbers of steps, in NumPy float64.
+
+    `outer`: rate, momentum of Nesterov's method for the center. Returns the workers' values and
+    the center.
+    """
+    size = len(steps)
+    values = np.array([STARTS[0]] * size, "float64")
+    momenta, center, velocity = np.zeros_like(values), values[0].copy(), 0.0
+
+    def round_of(weights):
+        nonlocal center, velocity
+        mean = np.average(values, axis=0, weights=weights)
+        if outer is None:
+            center = mean
+        else:
+            rate, momentum = outer
+            gradient = center - mean
+            velocity = momentum * velocity - rate * gradient
+            center = center + momentum * velocity - rate * gradient
+        values[:] = center
+
+    done = [0] * size
+    while any(d < s for d, s in zip(done, steps, strict=True)):
+        at_round = []
+        for worker in range(size):
+            meets = False
+            while done[worker] < steps[worker] and not meets:
+                momenta[worker] = 0.9 * momenta[worker] - 0.1 * GRADS[worker, done[worker]]
+                values[worker] += momenta[worker]
+                done[worker] += 1
+                t = done[worker]
+                meets = t <= start_step or (t - start_step) % interval == 0
+            at_round.append(float(meets))
+        if any(at_round):
+            round_of(at_round)
+    return values, center
+
+
+def steps_of(communicator, optimizer, variable, steps):
+    for grad in GRADS[communicator.rank, :steps]:
+        small.apply(optimizer, [variable], [grad])
+    return small.numpy(variable), small.numpy(optimizer.get_slot(variable, "average"))
+
+
+def inner():
+    return optimizers.SGD(0.1, momentum=0.9)
+
+
+def test_the_original_check_of_two_workers_and_interval_two():
+    def work(communicator):
+        optimizer = ModelAverage(optimizers.SGD(1.0), interval_steps=2, communicator=communicator)
+        variables = [keras.Variable(0.0), keras.Variable(1.0)]
+        grad = -1.0 if communicator.is_chief else -2.0
+        seen = []
+        for step in range(3):
+            if step == 2 and not communicator.is_chief:
+                break
+            small.apply(optimizer, variables, [grad, grad])
+            values = [float(small.numpy(v)) for v in variables]
+            center = [float(c) for c in small.slots(optimizer, variables)]
+            seen.append((values, center, optimizer.num_snapshots))
+        return seen
+
+    chief, worker = fake_workers.run(2, work)
+    assert chief == [
+        ([1.0, 2.0], [0.0, 1.0], 0),
+        ([3.0, 4.0], [3.0, 4.0], 1),
+        ([4.0, 5.0], [3.0, 4.0], 1),
+    ]
+    assert worker == [([2.0, 3.0], [0.0, 1.0], 0), ([3.0, 4.0], [3.0, 4.0], 1)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("arguments", "outer"),
+    [
+        ({"interval_steps": 3}, None),
+        ({"interval_steps": 1}, None),
+        ({"interval_steps": 4, "start_step": 5}, None),
+        (
+            {
+                "interval_steps": 3,
+                "outer_optimizer": {
+                    "class_name": "SGD",
+                    "config": {"learning_rate": 0.7, "momentum": 0.9, "nesterov": True},
+                },
+            },
+            (0.7, 0.9),
+        ),
+    ],
+    ids=["", "every step", "start step", "DiLoCo"],
+)
+def test_local_steps_and_rounds_are_those_of_numpy(size, arguments, outer):
+    def work(communicator):
+        optimizer = ModelAverage(inner(), communicator=communicator, **arguments)
+        start = STARTS[min(communicator.rank, 1)]  # all take the chief's
+        return steps_of(communicator, optimizer, keras.Variable(start), steps=20)
+
+    results = fake_workers.run(size, work)
+
+    rule = {k: v for k, v in arguments.items() if k != "outer_optimizer"}
+    values, center = simulated(
+        [20] * size, rule["interval_steps"], outer, rule.get("start_step", 0)
+    )
+    tolerance = OUTER_TOLERANCE if outer else TOLERANCE
+    for (value, slot), expected in zip(results, values, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(slot, center, rtol=tolerance, atol=tolerance)
+
+
+def test_rounds_every_step_of_plain_sgd_are_synchronous_data_parallel_training():
+    def work(communicator):
+        optimizer = ModelAverage(optimizers.SGD(0.1), interval_steps=1, communicator=communicator)
+        return steps_of(communicator, optimizer, keras.Variable(STARTS[0]), steps=20)[0]
+
+    together = STARTS[0] - 0.1 * GRADS[:2, :20].mean(axis=0, dtype="float64").sum(axis=0)
+    for value in fake_workers.run(2, work):
+        np.testing.assert_allclose(value, together, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+class TestInnerState:
+    def momenta(self, inner_state, optimizer=inner, size=2):
+        def work(communicator):
+            wrapper = ModelAverage(
+                optimizer(), interval_steps=2, inner_state=inner_state, communicator=communicator
+            )
+            variable = keras.Variable(STARTS[0])
+            steps_of(communicator, wrapper, variable, steps=2)
+            return small.numpy(wrapper.inner_optimizer.variables[-1])
+
+        return fake_workers.run(size, work)
+
+    def test_kept_it_is_each_workers_own(self):
+        own = -0.1 * (0.9 * GRADS[:2, 0] + GRADS[:2, 1])
+        np.testing.assert_allclose(self.momenta("keep"), own, rtol=TOLERANCE)
+
+    def test_averaged_it_is_the_mean(self):
+        own = -0.1 * (0.9 * GRADS[:2, 0] + GRADS[:2, 1])
+        for momentum in self.momenta("average"):
+            np.testing.assert_allclose(momentum, own.mean(axis=0), rtol=TOLERANCE)
+
+    @pytest.mark.parametrize("size", [1, 2])
+    def test_reset_it_is_the_initial_one(self, size):
+        def adagrad():
+            return optimizers.Adagrad(0.1, initial_accumulator_value=0.25)
+
+        for accumulator in self.momenta("reset", adagrad, size):
+            np.testing.assert_array_equal(accumulator, np.full(3, 0.25, "float32"))
+
+    def test_counters_are_left_alone(self):
+        def work(communicator):
+            wrapper = ModelAverage(
+                optimizers.Adam(), interval_steps=2, inner_state="reset", communicator=communicator
+            )
+            steps_of(communicator, wrapper, keras.Variable(STARTS[0]), steps=2)
+            return int(wrapper.iterations), float(wrapper.learning_rate)
+
+        for iterations, rate in fake_workers.run(2, work):
+            assert iterations == 2
+            np.testing.assert_allclose(rate, 0.001, rtol=1e-6)
+
+
+def test_averages_kept_inside_are_the_same_on_all_workers():
+    def work(communicator):
+        moving = MovingAverage(inner(), average_decay=0.5)
+        optimizer = ModelAverage(moving, interval_steps=3, communicator=communicator)
+        variable = keras.Variable(STARTS[0])
+        steps_of(communicator, optimizer, variable, steps=6)
+        return small.numpy(moving.get_slot(variable, "average"))
+
+    first, second = fake_workers.run(2, work)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_a_worker_with_infinite_weights_adds_nothing_to_the_mean():
+    def work(communicator):
+        optimizer = ModelAverage(
+            optimizers.SGD(1.0), interval_steps=1, skip_nonfinite=True, communicator=communicator
+        )
+        variable = keras.Variable([1.0])
+        small.apply(optimizer, [variable], [[0.5 if communicator.is_chief else np.inf]])
+        return small.numpy(variable)
+
+    for value in fake_workers.run(2, work):
+        np.testing.assert_array_equal(value, [0.5])
+
+
+class TestInFit:
+    """`fit` of workers in threads, each on its shard."""
+
+    def fit_shards(self, sizes, make_optimizer, *more_callbacks, epochs=2, **compile_arguments):
+        models = [small.model() for _ in sizes]
+        if len(sizes) > 1:
+            models[1].set_weights([w + 1 for w in models[1].get_weights()])  # the chief's count
+
+        def work(communicator):
+            model, size = models[communicator.rank], sizes[communicator.rank]
+            model.compile(make_optimizer(communicator), "mse", **compile_arguments)
+            first = 16 * communicator.rank
+            x, y = small.X[first : first + size], small.Y[first : first + size]
+            callbacks = [SynchronizeWorkers(), *(make() for make in more_callbacks)]
+            model.fit(
+                x, y, batch_size=4, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks
+            )
+            return model
+
+        return fake_workers.run(len(sizes), work)
+
+    @staticmethod
+    def optimizer(communicator):
+        return ModelAverage(inner(), interval_steps=3, communicator=communicator)
+
+    def by_hand(self, sizes, epochs=2):
+        """The same with plain models and rounds in NumPy."""
+        models = [small.model(inner()) for _ in sizes]
+        steps = [epochs * size // 4 for size in sizes]
+        done = [0] * len(sizes)
+        center = [small.numpy(v) for v in models[0].trainable_variables]
+        while any(d < s for d, s in zip(done, steps, strict=True)):
+            met = []
+            for worker, model in enumerate(models):
+                for _ in range(min(3, steps[worker] - done[worker])):
+                    first = 16 * worker + 4 * (done[worker] % (sizes[worker] // 4))
+                    model.train_on_batch(small.X[first : first + 4], small.Y[first : first + 4])
+                    done[worker] += 1
+                    if done[worker] % 3 == 0:
+                        met.append(model)
+            if met:
+                weights = [
+                    np.mean(column, axis=0, dtype="float64")
+                    for column in zip(*(m.get_weights() for m in met), strict=True)
+                ]
+                for model in models:
+                    model.set_weights(weights)
+                center = [small.numpy(v) for v in models[0].trainable_variables]
+        return models, center
+
+    @pytest.mark.parametrize("sizes", [(16, 16), (16, 8, 12)], ids=["even", "uneven"])
+    def test_workers_end_where_numpy_ends(self, sizes):
+        models = self.fit_shards(sizes, self.optimizer)
+
+        expected, center = self.by_hand(sizes)
+        for model, other in zip(models, expected, strict=True):
+            for value, target in zip(model.get_weights(), other.get_weights(), strict=True):
+                np.testing.assert_allclose(value, target, rtol=1e-5, atol=1e-5)
+            for slot, target in zip(
+                small.slots(model.optimizer, model.trainable_variables), center, strict=True
+            ):
+                np.testing.assert_allclose(slot, target, rtol=1e-5, atol=1e-5)
+        assert len({model.optimizer.num_snapshots for model in models}) == 1
+
+    def test_one_worker_needs_no_callback(self):
+        (alone,) = self.fit_shards((16,), self.optimizer)
+        plain = small.model(inner())
+        plain.fit(small.X[:16], small.Y[:16], batch_size=4, epochs=2, shuffle=False, verbose=0)
+        small.assert_same_bits(alone.get_weights(), plain.get_weights())
+        assert alone.optimizer.num_snapshots == 2
+
+    def test_one_worker_with_an_outer_optimizer(self):
+        def optimizer(communicator=None):
+            return ModelAverage(
+                inner(),
+                interval_steps=3,
+                outer_optimizer=optimizers.SGD(0.5),
+                communicator=communicator,
+            )
+
+        (alone,) = self.fit_shards((16,), optimizer)
+        by_hand = small.model(Lookahead(inner(), sync_period=3, slow_step_size=0.5))
+        by_hand.fit(small.X[:16], small.Y[:16], batch_size=4, epochs=2, shuffle=False, verbose=0)
+        for value, expected in zip(alone.get_weights(), by_hand.get_weights(), strict=True):
+            np.testing.assert_allclose(value, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+    def test_the_center_is_judged_and_saved(self, tmp_path):
+        models = self.fit_shards((16, 12), self.optimizer, SwapAverageWeights)
+        for model in models:
+            assert model.optimizer.averages_in_model
+            centers = small.slots(model.optimizer, model.trainable_variables)
+            small.assert_same_bits([small.numpy(v) for v in model.trainable_variables], centers)
+        small.assert_same_bits(*([small.numpy(v) for v in m.trainable_variables] for m in models))
+        models[0].save(tmp_path / "center.keras")
+        loaded = keras.saving.load_model(tmp_path / "center.keras")
+        small.assert_same_bits(loaded.get_weights(), models[0].get_weights())
+        assert loaded.optimizer.communicator.size == 1
+
+    def test_statistics_are_averaged_unless_told_not_to(self):
+        models = self.fit_shards((12, 12), self.optimizer, epochs=1)
+        small.assert_same_bits(*(m.get_weights() for m in models))
+
+    @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch runs step by step")
+    def test_executions_of_several_steps(self):
+        def optimizer(communicator):
+            return ModelAverage(inner(), interval_steps=4, communicator=communicator)
+
+        one = self.fit_shards((16, 16), optimizer)
+        two = self.fit_shards((16, 16), optimizer, steps_per_execution=2)
+        for a, b in zip(one, two, strict=True):
+            for value, expected in zip(a.get_weights(), b.get_weights(), strict=True):
+                np.testing.assert_allclose(value, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+    @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch runs step by step")
+    def test_an_interval_that_ends_within_an_execution_is_refused(self):
+        with pytest.raises(
+            ValueError, match=r"multiple of `steps_per_execution`.*interval_steps=3"
+        ):
+            self.fit_shards((16, 16), self.optimizer, steps_per_execution=2)
+
+    @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch trains eagerly")
+    def test_a_forgotten_callback_is_noticed_at_the_trace(self):
+        models = [small.model() for _ in range(2)]
+
+        def work(communicator):
+            model = models[communicator.rank]
+            model.compile(self.optimizer(communicator), "mse")
+            small.fit(model)
+
+        with pytest.raises(RuntimeError, match=r"2 workers.*SynchronizeWorkers"):
+            fake_workers.run(2, work)
+
+    @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch trains eagerly")
+    def test_a_callback_forgotten_the_second_time_is_noticed_at_the_end(self):
+        models = [small.model() for _ in range(2)]
+
+        def work(communicator):
+            model = models[communicator.rank]
+            model.compile(self.optimizer(communicator), "mse")
+            small.fit(model, epochs=1, callbacks=[SynchronizeWorkers()])
+            small.fit(model, epochs=1)
+
+        with pytest.raises(RuntimeError, match=r"no round since step 6.*SynchronizeWorkers"):
+            fake_workers.run(2, work)
+
+    def test_the_callback_alone_is_refused(self):
+        with pytest.raises(ValueError, match=r"one keras_avg.ModelAverage.*Received: 0"):
+            small.fit(small.model(SWA("sgd")), callbacks=[SynchronizeWorkers()])
+
+
+class TestWorkersThatDiffer:
+    def run(self, make):
+        def work(communicator):
+            optimizer, variables = make(communicator)
+            before = [small.numpy(v) for v in variables]
+            grads = [np.ones(v.shape) for v in variables]
+            with pytest.raises(ValueError, match="differ in their") as caught:
+                small.apply(optimizer, variables, grads)
+            small.assert_same_bits([small.numpy(v) for v in variables], before)
+            return str(caught.value)
+
+        first, second = fake_workers.run(2, work)
+        assert first == second
+        return first
+
+    def test_in_their_models(self):
+        def make(communicator):
+            shape = (3,) if communicator.is_chief else (4,)
+            optimizer = ModelAverage("sgd", communicator=communicator)
+            return optimizer, [keras.Variable(np.zeros(shape))]
+
+        assert "number of elements. Received, by rank: [3, 4]" in self.run(make)
+
+    def test_in_shapes_alone(self):
+        def make(communicator):
+            shape = (2, 3) if communicator.is_chief else (3, 2)
+            optimizer = ModelAverage("sgd", communicator=communicator)
+            return optimizer, [keras.Variable(np.zeros(shape))]
+
+        assert "differ in their shapes" in self.run(make)
+
+    def test_in_their_interval(self):
+        def make(communicator):
+            optimizer = ModelAverage(
+                "sgd", interval_steps=5 + communicator.rank, communicator=communicator
+            )
+            return optimizer, [keras.Variable([1.0])]
+
+        assert "interval_steps. Received, by rank: [5, 6]" in self.run(make)
+
+    def test_in_their_step(self):
+        def make(communicator):
+            optimizer = ModelAverage("sgd", communicator=communicator)
+            variable = keras.Variable([1.0])
+            optimizer.build([variable])
+            optimizer.inner_optimizer.iterations.assign(7 * communicator.rank)
+            return optimizer, [variable]
+
+        assert "step. Received, by rank: [0, 7]" in self.run(make)
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"num_worker": 3}, r"There are 1 workers.*Received: num_worker=3"),
+            ({"is_chief": False}, r"this is rank 0.*Received: is_chief=False"),
+            ({"interval_steps": 0}, "Received: interval_steps=0"),
+            ({"start_step": -1}, "Received: start_step=-1"),
+            (
+                {"inner_state": "drop"},
+                r"\('keep', 'average', 'reset'\).*Received: inner_state='drop'",
+            ),
+            ({"outer_optimizer": SWA("sgd")}, "Received: outer_optimizer="),
+        ],
+    )
+    def test_out_of_range_are_refused(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            ModelAverage("sgd", **arguments)
+
+    def test_what_the_communicator_says_is_accepted(self):
+        assert ModelAverage("sgd", num_worker=1, is_chief=True).communicator.size == 1
+
+    @pytest.mark.parametrize("wrapper", [SWA, MovingAverage, Lookahead, ModelAverage])
+    def test_another_wrapper_around_it_is_refused(self, wrapper):
+        with pytest.raises(ValueError, match="ModelAverage must be the outermost"):
+            wrapper(ModelAverage("sgd"))
+
+    def test_the_config_has_what_does_not_depend_on_the_machine(self):
+        outer = optimizers.SGD(0.7, momentum=0.9, nesterov=True)
+        optimizer = ModelAverage(
+            "adam", 1, True, 7, outer_optimizer=outer, start_step=3, inner_state="average"
+        )
+        config = optimizer.get_config()
+        assert not {"communicator", "num_worker", "is_chief"} & config.keys()
+        again = ModelAverage.from_config(config)
+        assert again.get_config() == config
+        assert again.outer_optimizer.momentum == 0.9
+
+
+def test_the_outer_optimizers_state_is_saved_and_training_goes_on(tmp_path):
+    def optimizer():
+        outer = optimizers.SGD(0.7, momentum=0.9, nesterov=True)
+        return ModelAverage(inner(), interval_steps=4, outer_optimizer=outer)
+
+    model = small.fit(small.model(optimizer()), epochs=1)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
+    for each in (model, loaded):
+        small.fit(each)
+    small.assert_same_bits(loaded.get_weights(), model.get_weights())
+    small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
+    assert keras_avg.averaging_optimizers(loaded)[0].num_snapshots == 4
