@@ -1,9 +1,9 @@
-"""Summing 200 tensors over two workers, beside the engine's bare all-reduce of the same bytes.
+"""A round of ModelAverage over 200 tensors on two workers, beside the engine's bare all-reduce.
 
 KERAS_BACKEND=jax python benchmarks/all_reduce.py [ROUNDS]
 
-Both are measured in turn in one run, each after a meeting of the workers, so that neither waits for
-the other worker to start.
+The bare all-reduce is of the same bytes. All are measured in turn in one run, each after a meeting
+of the workers, so that none waits for the other worker to start.
 """
 
 import json
@@ -18,12 +18,13 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "integration_tests"))
 
 ELEMENTS, TENSORS, WORKERS = 10_000_000, 200, 2
+WARM_UP = 3
 
 
-def seconds(communicator, call, *arguments):
+def seconds(communicator, call):
     communicator.barrier()
     began = time.perf_counter()
-    result = call(*arguments)
+    result = call()
     keras.ops.convert_to_numpy(result[-1])  # waits until it has been computed
     return time.perf_counter() - began
 
@@ -38,24 +39,34 @@ def worker(rounds):
     variables = [keras.Variable(array.reshape(100, -1)) for array in arrays]
     flat = communicators.of_backend().pack(variables, "float32")
     engine = communicator._engine
-    bare, whole = [], []
-    for _ in range(rounds + 3):
-        bare.append(seconds(communicator, lambda: [engine.sum(flat)]))
-        whole.append(seconds(communicator, communicator.all_reduce_sum, variables))
-    print(json.dumps({"bare": bare[3:], "all_reduce_sum": whole[3:]}))
+    optimizer = keras_avg.ModelAverage("sgd", communicator=communicator)
+    optimizer.build(variables)
+
+    def meet():
+        optimizer.meet()
+        return variables
+
+    calls = {
+        "bare": lambda: [engine.sum(flat)],
+        "all_reduce_sum": lambda: communicator.all_reduce_sum(variables),
+        "round": meet,
+    }
+    times = {name: [] for name in calls}
+    for _ in range(rounds + WARM_UP):
+        for name, call in calls.items():
+            times[name].append(seconds(communicator, call))
+    print(json.dumps({name: found[WARM_UP:] for name, found in times.items()}))
 
 
 def main(rounds=30):
     import workers
 
     results = [r for _, r, _ in workers.finish(workers.start(__file__, WORKERS, "worker", rounds))]
-    bare, whole = (
-        statistics.median(v for r in results for v in r[key]) for key in ("bare", "all_reduce_sum")
-    )
-    print(f"{keras.backend.backend()}: {ELEMENTS:,} float32 on {WORKERS} workers")
-    print(f"engine's all-reduce        {1000 * bare:8.1f} ms")
-    print(f"all_reduce_sum of {TENSORS:5}    {1000 * whole:8.1f} ms")
-    print(f"ratio                      {whole / bare:8.2f}")
+    print(f"{keras.backend.backend()}: {ELEMENTS:,} float32 on {WORKERS} workers, medians")
+    bare = statistics.median(v for r in results for v in r["bare"])
+    for name in results[0]:
+        median = statistics.median(v for r in results for v in r[name])
+        print(f"{name:<16} {1000 * median:8.1f} ms {median / bare:8.2f}")
 
 
 if sys.argv[1:2] == ["worker"]:

@@ -14,7 +14,7 @@ import keras_avg
 from keras_avg._backend import communicators
 from keras_avg.distributed import LocalCommunicator, _packing, initialization
 from keras_avg.distributed._engine_communicator import EngineCommunicator
-from keras_avg.distributed._weighted_mean import weighted_mean
+from keras_avg.distributed._weighted_sum import weighted_sum
 
 BACKEND = keras.backend.backend()
 CLUSTER = {"worker": ["10.0.0.1:5000", "10.0.0.2:5000"]}
@@ -247,11 +247,11 @@ def test_the_weighted_mean_of_two_workers():
     def work(communicator):
         array = np.array([1.0, 2.0], "float32") if communicator.rank else np.zeros(2, "float32")
         weight, is_training = (3.0, True) if communicator.rank else (1.0, False)
-        return weighted_mean(communicator, [array], weight, is_training)
+        return weighted_sum(communicator, [array], weight, is_training)
 
-    for mean, total, training in fake_workers.run(2, work):
+    for sums, total, training in fake_workers.run(2, work):
         assert (total, training) == (4.0, 1)
-        np.testing.assert_array_equal(mean[0], [0.75, 1.5])
+        np.testing.assert_array_equal(sums[0] / total, [0.75, 1.5])
 
 
 @settings(max_examples=30, deadline=None)
@@ -262,40 +262,40 @@ def test_the_weighted_mean_is_that_of_repeated_arrays(weights, seed):
 
     def work(communicator):
         rank = communicator.rank
-        return weighted_mean(communicator, [arrays[rank], arrays[rank][0]], weights[rank])
+        return weighted_sum(communicator, [arrays[rank], arrays[rank][0]], weights[rank])
 
-    for mean, total, _ in fake_workers.run(len(weights), work):
+    for sums, total, _ in fake_workers.run(len(weights), work):
         assert total == sum(weights)
         if total == 0:
-            assert mean is None
+            assert not np.any(sums[0])
         else:  # float32 rounds each product and each sum
-            np.testing.assert_allclose(mean[0], repeated.mean(0), rtol=0, atol=2e-6)
-            np.testing.assert_array_equal(mean[1], mean[0][0])
+            np.testing.assert_allclose(sums[0] / total, repeated.mean(0), rtol=0, atol=2e-6)
+        np.testing.assert_array_equal(sums[1], sums[0][0])
 
 
 def test_a_weight_of_zero_keeps_non_finite_values_out_and_broadcasts_the_others_bits():
     def work(communicator):
         own = np.array([0.1, -0.0, np.pi]) if communicator.rank == 1 else np.array([np.nan] * 3)
         variable = keras.Variable(own, dtype="float32")
-        return weighted_mean(communicator, [variable], float(communicator.rank == 1))
+        return weighted_sum(communicator, [variable], float(communicator.rank == 1))
 
     expected = np.array([0.1, 0.0, np.pi], "float32")
-    for mean, total, _ in fake_workers.run(3, work):
+    for sums, total, _ in fake_workers.run(3, work):
         assert total == 1.0
-        np.testing.assert_array_equal(mean[0], expected)
+        np.testing.assert_array_equal(sums[0], expected)
 
 
 def test_half_precision_is_weighted_in_float32():
     variable = keras.Variable([0.1], dtype="bfloat16")
-    mean, *_ = weighted_mean(LocalCommunicator(), [variable], 3)
-    exact = numpy(ops.cast(variable, "float32"))
-    np.testing.assert_allclose(numpy(mean[0]), exact, rtol=1e-7)
+    sums, *_ = weighted_sum(LocalCommunicator(), [variable], 3)
+    exact = 3 * numpy(ops.cast(variable, "float32"))
+    np.testing.assert_allclose(numpy(sums[0]), exact, rtol=1e-7)
 
 
 @pytest.mark.parametrize("weight", [-1, float("nan"), float("inf")])
 def test_a_weight_is_finite_and_not_negative(weight):
     with pytest.raises(ValueError, match="`weight` must be a finite number >= 0"):
-        weighted_mean(LocalCommunicator(), [], weight)
+        weighted_sum(LocalCommunicator(), [], weight)
 
 
 class FakeEngine:

@@ -356,6 +356,30 @@ class TestInFit:
             small.fit(small.model(SWA("sgd")), callbacks=[SynchronizeWorkers()])
 
 
+def test_any_communicator_will_do():
+    class Twin:
+        """The other worker always has what this one has."""
+
+        rank, size, is_chief = 1, 2, False
+
+        def all_reduce_sum(self, arrays):
+            return [2 * keras.ops.convert_to_numpy(array) for array in arrays]
+
+        def barrier(self):
+            pass
+
+    optimizer = ModelAverage(inner(), interval_steps=2, communicator=Twin())
+    variable = keras.Variable(STARTS[0])
+    plain = keras.Variable(STARTS[0])
+    for grad in GRADS[0, :5]:
+        small.apply(optimizer, [variable], [grad])
+    plain_optimizer = inner()
+    for grad in GRADS[0, :5]:
+        small.apply(plain_optimizer, [plain], [grad])
+    np.testing.assert_array_equal(small.numpy(variable), small.numpy(plain))
+    assert optimizer.num_snapshots == 2
+
+
 class TestWorkersThatDiffer:
     def run(self, make):
         def work(communicator):

@@ -17,6 +17,12 @@ def copy(tensor: Any) -> Any:
     return jnp.array(tensor, copy=True)
 
 
+def assign_quotients(targets: Sequence[Any], sources: Sequence[Any], divisor: float) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        value = source if divisor == 1 else source / divisor
+        target.assign(jnp.array(value, target.dtype, copy=True))
+
+
 class Counter:
     def __init__(self, variable: Any) -> None:
         self._variable = variable

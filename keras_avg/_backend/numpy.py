@@ -19,6 +19,11 @@ def copy(tensor: Any) -> Any:
     return np.array(_array(tensor), copy=True)
 
 
+def assign_quotients(targets: Sequence[Any], sources: Sequence[Any], divisor: float) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.assign(_array(source) / divisor)
+
+
 class Counter:
     def __init__(self, variable: Any) -> None:
         self._variable = variable

@@ -16,6 +16,13 @@ def copy(tensor: Any) -> Any:
     return tf.identity(tensor)
 
 
+def assign_quotients(targets: Sequence[Any], sources: Sequence[Any], divisor: float) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        value = tf.convert_to_tensor(source)
+        value = value if divisor == 1 else value / divisor
+        target.assign(tf.cast(value, target.dtype))
+
+
 class Counter:
     def __init__(self, variable: Any) -> None:
         self._variable = variable

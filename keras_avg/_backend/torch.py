@@ -22,6 +22,19 @@ def copy(tensor: Any) -> Any:
     return keras.ops.convert_to_tensor(tensor).detach().clone()
 
 
+@outside_graph
+@torch.no_grad()
+def assign_quotients(targets: Sequence[Any], sources: Sequence[Any], divisor: float) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        memory, value = _tensor(target), torch.as_tensor(_tensor(source))
+        if divisor == 1:
+            memory.copy_(value)
+        elif (memory.dtype, memory.device) == (value.dtype, value.device):
+            torch.div(value, divisor, out=memory)
+        else:
+            memory.copy_(value / divisor)
+
+
 class Counter:
     """Mirrors the variable on the host, and reads it again only when it was changed elsewhere."""
 

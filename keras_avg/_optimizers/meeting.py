@@ -10,9 +10,9 @@ from keras import ops
 
 from keras_avg import _backend, _keras_internals
 from keras_avg._optimizers import arguments
-from keras_avg.distributed._weighted_mean import weighted_mean
+from keras_avg.distributed._weighted_sum import weighted_sum
 
-HALF = 2**20  # numbers travel in two halves, which float32 holds exactly
+DIGITS = 12  # hexadecimal ones, of the numbers by which workers are compared
 
 
 class MeetsWorkers:
@@ -32,7 +32,7 @@ class MeetsWorkers:
     _updates: _backend.Counter
     _clock: _backend.Counter
     _averages_and_variables: Callable[[], tuple[list[Any], list[Any]]]
-    _finish_round: Callable[[list[Any]], None]
+    _finish_round: Callable[[list[Any], float], None]
     _step: Callable[[Any], Any]
     _updates_so_far: Callable[[], int]
     _variables_for: Callable[[list[Any], Any], list[Any]]
@@ -69,9 +69,9 @@ class MeetsWorkers:
         step, before_training = self._updates_so_far(), int(self._updates.read()) == 0
         self._compare(travelling, step)
         if before_training:
-            values, _ = self._mean(travelling, weight=float(self.communicator.is_chief))
-            for variable, value in zip(travelling, values or [], strict=True):
-                _assign(variable, value)
+            values, total, _ = self._sum(travelling, weight=float(self.communicator.is_chief))
+            if total:
+                _backend.assign_quotients(travelling, values, total)
         self._met_until = step
 
     def meet(self, others: Sequence[Any] = (), is_training: bool = True) -> bool:
@@ -88,11 +88,10 @@ class MeetsWorkers:
         _, variables = self._averages_and_variables()
         riding = [*self._averages_inside(), *self._averaged_slots(), *others]
         weight = float(is_training and not (self.skip_nonfinite and _has_nonfinite(variables)))
-        means, training = self._mean([*variables, *riding], weight, is_training)
-        if means is not None:
-            self._finish_round(means[: len(variables)])
-            for variable, mean in zip(riding, means[len(variables) :], strict=True):
-                _assign(variable, mean)
+        sums, total, training = self._sum([*variables, *riding], weight, is_training)
+        if total:
+            self._finish_round(sums[: len(variables)], total)
+            _backend.assign_quotients(riding, sums[len(variables) :], total)
             self._snapshots.advance(1)
         if is_training:
             self._met_until = self._updates_so_far()
@@ -125,16 +124,14 @@ class MeetsWorkers:
         if not self._meets_between_batches and _backend.concrete(ops.convert_to_tensor(due)):
             self.meet()
 
-    def _mean(
+    def _sum(
         self, variables: list[Any], weight: float, is_training: bool = True
-    ) -> tuple[list[Any] | None, int]:
-        """The mean over the workers, None where nobody has a weight; how many are training."""
+    ) -> tuple[list[Any], float, int]:
         try:
-            means, _, training = weighted_mean(self.communicator, variables, weight, is_training)
+            return weighted_sum(self.communicator, variables, weight, is_training)
         except RuntimeError:
             self._met_until = _FAILED
             raise
-        return means, training
 
     def _compare(self, variables: list[Any], step: int) -> None:
         """Raise the same error on every worker if they are not alike."""
@@ -146,18 +143,30 @@ class MeetsWorkers:
             "inner_state (checksum)": zlib.crc32(self.inner_state.encode()),
             "step": step,
         }
-        table = np.zeros((self.communicator.size, 2 * len(mine)), "float32")
-        numbers = list(mine.values())
-        table[self.communicator.rank] = [n // HALF for n in numbers] + [n % HALF for n in numbers]
-        (table,) = self.communicator.all_reduce_sum([table])
-        high, low = np.split(ops.convert_to_numpy(table).astype("int64"), 2, axis=1)
-        for name, of_workers in zip(mine, (high * HALF + low).T.tolist(), strict=True):
+        if self._all_alike(list(mine.values())):
+            return
+        for name, of_workers in zip(mine, self._of_workers(list(mine.values())), strict=True):
             if len(set(of_workers)) > 1:
                 raise ValueError(
                     f"The workers of '{self.name}' differ in their {name}. Received, by rank: "
                     f"{of_workers}. Build the same model on all of them, with the same "
                     "ModelAverage, and load the same file."
                 )
+
+    def _all_alike(self, numbers: list[int]) -> bool:
+        # Equal numbers are those without variance:  N * sum(d^2) == sum(d)^2.  Of hexadecimal
+        # digits both are exact in float32, for more workers than there will be.
+        digits = _digits(numbers)
+        (sums,) = self.communicator.all_reduce_sum([np.stack([digits, digits**2])])
+        first, second = ops.convert_to_numpy(sums).astype("float64")
+        return bool(np.all(self.communicator.size * second == first**2))
+
+    def _of_workers(self, numbers: list[int]) -> list[list[int]]:
+        table = np.zeros((self.communicator.size, DIGITS * len(numbers)), "float32")
+        table[self.communicator.rank] = _digits(numbers)
+        (table,) = self.communicator.all_reduce_sum([table])
+        digits = ops.convert_to_numpy(table).astype("int64").reshape(len(table), -1, DIGITS)
+        return (digits @ 16 ** np.arange(DIGITS)).T.tolist()
 
     def _averages_inside(self) -> list[Any]:
         found, optimizer = [], self.inner_optimizer
@@ -192,6 +201,10 @@ class MeetsWorkers:
 _FAILED = -1
 
 
+def _digits(numbers: list[int]) -> np.ndarray:
+    return np.array([n >> 4 * place & 15 for n in numbers for place in range(DIGITS)], "float32")
+
+
 def _float_slots(optimizer: Any, variables: list[Any]) -> list[Any]:
     slots = [s for v in variables for s in _keras_internals.slots(optimizer, v).values()]
     return [slot for slot in slots if keras.backend.is_float_dtype(slot.dtype)]
@@ -199,7 +212,3 @@ def _float_slots(optimizer: Any, variables: list[Any]) -> list[Any]:
 
 def _has_nonfinite(variables: list[Any]) -> bool:
     return not _backend.concrete(_backend.all_finite(variables))
-
-
-def _assign(variable: Any, value: Any) -> None:
-    variable.assign(_backend.copy(ops.convert_to_tensor(value, variable.dtype)))

@@ -163,21 +163,19 @@ class ModelAverage(MeetsWorkers, AveragedOptimizerWrapper):
         else:
             _, variables = self._averages_and_variables()
             changed = [*self._averages_and_variables()[0], *variables, *self.variables]
-            _backend.run_if(due, lambda: self._finish_round(variables), changed)
+            _backend.run_if(due, lambda: self._finish_round(variables, 1.0), changed)
             self._snapshots.advance(due)
 
-    def _finish_round(self, means: list[Any]) -> None:
-        """Move the center towards the means, and the variables to the center."""
+    def _finish_round(self, sums: list[Any], total: float) -> None:
+        """Move the center towards the means, which are sums / total; the variables go to it."""
         centers, variables = self._averages_and_variables()
-        means = [ops.cast(m, c.dtype) for m, c in zip(means, centers, strict=True)]
         if self.outer_optimizer:
-            gradients = [c - m for c, m in zip(centers, means, strict=True)]
+            pairs = zip(centers, sums, strict=True)
+            gradients = [center - ops.cast(s, center.dtype) / total for center, s in pairs]
             self.outer_optimizer.apply(gradients, centers)
         else:
-            for center, mean in zip(centers, means, strict=True):
-                center.assign(_backend.copy(mean))
-        for center, variable in zip(centers, variables, strict=True):
-            self.assign(variable, _backend.copy(ops.cast(center, variable.dtype)))
+            _backend.assign_quotients(centers, sums, total)
+        _backend.assign_quotients(variables, centers, 1.0)
         if self.inner_state == "reset":
             for slot, initial in zip(self._inner_slots(), self._initial_slots, strict=True):
                 initial = ops.convert_to_tensor(initial, slot.dtype)

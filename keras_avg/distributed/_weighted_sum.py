@@ -10,16 +10,19 @@ import numpy as np
 from keras_avg.distributed.communicator import Communicator
 
 
-def weighted_mean(
+def weighted_sum(
     communicator: Communicator, arrays: Sequence[Any], weight: float, is_training: bool = True
-) -> tuple[list[Any] | None, float, int]:
-    """The mean over the workers of each array, each worker's with its weight.
+) -> tuple[list[Any], float, int]:
+    """The sum over the workers of each array, each worker's with its weight.
+
+    Over the sum of the weights it is the mean:
 
         mean = sum(weight_r * array_r) / sum(weight_r)      over the ranks r
 
-    Weight 1 everywhere is the plain mean. Weight 1 on one worker and 0 on the others broadcasts the
-    arrays of that one, bit for bit but for the sign of zeros. Weight 0 everywhere gives no mean.
-    The arrays of a worker with weight 0 are not looked at: what is NaN or infinite there stays.
+    Weight 1 everywhere gives the plain mean. Weight 1 on one worker and 0 on the others broadcasts
+    the arrays of that one, bit for bit but for the sign of zeros. Weight 0 everywhere gives no
+    mean. The arrays of a worker with weight 0 are not looked at: what is NaN or infinite there
+    stays.
 
     Args:
         communicator: The workers; all of them call this.
@@ -28,8 +31,7 @@ def weighted_mean(
         is_training: Bool. False for a worker that only keeps the others company.
 
     Returns:
-        The means, in float32 or float64, or None; the sum of the weights; and how many workers are
-        training.
+        The sums, in float32 or float64; the sum of the weights; and how many workers are training.
     """
     if not 0 <= weight < math.inf:
         raise ValueError(
@@ -39,9 +41,7 @@ def weighted_mean(
     counts = np.array([weight, is_training], "float32")
     *sums, counts = communicator.all_reduce_sum([*payload, counts])
     total, training = keras.ops.convert_to_numpy(counts).tolist()
-    if total == 0:
-        return None, 0.0, int(training)
-    return sums if total == 1 else [array / total for array in sums], total, int(training)
+    return sums, total, int(training)
 
 
 def _weighted(array: Any, weight: float) -> Any:
