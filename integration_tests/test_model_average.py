@@ -90,7 +90,7 @@ def test_fit_on_different_shards_is_that_of_numpy(batches, outer, record_propert
     assert deviation <= (OUTER_TOLERANCE if outer else TOLERANCE)
     assert {r["rounds"] for r in results} == {max(batches) // 3}
     if COMPILED:
-        assert [r["traces"] for r in results] == [alone_traces()] * len(batches)
+        assert all(1 <= r["traces"] <= alone_traces() for r in results)
 
 
 def alone_traces():

@@ -113,8 +113,8 @@ class SwapsWeights(HasAverages):
         except BaseException:
             raw.put_back()
             raise
-        self._hold(raw)
         self._swapped.advance(1)
+        self._hold(raw)  # last: another thread takes raw values without the flag for restored over
 
     def _put_raw_values_back(self) -> None:
         raw = self._raw_or_refuse()
