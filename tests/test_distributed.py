@@ -246,11 +246,10 @@ def test_the_dtype_of_the_payload_is_part_of_its_description():
 def test_the_weighted_mean_of_two_workers():
     def work(communicator):
         array = np.array([1.0, 2.0], "float32") if communicator.rank else np.zeros(2, "float32")
-        weight, is_training = (3.0, True) if communicator.rank else (1.0, False)
-        return weighted_sum(communicator, [array], weight, is_training)
+        return weighted_sum(communicator, [array], 3.0 if communicator.rank else 1.0)
 
-    for sums, total, training in fake_workers.run(2, work):
-        assert (total, training) == (4.0, 1)
+    for sums, total in fake_workers.run(2, work):
+        assert total == 4.0
         np.testing.assert_array_equal(sums[0] / total, [0.75, 1.5])
 
 
@@ -264,7 +263,7 @@ def test_the_weighted_mean_is_that_of_repeated_arrays(weights, seed):
         rank = communicator.rank
         return weighted_sum(communicator, [arrays[rank], arrays[rank][0]], weights[rank])
 
-    for sums, total, _ in fake_workers.run(len(weights), work):
+    for sums, total in fake_workers.run(len(weights), work):
         assert total == sum(weights)
         if total == 0:
             assert not np.any(sums[0])
@@ -280,7 +279,7 @@ def test_a_weight_of_zero_keeps_non_finite_values_out_and_broadcasts_the_others_
         return weighted_sum(communicator, [variable], float(communicator.rank == 1))
 
     expected = np.array([0.1, 0.0, np.pi], "float32")
-    for sums, total, _ in fake_workers.run(3, work):
+    for sums, total in fake_workers.run(3, work):
         assert total == 1.0
         np.testing.assert_array_equal(sums[0], expected)
 

@@ -168,6 +168,46 @@ class TestInnerState:
         for accumulator in self.momenta("reset", adagrad, size):
             np.testing.assert_array_equal(accumulator, np.full(3, 0.25, "float32"))
 
+    @pytest.mark.skipif(not hasattr(optimizers, "MultiOptimizer"), reason="of a later Keras")
+    @pytest.mark.parametrize("inner_state", ["average", "reset"])
+    def test_it_is_that_of_members_too(self, inner_state):
+        def work(communicator):
+            averaged = MovingAverage(inner(), average_decay=0.5)
+            members = optimizers.OptimizerMap(averaged, {".*other": inner()})
+            wrapper = ModelAverage(
+                optimizers.MultiOptimizer(members),
+                interval_steps=2,
+                inner_state=inner_state,
+                communicator=communicator,
+            )
+            variables = [keras.Variable(STARTS[0], name=name) for name in ("one", "other")]
+            for grad in GRADS[communicator.rank, :2]:
+                small.apply(wrapper, variables, [grad, grad])
+            return [small.numpy(v) for v in wrapper.variables]
+
+        small.assert_same_bits(*fake_workers.run(2, work))
+
+    def test_keras_own_average_is_not_reset(self):
+        def ema():
+            return optimizers.SGD(0.1, momentum=0.9, use_ema=True, ema_momentum=0.5)
+
+        def work(communicator):
+            wrapper = ModelAverage(
+                ema(), interval_steps=2, inner_state="reset", communicator=communicator
+            )
+            variable = keras.Variable(STARTS[0])
+            steps_of(communicator, wrapper, variable, steps=2)
+            wrapper.finalize_variable_values([variable])
+            return small.numpy(variable)
+
+        assert all(np.all(value != 0) for value in fake_workers.run(2, work))
+
+    def test_it_is_reset_in_fit_of_one_worker(self):
+        model = small.model(ModelAverage(inner(), interval_steps=3, inner_state="reset"))
+        small.fit(model, epochs=1)
+        momenta = model.optimizer.inner_optimizer.variables[2:]
+        assert not any(np.any(small.numpy(m)) for m in momenta)  # six steps, two rounds
+
     def test_counters_are_left_alone(self):
         def work(communicator):
             wrapper = ModelAverage(
@@ -351,6 +391,52 @@ class TestInFit:
         with pytest.raises(RuntimeError, match=r"no round since step 6.*SynchronizeWorkers"):
             fake_workers.run(2, work)
 
+    def test_a_state_loaded_between_two_fits_is_no_missed_round(self, tmp_path):
+        models = [small.model() for _ in range(2)]
+
+        def work(communicator):
+            model = models[communicator.rank]
+            model.compile(self.optimizer(communicator), "mse")
+            small.fit(model, epochs=2, callbacks=[SynchronizeWorkers()])
+            model.save_weights(tmp_path / f"{communicator.rank}.weights.h5")
+            small.fit(model, epochs=1, callbacks=[SynchronizeWorkers()])
+            model.load_weights(tmp_path / f"{communicator.rank}.weights.h5")
+            small.fit(model, epochs=2, callbacks=[SynchronizeWorkers()])
+            return int(model.optimizer.iterations), model.optimizer.num_snapshots
+
+        assert fake_workers.run(2, work) == [(24, 8), (24, 8)]
+
+    def test_an_eager_loop_meets_again_after_a_fit_that_failed(self):
+        models = [small.model() for _ in range(2)]
+
+        class Fails(keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None):
+                raise KeyError
+
+        def work(communicator):
+            model = models[communicator.rank]
+            model.compile(self.optimizer(communicator), "mse", run_eagerly=True)
+            with pytest.raises(KeyError):
+                small.fit(model, epochs=1, callbacks=[SynchronizeWorkers(), Fails()])
+            variables = model.trainable_variables
+            zeros = [np.zeros(v.shape) for v in variables]
+            small.apply(model.optimizer, variables, zeros, times=2)
+            return model.optimizer.num_snapshots
+
+        assert fake_workers.run(2, work) == [1, 1]
+
+    def test_a_worker_without_an_epoch_left_keeps_the_others_company(self):
+        models = [small.model() for _ in range(2)]
+
+        def work(communicator):
+            model = models[communicator.rank]
+            model.compile(self.optimizer(communicator), "mse")
+            epochs = 1 if communicator.is_chief else 0
+            small.fit(model, epochs=epochs, callbacks=[SynchronizeWorkers()])
+            return [small.numpy(a) for a in small.slots(model.optimizer, model.trainable_variables)]
+
+        small.assert_same_bits(*fake_workers.run(2, work))
+
     def test_the_callback_alone_is_refused(self):
         with pytest.raises(ValueError, match=r"one keras_avg.ModelAverage.*Received: 0"):
             small.fit(small.model(SWA("sgd")), callbacks=[SynchronizeWorkers()])
@@ -484,3 +570,31 @@ def test_the_outer_optimizers_state_is_saved_and_training_goes_on(tmp_path):
     small.assert_same_bits(loaded.get_weights(), model.get_weights())
     small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
     assert keras_avg.averaging_optimizers(loaded)[0].num_snapshots == 4
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (None, optimizers.SGD(0.5, momentum=0.9)),
+        (optimizers.Adam(0.5), optimizers.SGD(0.5, momentum=0.9)),
+        (optimizers.SGD(0.5, momentum=0.9), None),
+    ],
+    ids=["none to some", "another", "some to none"],
+)
+def test_a_file_with_another_outer_optimizer_is_refused(written, read, tmp_path):
+    def trained(outer):
+        outer = outer and keras.optimizers.serialize(outer)
+        return small.fit(small.model(ModelAverage(inner(), outer_optimizer=outer)), epochs=1)
+
+    trained(written).save_weights(tmp_path / "model.weights.h5")
+    model = trained(read)
+    before = model.optimizer.get_weights()
+    with pytest.raises(ValueError, match="does not fit optimizer"):
+        model.load_weights(tmp_path / "model.weights.h5")
+    small.assert_same_bits(model.optimizer.get_weights(), before)
+
+
+@pytest.mark.parametrize("communicator", ["x", dict])
+def test_what_is_no_communicator_is_refused(communicator):
+    with pytest.raises(TypeError, match="`communicator` must have rank, size"):
+        ModelAverage("sgd", communicator=communicator)

@@ -46,8 +46,8 @@ def main(late=None, seconds=0):
     (big,) = communicator.all_reduce_sum([big])
     communicator.barrier()
     own = [variables[0], np.full(2, np.nan if rank else 3.0, "float32")]
-    broadcast, one, _ = weighted_sum(communicator, own, float(rank == 0))
-    mean, total, _ = weighted_sum(communicator, variables[:1], rank + 1.0)
+    broadcast, one = weighted_sum(communicator, own, float(rank == 0))
+    mean, total = weighted_sum(communicator, variables[:1], rank + 1.0)
     other_sizes = refusal(communicator.all_reduce_sum, [np.ones(5 + rank, "float32")])
     other_shapes = refusal(communicator.all_reduce_sum, [np.ones((6, 1 + 2 * rank))[:2]])
     other_calls = refusal(*((communicator.all_reduce_sum, []) if rank else (communicator.barrier,)))
@@ -68,7 +68,7 @@ def main(late=None, seconds=0):
                 "broadcast": [numbers(b) for b in broadcast],
                 "total": [one, total],
                 "mean": numbers(mean[0] / total),
-                "nobody": weighted_sum(communicator, variables, 0)[1:],
+                "nobody": weighted_sum(communicator, variables, 0)[1],
                 "refusals": [other_sizes, other_shapes, other_calls],
                 "empty": communicator.all_reduce_sum([]),
             }

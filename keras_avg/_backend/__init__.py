@@ -38,6 +38,7 @@ Each file defines the same names with the same signatures, in the same order:
   aside and assigned after it.
 * `part_of_sum(grad)`: one replica's part of a gradient that is summed over all replicas already. A
   TensorFlow strategy adds them up when the step is taken, whatever they are.
+* `outside_trace()`: context in which variables are made and read, also while a step is traced.
 * `random_state_kept()`: context after which the global generator is as before. On torch every pass
   over data draws from it, and the order of later batches would change.
 * `eager_inference(function)`: `function`, run without gradients and without the compiled copies
@@ -73,6 +74,7 @@ __all__ = [
     "lerp",
     "lerp_if",
     "loss_gradients",
+    "outside_trace",
     "part_of_sum",
     "random_state_kept",
     "run_if",

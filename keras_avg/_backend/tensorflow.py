@@ -155,6 +155,10 @@ def part_of_sum(grad: Any) -> Any:
     return grad if replicas == 1 else tf.math.scalar_mul(1.0 / replicas, grad)
 
 
+def outside_trace() -> contextlib.AbstractContextManager:
+    return tf.init_scope()
+
+
 def random_state_kept() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 

@@ -163,6 +163,10 @@ def part_of_sum(grad: Any) -> Any:
     return grad
 
 
+def outside_trace() -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext()
+
+
 def random_state_kept() -> contextlib.AbstractContextManager:
     return torch.random.fork_rng(devices=[])
 

@@ -80,6 +80,12 @@ def outer_optimizer(identifier: Any) -> Any:
 def communicator(given: Any, num_worker: Any, is_chief: Any) -> Any:
     """The communicator to use, which must be what the caller believes."""
     chosen = distributed.initialize() if given is None else given
+    members = ("rank", "size", "is_chief", "all_reduce_sum")
+    if isinstance(chosen, type) or not all(hasattr(chosen, member) for member in members):
+        raise TypeError(
+            f"`communicator` must have {', '.join(members)} and `barrier`, as a "
+            f"keras_avg.distributed.Communicator. Received: communicator={chosen!r}."
+        )
     if num_worker is not None and num_worker != chosen.size:
         raise ValueError(
             f"There are {chosen.size} workers. Received: num_worker={num_worker!r}. Leave it out, "

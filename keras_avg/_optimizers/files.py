@@ -73,7 +73,7 @@ class StoredInFiles:
         expected = self._expected_in_file(stored)
         fitting.check_fit(self.name, expected, stored)
         fitting.check_numbers(self.name, expected, stored)
-        self._check_inner_fits(store, "inner_optimizer")
+        self._check_parts_fit(store)
         held = self._raw_values_from(raw) if raw else None
         if held:
             self._bind_statistics(held)
@@ -92,18 +92,21 @@ class StoredInFiles:
         tensors = [ops.convert_to_tensor(stored[name], v.dtype) for name, v in raw.items()]
         return RawValues(variables, tensors, int(stored[SWAPPED]), statistics)
 
-    def _check_inner_fits(self, store: Any, path: str) -> None:
-        """Refuse the file before anything is taken from it if it is of another inner optimizer."""
-        inner, stored = self.inner_optimizer, _keras_internals.stored_inside(store, path)
-        if stored is None:
-            return
-        if isinstance(inner, StoredInFiles):
-            own = {n: stored[n] for n in stored if not n.startswith((RAW, SWAPPED))}
-            fitting.check_fit(inner.name, inner._expected_in_file(own), own)
-            inner._check_inner_fits(store, f"{path}/inner_optimizer")
-        elif _keras_internals.is_stored_by_number(inner):
-            variables = {str(i): variable for i, variable in enumerate(inner.variables)}
-            fitting.check_fit(inner.name, variables, stored)
+    def _check_parts_fit(self, store: Any, path: str = "") -> None:
+        """Refuse the file before anything is taken from it if it is of other optimizers."""
+        for name in ("inner_optimizer", "outer_optimizer"):
+            part = getattr(self, name, None)
+            stored = _keras_internals.stored_inside(store, f"{path}{name}")
+            if stored is None:
+                continue
+            if isinstance(part, StoredInFiles):
+                own = {n: stored[n] for n in stored if not n.startswith((RAW, SWAPPED))}
+                fitting.check_fit(part.name, part._expected_in_file(own), own)
+                part._check_parts_fit(store, f"{path}{name}/")
+            elif part is None or _keras_internals.is_stored_by_number(part):
+                variables = part.variables if part is not None else []
+                numbered = {str(i): variable for i, variable in enumerate(variables)}
+                fitting.check_fit(getattr(part, "name", self.name), numbered, stored)
 
     def _bind_statistics(self, raw: RawValues) -> None:
         for model in _keras_internals.models_being_loaded():

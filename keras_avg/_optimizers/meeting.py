@@ -9,8 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_avg import _backend, _keras_internals
-from keras_avg._optimizers import arguments
-from keras_avg.distributed._weighted_sum import weighted_sum
+from keras_avg.distributed._weighted_sum import PRESENT, weighted_sum
 
 DIGITS = 12  # hexadecimal ones, of the numbers by which workers are compared
 
@@ -26,6 +25,7 @@ class MeetsWorkers:
     inner_state: str
     skip_nonfinite: bool
     inner_optimizer: Any
+    outer_optimizer: Any
     averages_in_model: bool
     last_due_step: Callable[[int], int]
     _snapshots: _backend.Counter
@@ -39,18 +39,21 @@ class MeetsWorkers:
 
     _meets_between_batches = False  # in SynchronizeWorkers, instead of in `apply`
     _met_until: int | None = None  # the step up to which no round is missing; None: not begun
+    _has_failed = False  # in a round, of the `fit` under way
     _initial_slots: list[Any]
 
     def _apply(self, grads: list[Any], variables: list[Any] | None, aggregate: bool) -> None:
         if grads and self.communicator.size > 1:
-            variables = self._variables_for(grads, variables)
-            step = _backend.concrete(self._step(self._clock.read()))
-            if self._meets_between_batches:
-                self._refuse_missed_rounds(step)
-            elif step is None:
-                raise RuntimeError(self._forgotten("the train step is compiled"))
-            else:
+            # Asked before `build`: TensorFlow would leave variables of a trace that is refused.
+            counter = _backend.Counter(_keras_internals.step_counter(self))
+            compiled = _backend.concrete(counter.read()) is None
+            if not self._meets_between_batches:
+                if compiled:
+                    raise RuntimeError(self._forgotten("the train step is compiled"))
+                variables = self._variables_for(grads, variables)
                 self.start_together()
+            elif not compiled and self.built:
+                self._refuse_missed_rounds(self._updates_so_far())
         super()._apply(grads, variables, aggregate)  # type: ignore[misc]
 
     def start_together(self, others: Sequence[Any] = ()) -> None:
@@ -69,10 +72,14 @@ class MeetsWorkers:
         step, before_training = self._updates_so_far(), int(self._updates.read()) == 0
         self._compare(travelling, step)
         if before_training:
-            values, total, _ = self._sum(travelling, weight=float(self.communicator.is_chief))
+            values, total = self._sum(travelling, weight=float(self.communicator.is_chief))
             if total:
                 _backend.assign_quotients(travelling, values, total)
         self._met_until = step
+
+    def no_round_is_missing(self) -> None:
+        """Called when `fit` begins: rounds count from here."""
+        self._met_until = self._updates_so_far()
 
     def meet(self, others: Sequence[Any] = (), is_training: bool = True) -> bool:
         """One round with all workers: mean, center, variables.
@@ -87,15 +94,26 @@ class MeetsWorkers:
         """
         _, variables = self._averages_and_variables()
         riding = [*self._averages_inside(), *self._averaged_slots(), *others]
-        weight = float(is_training and not (self.skip_nonfinite and _has_nonfinite(variables)))
-        sums, total, training = self._sum([*variables, *riding], weight, is_training)
-        if total:
-            self._finish_round(sums[: len(variables)], total)
-            _backend.assign_quotients(riding, sums[len(variables) :], total)
+        has_values = is_training and not (self.skip_nonfinite and _has_nonfinite(variables))
+        weight = 1.0 if has_values else PRESENT if is_training else 0.0
+        sums, total = self._sum([*variables, *riding], weight)
+        if number := round(total):
+            self._finish_round(sums[: len(variables)], float(number))
+            _backend.assign_quotients(riding, sums[len(variables) :], float(number))
             self._snapshots.advance(1)
         if is_training:
             self._met_until = self._updates_so_far()
-        return bool(training)
+        return total > 0
+
+    def load_own_variables(self, store: Any) -> None:
+        """Read the wrapper's own variables, all or none; the workers then compare themselves."""
+        super().load_own_variables(store)  # type: ignore[misc]
+        self._met_until = None
+
+    def set_weights(self, weights: Any) -> None:
+        """Set `variables`, all or none; the workers then compare themselves."""
+        super().set_weights(weights)  # type: ignore[misc]
+        self._met_until = None
 
     def finalize_variable_values(self, var_list: list[Any]) -> None:
         """Called by `fit` when training ends.
@@ -104,13 +122,14 @@ class MeetsWorkers:
             RuntimeError: If a round was missed, in code compiled for `SynchronizeWorkers`.
         """
         super().finalize_variable_values(var_list)  # type: ignore[misc]
-        if self.communicator.size == 1 or any(map(_keras_internals.is_purged, var_list)):
+        failed, self._has_failed = self._has_failed, False
+        if failed or self.communicator.size == 1 or any(map(_keras_internals.is_purged, var_list)):
             return
         self._refuse_missed_rounds(self._updates_so_far())
 
-    def _refuse_missed_rounds(self, now: int | None) -> None:
+    def _refuse_missed_rounds(self, now: int) -> None:
         met = self._met_until or 0
-        if now is not None and met != _FAILED and self.last_due_step(now) > met:
+        if self.last_due_step(now) > met:
             self._met_until = now
             raise RuntimeError(self._forgotten(f"no round since step {met}, now at step {now}"))
 
@@ -124,13 +143,11 @@ class MeetsWorkers:
         if not self._meets_between_batches and _backend.concrete(ops.convert_to_tensor(due)):
             self.meet()
 
-    def _sum(
-        self, variables: list[Any], weight: float, is_training: bool = True
-    ) -> tuple[list[Any], float, int]:
+    def _sum(self, variables: list[Any], weight: float) -> tuple[list[Any], float]:
         try:
-            return weighted_sum(self.communicator, variables, weight, is_training)
+            return weighted_sum(self.communicator, variables, weight)
         except RuntimeError:
-            self._met_until = _FAILED
+            self._has_failed = True
             raise
 
     def _compare(self, variables: list[Any], step: int) -> None:
@@ -141,6 +158,7 @@ class MeetsWorkers:
             "interval_steps": self.interval_steps,
             "start_step": self.start_step,
             "inner_state (checksum)": zlib.crc32(self.inner_state.encode()),
+            "outer_optimizer (checksum)": zlib.crc32(type(self.outer_optimizer).__name__.encode()),
             "step": step,
         }
         if self._all_alike(list(mine.values())):
@@ -169,26 +187,28 @@ class MeetsWorkers:
         return (digits @ 16 ** np.arange(DIGITS)).T.tolist()
 
     def _averages_inside(self) -> list[Any]:
-        found, optimizer = [], self.inner_optimizer
-        while hasattr(optimizer, "inner_optimizer"):
-            found += optimizer._averages_and_variables()[0]
-            optimizer = optimizer.inner_optimizer
-        return found
+        inside = _optimizers_inside(self)
+        return [a for o in inside if hasattr(o, "_averages") for a in o._averages if a is not None]
 
     def _averaged_slots(self) -> list[Any]:
         return self._inner_slots() if self.inner_state == "average" else []
 
     def _inner_slots(self) -> list[Any]:
-        inner = arguments.innermost(self)
-        return _float_slots(inner, _keras_internals.built_variables(self))
+        leaves = _optimizers_inside(self)
+        return [s for o in leaves for s in _slots(o, _keras_internals.built_variables(o), self)]
 
-    def _values_of_new_slots(self, variables: list[Any]) -> list[Any]:
+    def _values_of_new_slots(self) -> list[Any]:
         """What the inner optimizer's slots begin with; one number where that is all."""
-        inner = arguments.innermost(self)
-        new = type(inner).from_config(inner.get_config())
-        new.build(variables)
-        values = [ops.convert_to_numpy(slot) for slot in _float_slots(new, variables)]
-        return [value.flat[0] if np.all(value == value.flat[0]) else value for value in values]
+        slots = []
+        with _backend.outside_trace():
+            for optimizer in _optimizers_inside(self):
+                if not hasattr(optimizer, "inner_optimizer"):
+                    built = _keras_internals.built_variables(optimizer)
+                    new = type(optimizer).from_config(optimizer.get_config())
+                    like = [keras.Variable(np.zeros(tuple(v.shape)), dtype=v.dtype) for v in built]
+                    new.build(like)
+                    slots += [ops.convert_to_numpy(slot) for slot in _slots(new, like, self)]
+        return [slot.flat[0] if np.all(slot == slot.flat[0]) else slot for slot in slots]
 
     def _forgotten(self, what: str) -> str:
         return (
@@ -198,16 +218,36 @@ class MeetsWorkers:
         )
 
 
-_FAILED = -1
+def _optimizers_inside(optimizer: Any) -> list[Any]:
+    """All that an optimizer wraps, at any depth; of a MultiOptimizer its members."""
+    if hasattr(optimizer, "inner_optimizer"):
+        inside = [optimizer.inner_optimizer]
+    else:
+        inside = list(getattr(optimizer, "optimizers", ()))
+    found = []
+    for each in inside:
+        if hasattr(each, "inner_optimizer") or not hasattr(each, "optimizers"):
+            found.append(each)
+        found += _optimizers_inside(each)
+    return found
 
 
 def _digits(numbers: list[int]) -> np.ndarray:
     return np.array([n >> 4 * place & 15 for n in numbers for place in range(DIGITS)], "float32")
 
 
-def _float_slots(optimizer: Any, variables: list[Any]) -> list[Any]:
-    slots = [s for v in variables for s in _keras_internals.slots(optimizer, v).values()]
-    return [slot for slot in slots if keras.backend.is_float_dtype(slot.dtype)]
+def _slots(optimizer: Any, variables: list[Any], wrapper: Any) -> list[Any]:
+    """Float slots that `inner_state` is about; Keras' own average (`use_ema`) is never reset."""
+    if hasattr(optimizer, "inner_optimizer"):
+        return []
+    kept = "average" if optimizer.use_ema and wrapper.inner_state == "reset" else None
+    slots = [_keras_internals.slots(optimizer, variable) for variable in variables]
+    return [
+        slot
+        for of_variable in slots
+        for name, slot in of_variable.items()
+        if name != kept and keras.backend.is_float_dtype(slot.dtype)
+    ]
 
 
 def _has_nonfinite(variables: list[Any]) -> bool:

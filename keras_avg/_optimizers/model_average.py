@@ -153,7 +153,7 @@ class ModelAverage(MeetsWorkers, AveragedOptimizerWrapper):
         if self.outer_optimizer:
             self.outer_optimizer.build(self._averages_and_variables()[0])
         if self.inner_state == "reset":
-            self._initial_slots = self._values_of_new_slots(list(variables))
+            self._initial_slots = self._values_of_new_slots()
 
     def _average(self, due: Any, step: Any) -> None:
         if self.communicator.size > 1:

@@ -49,6 +49,7 @@ class SynchronizeWorkers(keras.callbacks.Callback):
         self._step = 0  # updates done, when last looked at
         self._executions = 0  # since then
         self._steps_per_execution = 1
+        self._has_begun = False
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Check that rounds can take place between batches."""
@@ -58,21 +59,24 @@ class SynchronizeWorkers(keras.callbacks.Callback):
         if self._wrapper is not None:
             self._steps_per_execution = model.steps_per_execution
             _check_rounds_end_executions(wrapper, model.steps_per_execution)
-            wrapper._meets_between_batches = True
+            self._has_begun = False
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Begin together, before the first step; others may have loaded weights until now."""
         if self._wrapper is not None:
-            model = self.model  # syncs JAX' state
-            if not model.optimizer.built:  # TensorFlow would, while the step is traced
-                model.optimizer.build(model.trainable_variables)
-            self._wrapper.start_together(self._others(model))
+            self._begin(self.model)
             self._look()
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        """Say that rounds come after the batch, and not in it."""
+        if self._wrapper is not None:
+            self._wrapper._meets_between_batches = True
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Meet the others, if a round is due."""
         if self._wrapper is None:
             return
+        self._wrapper._meets_between_batches = False
         self._executions += 1
         if self._steps_at_most() < self._wrapper.next_due_step(self._step):
             return
@@ -94,12 +98,21 @@ class SynchronizeWorkers(keras.callbacks.Callback):
         if self._wrapper is None:
             return
         model, wrapper = self.model, self._wrapper
+        self._begin(model)  # if there was no epoch left
         with contextlib.ExitStack() as stack:
             for holding in finding.averaging_optimizers(model):
                 stack.enter_context(holding.raw_weights())
             while wrapper.meet(self._others(model), is_training=False):
                 pass
-        wrapper._meets_between_batches = False
+
+    def _begin(self, model: Any) -> None:
+        if self._has_begun:
+            return
+        if not model.optimizer.built:  # TensorFlow would, while the step is traced
+            model.optimizer.build(model.trainable_variables)
+        self._wrapper.start_together(self._others(model))
+        self._wrapper.no_round_is_missing()
+        self._has_begun = True
 
     def _look(self) -> None:
         self._step, self._executions = int(self._wrapper.iterations), 0

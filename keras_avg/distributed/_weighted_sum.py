@@ -9,10 +9,13 @@ import numpy as np
 
 from keras_avg.distributed.communicator import Communicator
 
+#: The weight of a worker that is training, but has nothing to add: too small to change any sum.
+PRESENT = 2.0**-40
+
 
 def weighted_sum(
-    communicator: Communicator, arrays: Sequence[Any], weight: float, is_training: bool = True
-) -> tuple[list[Any], float, int]:
+    communicator: Communicator, arrays: Sequence[Any], weight: float
+) -> tuple[list[Any], float]:
     """The sum over the workers of each array, each worker's with its weight.
 
     Over the sum of the weights it is the mean:
@@ -21,35 +24,29 @@ def weighted_sum(
 
     Weight 1 everywhere gives the plain mean. Weight 1 on one worker and 0 on the others broadcasts
     the arrays of that one, bit for bit but for the sign of zeros. Weight 0 everywhere gives no
-    mean. The arrays of a worker with weight 0 are not looked at: what is NaN or infinite there
-    stays.
+    mean. The arrays of a worker with weight 0 or `PRESENT` are not looked at: what is NaN or
+    infinite there stays.
 
     Args:
         communicator: The workers; all of them call this.
         arrays: List of float arrays, as for `Communicator.all_reduce_sum`.
         weight: Number >= 0, of this worker.
-        is_training: Bool. False for a worker that only keeps the others company.
 
     Returns:
-        The sums, in float32 or float64; the sum of the weights; and how many workers are training.
+        The sums, in float32 or float64; and the sum of the weights.
     """
     if not 0 <= weight < math.inf:
         raise ValueError(
             f"`weight` must be a finite number >= 0, of this worker. Received: weight={weight!r}."
         )
     payload = [_weighted(array, weight) for array in arrays]
-    counts = np.array([weight, is_training], "float32")
-    *sums, counts = communicator.all_reduce_sum([*payload, counts])
-    total, training = keras.ops.convert_to_numpy(counts).tolist()
-    return sums, total, int(training)
+    *sums, total = communicator.all_reduce_sum([*payload, np.array(weight, "float32")])
+    return sums, float(keras.ops.convert_to_numpy(total))
 
 
 def _weighted(array: Any, weight: float) -> Any:
-    if weight == 1:
-        return array
     wide = "float64" if keras.backend.standardize_dtype(array.dtype) == "float64" else "float32"
-    if weight == 0:
-        return np.zeros(array.shape, wide)
-    if isinstance(array, np.ndarray | np.generic):
-        return array.astype(wide) * weight
-    return keras.ops.cast(array, wide) * weight
+    if weight in (0, PRESENT):
+        return np.zeros(tuple(array.shape), wide)
+    tensor = keras.ops.stop_gradient(keras.ops.convert_to_tensor(array, wide))
+    return tensor if weight == 1 else tensor * weight
