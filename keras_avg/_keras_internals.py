@@ -32,16 +32,28 @@ def share_step_counter(wrapper: Any, inner_optimizer: Any) -> None:
     Every Keras optimizer makes a counter when it is constructed. A wrapper's would be a second
     truth about the same thing, and its path (`SWA/iteration`) would stand twice in a state tree
     that holds two wrappers of one name.
-
-    The list of variables is a new one: TensorFlow refuses to save an object from whose list an
-    element was taken.
     """
-    tracker = wrapper._tracker
-    is_variable, _ = tracker.config["variables"]
-    wrapper._variables = []
-    tracker.config["variables"] = (is_variable, wrapper._variables)
-    tracker.stored_ids["variables"] = set()
+    renew_variables(wrapper, [])
     wrapper._iterations = inner_optimizer._iterations
+
+
+@tracking.no_automatic_dependency_tracking
+def renew_variables(optimizer: Any, variables: list[Any]) -> None:
+    """Give an optimizer a new list of these variables of its own.
+
+    TensorFlow refuses to save an object from whose list an element was taken, as Keras does when a
+    schedule takes the place of a constant rate.
+    """
+    tracker = optimizer._tracker
+    is_variable, _ = tracker.config["variables"]
+    optimizer._variables = list(variables)
+    tracker.config["variables"] = (is_variable, optimizer._variables)
+    tracker.stored_ids["variables"] = {id(variable) for variable in variables}
+
+
+def own_variables(optimizer: Any) -> list[Any]:
+    """The variables that an optimizer itself has made; `variables` of one may add others."""
+    return list(optimizer._variables)
 
 
 def step_counter(optimizer: Any) -> Any:

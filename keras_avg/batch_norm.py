@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_avg import _backend, _keras_internals
 from keras_avg._optimizers import arguments
+from keras_avg._optimizers.storage import check_attached
 
 
 def update_batch_norm(
@@ -88,6 +89,7 @@ def update_batch_norm(
         raise ValueError(f"`verbose` must be 'auto', 0, 1 or 2. Received: verbose={verbose!r}.")
     if _is_built(model) and not _layers_to_update(model):
         return
+    check_attached(model.variables)
     adapter = _adapter(x, batch_size, steps)
     with _backend.random_state_kept(), _keras_internals.batches(adapter) as data:
         pools = _filled_pools(model, _inputs(data, adapter.num_batches, steps, verbose))

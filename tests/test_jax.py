@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import small_training as small
 
+import keras_avg
 from keras_avg import SWA, MovingAverage
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="about JAX")
@@ -48,6 +49,7 @@ def test_no_two_variables_share_a_buffer(optimizer):
         lambda optimizer: optimizer.stateless_average(optimizer.variables),
         lambda optimizer: optimizer.iterations,
         lambda optimizer: optimizer.learning_rate,
+        lambda optimizer: optimizer.apply([np.zeros(2)], [keras.Variable(np.zeros(2))]),
         lambda optimizer: setattr(optimizer, "lr", 0.1),
         lambda optimizer: optimizer.get_config(),
     ],
@@ -71,6 +73,28 @@ def test_members_that_need_variables_say_how_to_get_them_during_an_epoch(use):
 
     assert len(errors) == small.BATCHES
     assert all("model.jax_state_sync()" in error for error in errors)
+
+
+def test_a_scheduled_rate_and_a_pass_over_data_say_it_too():
+    errors = []
+
+    class Looks(keras.callbacks.Callback):
+        def __init__(self, model):
+            super().__init__()
+            self.uses = [
+                lambda: model.optimizer.lr,
+                lambda: keras_avg.update_batch_norm(model, small.X),
+            ]
+
+        def on_train_batch_end(self, batch, logs=None):
+            for use in self.uses:
+                with pytest.raises(RuntimeError, match=r"model\.jax_state_sync\(\)") as caught:
+                    use()
+                errors.append(caught)
+
+    model = small.model(SWA("sgd", 0, 1, decay=0.1))
+    small.fit(model, epochs=1, callbacks=[Looks(model)])
+    assert len(errors) == 2 * small.BATCHES
 
 
 def test_a_functional_loop_averages_the_values_it_is_given():

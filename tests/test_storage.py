@@ -165,3 +165,38 @@ def test_an_optimizer_built_for_no_variables_can_be_built_for_some():
     small.assert_same_bits(
         small.fit(model, epochs=1).optimizer.get_weights(), expected.get_weights()
     )
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading")  # Keras, of its own optimizers
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: SWA("sgd"),
+        lambda: SWA(MovingAverage("adam")),
+        lambda: optimizers.LossScaleOptimizer(SWA("sgd")),
+    ],
+    ids=["one", "nested", "under a LossScaleOptimizer"],
+)
+def test_a_model_saved_before_training_is_loaded_and_trained(optimizer, tmp_path):
+    model = small.model(optimizer())
+    model.save(tmp_path / "untrained.keras")
+
+    loaded = keras.saving.load_model(tmp_path / "untrained.keras")
+
+    for each in (model, loaded):
+        small.fit(each, epochs=1)
+    small.assert_same_bits(loaded.get_weights(), model.get_weights())
+    small.assert_same_bits(
+        [small.numpy(v) for v in loaded.optimizer.variables],
+        [small.numpy(v) for v in model.optimizer.variables],
+    )
+
+
+def test_weights_from_before_training_are_not_loaded_over_averages(tmp_path):
+    model = small.model(SWA("sgd", 0, 1))
+    model.save_weights(tmp_path / "untrained.weights.h5")
+    small.fit(model, epochs=1)
+    model.load_weights(tmp_path / "untrained.weights.h5")
+    model.optimizer.swap_weights()
+    with pytest.raises(ValueError, match="without raw weights is refused"):  # Keras says it on
+        model.load_weights(tmp_path / "untrained.weights.h5")

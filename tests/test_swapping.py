@@ -175,6 +175,19 @@ class TestTrainingWhileSwapped:
             with pytest.raises(RuntimeError, match="1 updates since they were put in"):
                 model.save_weights(tmp_path / "mixed.weights.h5")
 
+    @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch sees every step")
+    def test_by_another_wrapper_is_found_at_the_end_of_fit(self):
+        model = trained(SWA(optimizers.Adam(0.01), 0, 2))
+        first, second = model.optimizer, SWA(optimizers.Adam(0.01), 0, 2)
+        model.compile(second, "mse")
+        small.fit(model, epochs=1)
+        raw = trainable(model)
+        first.swap_weights()
+        with pytest.raises(RuntimeError, match="trained by 'SWA' while it held the averages of"):
+            small.fit(model, epochs=1)
+        first.swap_weights()
+        small.assert_same_bits(trainable(model), raw)
+
     def test_is_refused_to_the_wrapper_inside_too(self):
         model = trained(SWA(MovingAverage("sgd"), 0, 1))
         swa, moving_average = keras_avg.averaging_optimizers(model)
@@ -310,6 +323,11 @@ class TestCopiesThatLostTheRawWeights:
             model.optimizer.swap_weights()
         with pytest.raises(RuntimeError, match="does not carry them"):
             model.save(tmp_path / "model.keras")
+
+    def test_say_so_in_the_context(self):
+        model = self.restored()
+        with pytest.raises(RuntimeError, match="does not carry them"):
+            model.optimizer.average_weights().__enter__()
 
     def test_say_so_at_the_next_step(self):
         model = self.restored()

@@ -122,3 +122,17 @@ def test_native_variables_are_swapped():
     with optimizer.average_weights():
         np.testing.assert_allclose(variable, [0.9, 1.9], rtol=TOLERANCE)
     np.testing.assert_array_equal(variable, raw)
+
+
+def test_a_schedule_in_place_of_a_constant_rate_does_not_stop_a_checkpoint(tmp_path):
+    import tensorflow as tf
+
+    def new():
+        return small.model(SWA("sgd", 0, 1, decay=0.1))
+
+    model = small.fit(new(), epochs=1)
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(tmp_path / "c")
+    other = new()
+    other.optimizer.build(other.trainable_variables)
+    tf.train.Checkpoint(model=other, optimizer=other.optimizer).restore(path).expect_partial()
+    small.assert_same_bits(other.optimizer.get_weights(), model.optimizer.get_weights())

@@ -176,4 +176,6 @@ def eager_inference(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tensor(variable: Any) -> torch.Tensor:
-    return variable.value if isinstance(variable, keras.Variable) else variable
+    if isinstance(variable, keras.Variable):
+        return variable.value
+    return variable if torch.is_tensor(variable) else keras.ops.convert_to_tensor(variable)

@@ -246,6 +246,7 @@ def set_rate(optimizer: Any, wrapper: str, rate: dict[str, Any]) -> None:
         optimizer.learning_rate = keras.optimizers.schedules.InverseTimeDecay(
             float(keras.ops.convert_to_numpy(start)), 1, decay
         )
+    _keras_internals.renew_variables(optimizer, _keras_internals.own_variables(optimizer))
 
 
 def _non_negative(argument: str, value: Any) -> float:

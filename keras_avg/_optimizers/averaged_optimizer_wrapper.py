@@ -13,7 +13,7 @@ from keras_avg._optimizers.files import StoredInFiles
 from keras_avg._optimizers.forwarding import ForwardsToInnerOptimizer
 from keras_avg._optimizers.minimizing import Minimizes
 from keras_avg._optimizers.raw_values import RawValues
-from keras_avg._optimizers.storage import StoresOwnVariables
+from keras_avg._optimizers.storage import StoresOwnVariables, check_attached
 from keras_avg._optimizers.swapping import SwapsWeights, supersede
 
 
@@ -182,6 +182,7 @@ class AveragedOptimizerWrapper(
     def _apply(self, grads: list[Any], variables: list[Any] | None, aggregate: bool) -> None:
         if not grads:
             return
+        check_attached([_keras_internals.step_counter(self)])
         variables = self._variables_for(grads, variables)
         self._refuse_while_in_model("training")
         grads = gradients.process(self, grads, variables, aggregate)

@@ -28,6 +28,7 @@ class StoredInFiles:
     _raw_or_refuse: Callable[[], RawValues]
     _hold: Callable[[RawValues | None], None]
     _refuse_training_meanwhile: Callable[..., None]
+    _refuse_while_in_model: Callable[[str], None]
     _averages_and_variables: Callable[[], tuple[list[Any], list[Any]]]
     _expected_in_file: Callable[[Mapping[str, Any]], dict[str, Any]]
     _add_what_is_stored: Callable[[Mapping[str, Any]], None]
@@ -57,9 +58,12 @@ class StoredInFiles:
         Raises:
             ValueError: If the stored state is not one of a wrapper like this one.
         """
+        check_attached(self.variables)
+        if not store.keys():  # written before the optimizer was built
+            if self.built:
+                self._refuse_while_in_model("loading a state without raw weights")
+            return
         if not self.built:
-            if not store.keys():
-                return  # it was not built either: a copy of its config
             warnings.warn(
                 f"Skipping variable loading for optimizer '{self.name}', because it has not been "
                 f"built yet, whereas the saved one has {len(store.keys())} variables of its own. "
@@ -67,7 +71,6 @@ class StoredInFiles:
                 stacklevel=2,
             )
             return
-        check_attached(self.variables)
         stored = {name: store[name][...] for name in store.keys()}  # noqa: SIM118 (no `__iter__`)
         raw = {name: stored.pop(name) for name in list(stored) if name.startswith((RAW, SWAPPED))}
         expected = self._expected_in_file(stored)

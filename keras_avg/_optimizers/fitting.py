@@ -54,8 +54,9 @@ def _named(variable: Any, key: str) -> str:
 
 def _refuse(name: str, difference: str) -> None:
     raise ValueError(
-        f"The state does not fit optimizer '{name}': {difference} Nothing was changed. To "
-        "start from another optimizer's file, load it with `skip_mismatch=True`."
+        f"The state does not fit optimizer '{name}': {difference} None of its own "
+        "variables was changed. To start from another optimizer's file, load it with "
+        "`skip_mismatch=True`."
     )
 
 

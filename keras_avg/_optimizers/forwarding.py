@@ -13,7 +13,9 @@ class ForwardsToInnerOptimizer:
     inner_optimizer: Any
     variables: list[Any]
     averages_in_model: bool
+    built: bool
     _refuse_training_meanwhile: Callable[..., None]
+    _refuse_training_under_another: Callable[[], None]
     raw_weights: Any
 
     @property
@@ -25,9 +27,8 @@ class ForwardsToInnerOptimizer:
     @property
     def learning_rate(self) -> Any:
         """The inner optimizer's learning rate; settable where Keras has it settable."""
-        learning_rate = self.inner_optimizer.learning_rate
-        check_attached([learning_rate])
-        return learning_rate
+        check_attached([_keras_internals.step_counter(self.inner_optimizer)])
+        return self.inner_optimizer.learning_rate
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
@@ -84,5 +85,7 @@ class ForwardsToInnerOptimizer:
             return  # an error is on its way already
         if self.averages_in_model:
             self._refuse_training_meanwhile()
+        if self.built:
+            self._refuse_training_under_another()
         with self.raw_weights():  # Keras' own average (`use_ema`) goes there
             self.inner_optimizer.finalize_variable_values(var_list)

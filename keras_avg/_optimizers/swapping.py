@@ -70,6 +70,7 @@ class SwapsWeights(HasAverages):
         ```
         """
         if self.averages_in_model:
+            self._raw_or_refuse()
             yield
             return
         self.swap_weights()
@@ -172,6 +173,16 @@ class SwapsWeights(HasAverages):
             "updates are lost."
         )
 
+    def _refuse_training_under_another(self) -> None:
+        for other in _holding(self._averages_and_variables()[1]):
+            if not (_is_inside(self, other) or _is_inside(other, self)):
+                raise RuntimeError(
+                    f"The model was trained by '{self.name}' while it held the averages of "
+                    f"'{other.name}', in code compiled before. The raw weights from before are "
+                    f"kept: `swap_weights()` of '{other.name}' puts them back; what was trained "
+                    "since is lost."
+                )
+
     def _refuse_while_in_model(self, what: str) -> None:
         if self._known_in_model():
             self._raw_or_refuse()
@@ -182,6 +193,15 @@ class SwapsWeights(HasAverages):
 
     def _updates_so_far(self) -> int:
         return int(ops.convert_to_numpy(self.iterations))
+
+
+def _is_inside(inner: Any, outer: Any) -> bool:
+    """Whether an optimizer is another, or is at work inside it."""
+    if inner is outer:
+        return True
+    inside = [outer.inner_optimizer] if hasattr(outer, "inner_optimizer") else []
+    inside = inside or list(getattr(outer, "optimizers", ()))
+    return any(_is_inside(inner, each) for each in inside)
 
 
 def supersede(variables: list[Any]) -> None:

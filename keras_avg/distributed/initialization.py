@@ -66,6 +66,8 @@ def initialize(timeout: float = 600) -> Communicator:
 
 
 def _join(timeout: float) -> Communicator:
+    if not communicators.has_engine():
+        return LocalCommunicator()
     backend = communicators.of_backend()
     place = backend.launched()
     if place is None or place[1] == 1:

@@ -36,6 +36,11 @@ class TooLateError(Exception):
     """The engine has to be started before the framework is used."""
 
 
+def has_engine() -> bool:
+    """Whether Keras trains on this backend at all; on NumPy and OpenVINO it loads models only."""
+    return keras.backend.backend() in ("jax", "tensorflow", "torch")
+
+
 def of_backend() -> ModuleType:
     """The file for Keras' backend, loaded when it is needed and not with the package."""
     return importlib.import_module(f"{__name__}.{keras.backend.backend()}")
