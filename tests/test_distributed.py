@@ -12,7 +12,7 @@ from keras import ops
 
 import keras_avg
 from keras_avg._backend import communicators
-from keras_avg.distributed import LocalCommunicator, _packing, initialization
+from keras_avg.distributed import LocalCommunicator, _payload, initialization
 from keras_avg.distributed._engine_communicator import EngineCommunicator
 from keras_avg.distributed._weighted_sum import weighted_sum
 
@@ -216,31 +216,25 @@ shapes = st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1
 
 
 @settings(max_examples=50, deadline=None)
-@given(shapes, st.integers(0, 2**32 - 1))
-def test_unpacking_undoes_packing(shapes, seed):
-    random = np.random.default_rng(seed)
-    arrays = [random.normal(size=shape).astype("float32") for shape in shapes]
-    packed = _packing.Packed(arrays)
-    flat = np.concatenate([array.ravel() for array in arrays])
-    np.testing.assert_array_equal(numpy(packed.flat), flat)
-    for array, copy in zip(arrays, packed.unpack(), strict=True):
-        assert tuple(copy.shape) == array.shape
-        np.testing.assert_array_equal(numpy(copy), array)
-
-
-@settings(max_examples=50, deadline=None)
 @given(shapes, shapes)
 def test_descriptions_are_equal_where_shapes_are(shapes, others):
     first, second = (
-        _packing.Packed([np.ones(shape, "float32") for shape in each]).description()
+        _payload.description([np.ones(shape, "float32") for shape in each], "float32")
         for each in (shapes, others)
     )
     assert (first == second) == (shapes == others)
 
 
 def test_the_dtype_of_the_payload_is_part_of_its_description():
-    single, double = (_packing.Packed([np.ones(2, d)]) for d in ("float32", "float64"))
-    assert single.description() != double.description()
+    arrays = [np.ones(2)]
+    single, double = (_payload.description(arrays, dtype) for dtype in ("float32", "float64"))
+    assert single != double
+
+
+def test_the_payload_is_as_wide_as_its_widest_array_and_float32_at_least():
+    narrow = [keras.Variable(np.ones(2), dtype=dtype) for dtype in ("float16", "bfloat16")]
+    assert _payload.payload_dtype(narrow) == "float32"
+    assert _payload.payload_dtype([*narrow, np.ones(2, "float64")]) == "float64"
 
 
 def test_the_weighted_mean_of_two_workers():
@@ -310,9 +304,9 @@ class FakeEngine:
             raise self.error
         return [self.brought or numbers, numbers, numbers]
 
-    def sum(self, flat):
+    def sum(self, arrays, dtype):
         self.sums += 1
-        return flat
+        return arrays
 
 
 def test_workers_that_bring_different_arrays_are_told_so_and_can_go_on():

@@ -7,9 +7,10 @@ Each file defines the same names with the same signatures, in the same order:
 * `copy(tensor)`: the same values in a buffer of their own. JAX train steps donate their state, and
   a buffer that two variables share cannot be donated twice; torch variables are views of storage
   that the next step overwrites.
-* `assign_quotients(variables, sources, divisor)`: gives variables the values of others, of tensors
-  or NumPy arrays, over a number, in their own dtypes and buffers. On torch in place: fresh memory
-  costs ten copies.
+* `assign_quotients(sources, divisor, targets, ...)`: gives variables the values of others, of
+  tensors or NumPy arrays, over a number; and the variables of each further list those of the one
+  before. Each in its own dtype and buffer, and all together, so that a value is still in the cache.
+  On torch in place: fresh memory costs ten copies.
 * `Counter(variable)`: an integer variable that compiled code counts with. `read()`, and
   `read_after_step()`, which may trust that one in-place change since `read()` added one;
   `advance(amount)`. Torch reads a mirror on the host, because asking a GPU for a number stops the

@@ -17,10 +17,13 @@ def copy(tensor: Any) -> Any:
     return jnp.array(tensor, copy=True)
 
 
-def assign_quotients(targets: Sequence[Any], sources: Sequence[Any], divisor: float) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        value = source if divisor == 1 else source / divisor
-        target.assign(jnp.array(value, target.dtype, copy=True))
+def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
+    for source, *chain in zip(sources, *targets, strict=True):
+        value = source.value if isinstance(source, keras.Variable) else source
+        value = value if divisor == 1 else value / divisor
+        for target in chain:
+            value = value.astype(target.dtype, copy=False)
+            target.assign(jnp.array(value, copy=True))
 
 
 class Counter:

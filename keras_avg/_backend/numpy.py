@@ -19,9 +19,12 @@ def copy(tensor: Any) -> Any:
     return np.array(_array(tensor), copy=True)
 
 
-def assign_quotients(targets: Sequence[Any], sources: Sequence[Any], divisor: float) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        target.assign(_array(source) / divisor)
+def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
+    for source, *chain in zip(sources, *targets, strict=True):
+        value = _array(source) / divisor
+        for target in chain:
+            target.assign(value)
+            value = _array(target)
 
 
 class Counter:

@@ -16,11 +16,20 @@ def copy(tensor: Any) -> Any:
     return tf.identity(tensor)
 
 
-def assign_quotients(targets: Sequence[Any], sources: Sequence[Any], divisor: float) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        value = tf.convert_to_tensor(source)
+def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
+    values = [tf.convert_to_tensor(source) for source in sources]
+    _assign_quotients(values, float(divisor), [_native(each) for each in targets])
+
+
+# Compiled, because two hundred operations from Python take as long as the memory. Of the variables
+# none is read: a trace that reads its arguments cannot be called in another, or under a tape.
+@tf.function
+def _assign_quotients(values: list[Any], divisor: float, targets: list[list[Any]]) -> None:
+    for value, *chain in zip(values, *targets, strict=True):
         value = value if divisor == 1 else value / divisor
-        target.assign(tf.cast(value, target.dtype))
+        for target in chain:
+            value = tf.cast(value, target.dtype)
+            target.assign(value, read_value=False)
 
 
 class Counter:

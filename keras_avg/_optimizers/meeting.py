@@ -74,7 +74,7 @@ class MeetsWorkers:
         if before_training:
             values, total = self._sum(travelling, weight=float(self.communicator.is_chief))
             if total:
-                _backend.assign_quotients(travelling, values, total)
+                _backend.assign_quotients(values, total, travelling)
         self._met_until = step
 
     def no_round_is_missing(self) -> None:
@@ -99,7 +99,7 @@ class MeetsWorkers:
         sums, total = self._sum([*variables, *riding], weight)
         if number := round(total):
             self._finish_round(sums[: len(variables)], float(number))
-            _backend.assign_quotients(riding, sums[len(variables) :], float(number))
+            _backend.assign_quotients(sums[len(variables) :], float(number), riding)
             self._snapshots.advance(1)
         if is_training:
             self._met_until = self._updates_so_far()

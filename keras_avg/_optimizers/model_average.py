@@ -173,9 +173,9 @@ class ModelAverage(MeetsWorkers, AveragedOptimizerWrapper):
             pairs = zip(centers, sums, strict=True)
             gradients = [center - ops.cast(s, center.dtype) / total for center, s in pairs]
             self.outer_optimizer.apply(gradients, centers)
+            _backend.assign_quotients(centers, 1.0, variables)
         else:
-            _backend.assign_quotients(centers, sums, total)
-        _backend.assign_quotients(variables, centers, 1.0)
+            _backend.assign_quotients(sums, total, centers, variables)
         if self.inner_state == "reset":
             for slot, initial in zip(self._inner_slots(), self._initial_slots, strict=True):
                 initial = ops.convert_to_tensor(initial, slot.dtype)

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from keras_avg._backend import communicators
-from keras_avg.distributed import _packing
+from keras_avg.distributed import _payload
 from keras_avg.distributed.communicator import Communicator
 
 BARRIER = [0, 0, 0, 0]
@@ -27,11 +29,12 @@ class EngineCommunicator(Communicator):
         return self._engine.size
 
     def all_reduce_sum(self, arrays: Sequence[Any]) -> list[Any]:
-        packed = _packing.Packed(arrays)
-        self._meet(packed.description())
-        if packed.size:
-            packed.flat = self._ask(self._engine.sum, packed.flat)
-        return packed.unpack()
+        dtype = _payload.payload_dtype(arrays)
+        description = _payload.description(arrays, dtype)
+        self._meet(description)
+        if description[1] == 0:  # elements
+            return [np.zeros(tuple(array.shape), dtype) for array in arrays]
+        return self._ask(self._engine.sum, arrays, dtype)
 
     def barrier(self) -> None:
         self._meet(BARRIER)
@@ -46,11 +49,11 @@ class EngineCommunicator(Communicator):
                 "all of them."
             )
 
-    def _ask(self, call: Any, argument: Any) -> Any:
+    def _ask(self, call: Any, *arguments: Any) -> Any:
         if self._failure:
             raise RuntimeError(f"This communicator has failed before. {self._failure}")
         try:
-            return call(argument)
+            return call(*arguments)
         except communicators.UnreachableError as error:
             self._failure = self._explanation(error)
             raise RuntimeError(self._failure) from error

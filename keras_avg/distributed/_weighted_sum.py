@@ -45,8 +45,9 @@ def weighted_sum(
 
 
 def _weighted(array: Any, weight: float) -> Any:
+    if weight == 1:
+        return array
     wide = "float64" if keras.backend.standardize_dtype(array.dtype) == "float64" else "float32"
     if weight in (0, PRESENT):
         return np.zeros(tuple(array.shape), wide)
-    tensor = keras.ops.stop_gradient(keras.ops.convert_to_tensor(array, wide))
-    return tensor if weight == 1 else tensor * weight
+    return keras.ops.stop_gradient(keras.ops.convert_to_tensor(array, wide)) * weight

@@ -8,10 +8,8 @@
 * `Engine.meet(numbers)`: waits for all workers, and gives the numbers that each brought, as many
   from each, by rank. A meeting comes before each sum, because most engines abort the process, or
   wait without end, when a peer is gone or brings another size.
-* `Engine.sum(flat)`: the sum over the workers of one flat buffer, which may be overwritten.
-* `pack(arrays, dtype)`: variables, tensors or NumPy arrays in one flat buffer, where the engine
-  takes it from. One collective on one buffer costs a hundredth of two hundred on small ones.
-* `unpack(flat, shapes)`: arrays of these shapes again, from the buffer.
+* `Engine.sum(arrays, dtype)`: the sums over the workers of variables, tensors or NumPy arrays. They
+  travel as one flat buffer: a collective on that costs a hundredth of two hundred on small ones.
 
 What fails raises `UnreachableError`, with the engine's own words and the ranks that are missing
 where it knows them; `TooLateError` where the framework was used before the engine was started.

@@ -21,6 +21,7 @@ from jax._src import distributed
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from keras_avg._backend.communicators import TooLateError, UnreachableError, place, variables
+from keras_avg._backend.communicators.host_memory import host_memory
 
 ADDRESSES = "KERAS_DISTRIBUTION_JOB_ADDRESSES"
 SIZE = "KERAS_DISTRIBUTION_NUM_PROCESSES"
@@ -70,9 +71,14 @@ class Engine:
             raise UnreachableError(error, self._note_missing(folder)) from error
         return [brought[rank] for rank in range(self.size)]
 
-    def sum(self, flat: np.ndarray) -> np.ndarray:
+    def sum(self, arrays: Sequence[Any], dtype: str) -> list[np.ndarray]:
+        # Packed on the host: compiled for two hundred arrays, a concatenation takes seconds to
+        # compile, and arrays from a global mesh would let the train step compile anew.
+        values = [np.asarray(array) for array in arrays]
+        flat = host_memory(sum(value.size for value in values), dtype)
+        np.concatenate([value.reshape(-1) for value in values], out=flat)
         try:
-            return self._within(self._sum, flat)
+            return _parts(self._within(self._sum, flat), values)
         except Exception as error:
             raise UnreachableError(error) from error
 
@@ -118,20 +124,10 @@ class Engine:
             self._within(self._client.get_live_nodes, others)
 
 
-def pack(arrays: Sequence[Any], dtype: str) -> np.ndarray:
-    # On the host: compiled for two hundred arrays, a concatenation takes seconds to compile, and
-    # arrays from a global mesh would let the train step compile anew.
-    arrays = [np.asarray(array) for array in arrays]
-    flat = np.empty(sum(array.size for array in arrays), dtype)
-    for part, array in zip(unpack(flat, [a.shape for a in arrays]), arrays, strict=True):
-        part[...] = array
-    return flat
-
-
-def unpack(flat: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
-    ends = np.cumsum([np.prod(shape, dtype=int) for shape in shapes])
-    parts = np.split(flat, ends[:-1]) if len(shapes) else []
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+def _parts(flat: np.ndarray, like: list[np.ndarray]) -> list[np.ndarray]:
+    ends = np.cumsum([array.size for array in like])
+    pairs = zip(np.split(flat, ends[:-1]), like, strict=True)
+    return [part.reshape(array.shape) for part, array in pairs]
 
 
 def _start(timeout: float) -> None:

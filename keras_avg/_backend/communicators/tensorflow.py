@@ -5,18 +5,19 @@ outside its scope, so that each worker has variables of its own.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 from tensorflow.python.eager import context
 
 from keras_avg._backend.communicators import TooLateError, UnreachableError, place
 
 WORKERS = ("chief", "worker")
+ALIGNMENT = 16  # elements: what is split between aligned ones is not copied
 GROUP = 0x6B61  # far from the keys that strategies count up from 1
 
 
@@ -56,6 +57,7 @@ class Engine:
             raise UnreachableError(error) from error
         self._device = strategy.extended.worker_devices[0]
         self._strategy = strategy  # the engine lives as long as it does
+        self._compiled_sum = tf.function(self._sum)
         self._meetings = self._sums = 0
 
     def meet(self, numbers: Sequence[int]) -> list[list[int]]:
@@ -77,22 +79,32 @@ class Engine:
             raise UnreachableError(error, self._named_in(str(error))) from error
         return [json.loads(numbers) for numbers in brought]
 
-    def sum(self, flat: tf.Tensor) -> tf.Tensor:
+    def sum(self, arrays: Sequence[Any], dtype: str) -> list[tf.Tensor]:
         self._sums += 1
+        tensors = [tf.convert_to_tensor(array) for array in arrays]
         try:
-            with tf.device(self._device):
-                return tf.raw_ops.CollectiveReduceV2(
-                    input=tf.identity(flat),
-                    group_size=self.size,
-                    group_key=GROUP,
-                    instance_key=self._sums,
-                    ordering_token=[],
-                    merge_op="Add",
-                    final_op="Id",
-                    timeout_seconds=self._timeout,
-                )
+            return self._compiled_sum(tensors, dtype, tf.constant(self._sums))
         except tf.errors.OpError as error:
             raise UnreachableError(error) from error
+
+    def _sum(self, arrays: list[tf.Tensor], dtype: str, key: tf.Tensor) -> list[tf.Tensor]:
+        # Compiled, because two hundred operations from Python take as long as the memory, and the
+        # sums then take the place of the terms.
+        with tf.device(self._device):
+            flat = tf.raw_ops.CollectiveReduceV2(
+                input=tf.concat([_line(tf.cast(array, dtype)) for array in arrays], 0),
+                group_size=self.size,
+                group_key=GROUP,
+                instance_key=key,
+                ordering_token=[],
+                merge_op="Add",
+                final_op="Id",
+                timeout_seconds=self._timeout,
+            )
+            sizes = [math.prod(array.shape) for array in arrays]
+            lines = tf.split(flat, [size + -size % ALIGNMENT for size in sizes])
+            parts = zip(lines, sizes, arrays, strict=True)
+            return [tf.reshape(line[:size], array.shape) for line, size, array in parts]
 
     def _named_in(self, text: str) -> tuple[int, ...]:
         """Ranks of the tasks that a message calls late, one on a line, or without a heartbeat."""
@@ -104,11 +116,7 @@ class Engine:
         return tuple(sorted({first[job] + int(index) for job, index in named}))
 
 
-def pack(arrays: Sequence[Any], dtype: str) -> tf.Tensor:
-    tensors = [keras.ops.convert_to_tensor(array, dtype) for array in arrays]
-    return tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0)
-
-
-def unpack(flat: tf.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[tf.Tensor]:
-    parts = tf.split(flat, [tf.TensorShape(shape).num_elements() for shape in shapes])
-    return [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
+def _line(tensor: tf.Tensor) -> tf.Tensor:
+    line = tf.reshape(tensor, [-1])
+    gap = -line.shape[0] % ALIGNMENT
+    return tf.pad(line, [[0, gap]]) if gap else line

@@ -4,10 +4,10 @@ import atexit
 import contextlib
 import datetime
 import errno
+import math
 import os
 import re
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from keras_avg._backend.communicators import UnreachableError, place, variables
+from keras_avg._backend.communicators.host_memory import host_memory
 
-_kept_memory: list[np.ndarray] = []  # one at most
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -51,36 +51,28 @@ class Engine:
             dist.all_reduce(rows, group=self._meetings)
         return rows.tolist()
 
-    def sum(self, flat: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def sum(self, arrays: Sequence[Any], dtype: str) -> list[torch.Tensor]:
+        flat = _pack([_tensor(array, dtype).reshape(-1) for array in arrays], dtype)
         with _failures():
             dist.all_reduce(flat)
-        return flat
+        parts = flat.split([math.prod(array.shape) for array in arrays])
+        return [p.view(tuple(array.shape)) for p, array in zip(parts, arrays, strict=True)]
 
 
-@torch.no_grad()
-def pack(arrays: Sequence[Any], dtype: str) -> torch.Tensor:
-    tensors = [keras.ops.convert_to_tensor(array, dtype).detach().reshape(-1) for array in arrays]
+def _tensor(array: Any, dtype: str) -> torch.Tensor:
+    is_variable = isinstance(array, keras.Variable)
+    tensor = array.value if is_variable else keras.ops.convert_to_tensor(array)
+    return tensor.detach().to(getattr(torch, dtype))
+
+
+def _pack(tensors: list[torch.Tensor], dtype: str) -> torch.Tensor:
     if tensors[0].device.type != "cpu":
         return torch.cat(tensors)
     # Not `torch.cat`, which lets all cores of the machine meet at each of the tensors.
-    memory = _host_memory(sum(tensor.numel() for tensor in tensors), dtype)
+    memory = host_memory(sum(tensor.numel() for tensor in tensors), dtype)
     np.concatenate([tensor.numpy() for tensor in tensors], out=memory)
     return torch.from_numpy(memory)
-
-
-def unpack(flat: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
-    parts = flat.split([torch.Size(shape).numel() for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _host_memory(size: int, dtype: str) -> np.ndarray:
-    """Memory of the last time, once no result uses it: fresh pages cost ten times the copying."""
-    memory = _kept_memory.pop() if _kept_memory else None
-    in_use = sys.getrefcount(memory) > 2  # by tensors, beside this name and the argument
-    if memory is None or in_use or (memory.size, memory.dtype) != (size, dtype):
-        memory = np.empty(size, dtype)
-    _kept_memory.append(memory)
-    return memory
 
 
 def _start(timeout: datetime.timedelta) -> None:

@@ -1,0 +1,35 @@
+"""What workers sum up: arrays of floats, in float32 or wider."""
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+
+def payload_dtype(arrays: Sequence[Any]) -> str:
+    """The dtype in which the arrays are summed; ValueError if one is not of floats."""
+    dtypes = {_float_dtype(array) for array in arrays}
+    return "float64" if "float64" in dtypes else "float32"
+
+
+def description(arrays: Sequence[Any], dtype: str) -> list[int]:
+    """Numbers that are equal where arrays can be summed: how many, elements, bits, shapes."""
+    bits = int(dtype.removeprefix("float"))
+    shapes = [tuple(array.shape) for array in arrays]
+    return [len(shapes), sum(map(math.prod, shapes)), bits, zlib.crc32(repr(shapes).encode())]
+
+
+def _float_dtype(array: Any) -> str:
+    dtype = getattr(array, "dtype", None)
+    if dtype == "float32":  # most are, and the test below takes its time
+        return "float32"
+    name = None if dtype is None else keras.backend.standardize_dtype(dtype)
+    if name is None or not keras.backend.is_float_dtype(name):
+        raise ValueError(
+            "Only arrays of floats are summed over the workers, in float32 or wider, which does "
+            f"not hold every integer. Received: {type(array).__name__} with dtype={name}. "
+            "Cast it to a float dtype that holds its values."
+        )
+    return name

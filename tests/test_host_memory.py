@@ -1,0 +1,41 @@
+"""Memory that communicators use over again, on JAX and torch."""
+
+import numpy as np
+import pytest
+
+from keras_avg._backend.communicators.host_memory import ALIGNMENT, host_memory
+
+
+def address(array):
+    return array.ctypes.data
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_it_is_aligned_and_of_the_size_that_was_asked_for(dtype):
+    memory = host_memory(1001, dtype)
+    assert (memory.shape, memory.dtype) == ((1001,), dtype)
+    assert address(memory) % ALIGNMENT == 0
+    memory[:] = np.arange(1001)
+    np.testing.assert_array_equal(memory, np.arange(1001))
+
+
+def test_it_is_given_again_once_nothing_uses_it():
+    memory = host_memory(100, "float32")
+    first = address(memory)
+    del memory
+    assert address(host_memory(100, "float32")) == first
+
+
+def test_a_view_still_in_use_keeps_its_values():
+    memory = host_memory(100, "float32")
+    memory[:] = 1
+    part = memory[10:20]
+    del memory
+    host_memory(100, "float32")[:] = 2
+    np.testing.assert_array_equal(part, 1)
+
+
+def test_another_size_is_other_memory():
+    memory = host_memory(100, "float32")
+    assert host_memory(200, "float32").shape == (200,)
+    assert memory.shape == (100,)
