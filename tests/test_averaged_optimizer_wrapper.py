@@ -400,6 +400,13 @@ class TestForwarding:
 
         small.assert_same_bits(wrapped.get_weights(), plain.get_weights())
 
+    def test_keras_own_average_inside_may_be_finished_again(self):
+        """Without a wrapper a second `fit` fails on JAX: buffers are then shared."""
+        model = small.model(SWA(optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5), 0, 2))
+        small.fit(model, epochs=1)
+        small.fit(model, epochs=1)
+        assert int(model.optimizer.iterations) == 2 * small.BATCHES
+
 
 class TestApply:
     def test_the_first_apply_needs_variables(self):

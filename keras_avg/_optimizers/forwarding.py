@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from keras_avg import _keras_internals
+from keras_avg import _backend, _keras_internals
+from keras_avg._optimizers import arguments
 from keras_avg._optimizers.storage import check_attached
 
 
@@ -89,3 +90,6 @@ class ForwardsToInnerOptimizer:
             self._refuse_training_under_another()
         with self.raw_weights():  # Keras' own average (`use_ema`) goes there
             self.inner_optimizer.finalize_variable_values(var_list)
+            if getattr(arguments.innermost(self), "use_ema", False):
+                # On JAX it and the variables would share buffers, which the next `fit` refuses.
+                _backend.assign_quotients(var_list, 1.0, var_list)
