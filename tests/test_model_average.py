@@ -536,6 +536,16 @@ class TestArguments:
         with pytest.raises(ValueError, match=message):
             ModelAverage("sgd", **arguments)
 
+    def test_one_optimizer_inside_and_outside_is_refused(self):
+        twice = optimizers.SGD(0.5)
+        with pytest.raises(ValueError, match="must be another optimizer than"):
+            ModelAverage(MovingAverage(twice), outer_optimizer=twice)
+
+    def test_two_optimizers_of_one_name_are_refused(self):
+        inside, outside = (optimizers.SGD(rate, name="mine") for rate in (0.1, 0.7))
+        with pytest.raises(ValueError, match="named 'mine'"):
+            ModelAverage(inside, outer_optimizer=outside)
+
     def test_what_the_communicator_says_is_accepted(self):
         assert ModelAverage("sgd", num_worker=1, is_chief=True).communicator.size == 1
 

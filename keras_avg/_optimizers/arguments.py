@@ -77,6 +77,16 @@ def outer_optimizer(identifier: Any) -> Any:
     return optimizer
 
 
+def names_apart(outer: Any, others: list[Any]) -> None:
+    """Variables are told apart by their optimizers' names, in Keras' state tree."""
+    if outer is not None and outer.name in [other.name for other in others]:
+        raise ValueError(
+            "`outer_optimizer` must be another optimizer than those inside, of another name. "
+            f"Received: outer_optimizer={outer!r} named '{outer.name}', as one of {others}. Give "
+            "it a name of its own."
+        )
+
+
 def communicator(given: Any, num_worker: Any, is_chief: Any) -> Any:
     """The communicator to use, which must be what the caller believes."""
     chosen = distributed.initialize() if given is None else given

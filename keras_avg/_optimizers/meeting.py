@@ -187,21 +187,21 @@ class MeetsWorkers:
         return (digits @ 16 ** np.arange(DIGITS)).T.tolist()
 
     def _averages_inside(self) -> list[Any]:
-        inside = _optimizers_inside(self)
+        inside = optimizers_inside(self)
         return [a for o in inside if hasattr(o, "_averages") for a in o._averages if a is not None]
 
     def _averaged_slots(self) -> list[Any]:
         return self._inner_slots() if self.inner_state == "average" else []
 
     def _inner_slots(self) -> list[Any]:
-        leaves = _optimizers_inside(self)
+        leaves = optimizers_inside(self)
         return [s for o in leaves for s in _slots(o, _keras_internals.built_variables(o), self)]
 
     def _values_of_new_slots(self) -> list[Any]:
         """What the inner optimizer's slots begin with; one number where that is all."""
         slots = []
         with _backend.outside_trace():
-            for optimizer in _optimizers_inside(self):
+            for optimizer in optimizers_inside(self):
                 if not hasattr(optimizer, "inner_optimizer"):
                     built = _keras_internals.built_variables(optimizer)
                     new = type(optimizer).from_config(optimizer.get_config())
@@ -218,7 +218,7 @@ class MeetsWorkers:
         )
 
 
-def _optimizers_inside(optimizer: Any) -> list[Any]:
+def optimizers_inside(optimizer: Any) -> list[Any]:
     """All that an optimizer wraps, at any depth; of a MultiOptimizer its members."""
     if hasattr(optimizer, "inner_optimizer"):
         inside = [optimizer.inner_optimizer]
@@ -228,7 +228,7 @@ def _optimizers_inside(optimizer: Any) -> list[Any]:
     for each in inside:
         if hasattr(each, "inner_optimizer") or not hasattr(each, "optimizers"):
             found.append(each)
-        found += _optimizers_inside(each)
+        found += optimizers_inside(each)
     return found
 
 

@@ -8,7 +8,7 @@ from keras import ops
 from keras_avg import _backend, _keras_internals
 from keras_avg._optimizers import arguments
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
-from keras_avg._optimizers.meeting import MeetsWorkers
+from keras_avg._optimizers.meeting import MeetsWorkers, optimizers_inside
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
@@ -28,8 +28,12 @@ class ModelAverage(MeetsWorkers, AveragedOptimizerWrapper):
     `SGD(block_lr, momentum)` gives BMUF.
 
     In `fit` rounds take place between batches, in `keras_avg.callbacks.SynchronizeWorkers`, on
-    every backend; in a loop of your own that runs eagerly, in `apply`. One worker alone needs no
-    callback. `Lookahead` is the same machine with one worker and a step size.
+    every backend; in a loop of your own that runs eagerly, in `apply`: call `build` and
+    `start_together` before it, so that the first gradients are those of the chief's variables. One
+    worker alone needs no callback. `Lookahead` is the same machine with one worker and a step size.
+
+    Shards may differ in size. Each worker counts its own steps, so then all resume from one file,
+    such as the chief's: workers that begin at different steps are refused.
 
     Args:
         optimizer: The optimizer that takes the local steps: a Keras optimizer, its name, or its
@@ -104,6 +108,7 @@ class ModelAverage(MeetsWorkers, AveragedOptimizerWrapper):
         outer = arguments.outer_optimizer(outer_optimizer)
         communicator = arguments.communicator(communicator, num_worker, is_chief)
         super().__init__(optimizer, sequential_update, name, **kwargs)
+        arguments.names_apart(outer, [self, *optimizers_inside(self)])
         self.interval_steps = interval
         self.start_step = start
         self.inner_state = inner_state
