@@ -62,6 +62,20 @@ def test_every_bit_is_there(saved, loaded, backend, source, name, held, policy):
 
 @backends
 @sources
+@pytest.mark.parametrize("name", ["ModelAverage", "Lookahead"])
+def test_averages_that_flow_back_are_there_too(saved, loaded, backend, source, name):
+    expected = np.load(saved / source / f"{name}.npz")
+    found = np.load(loaded(backend) / f"{source}-{name}.npz")
+
+    assert sorted(found.files) == sorted(expected.files)
+    for key in expected.files:
+        np.testing.assert_array_equal(found[key], expected[key], err_msg=key)
+    counted = [found[f"optimizer_{i}"] for i in (0, 1)]  # updates and rounds of 12 steps
+    np.testing.assert_array_equal(counted, [12, 4])
+
+
+@backends
+@sources
 @names
 @held_values
 def test_it_goes_on_as_it_would_have(saved, loaded, backend, source, name, held):

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import small_model
 
-from keras_avg import SWA, MovingAverage
+from keras_avg import SWA, Lookahead, ModelAverage, MovingAverage
 
 POLICIES = ("float32", "bfloat16")
 HELD = ("raw", "averages")
@@ -19,7 +19,24 @@ def new_model():
     return small_model.compiled(SWA(MovingAverage(keras.optimizers.Adam(0.01)), 1, 2))
 
 
+def new_outer_optimizer():
+    return keras.optimizers.SGD(0.7, momentum=0.9, nesterov=True)
+
+
+FLOWS_BACK = {
+    "ModelAverage": lambda: ModelAverage(
+        MovingAverage("sgd"), interval_steps=3, outer_optimizer=new_outer_optimizer()
+    ),
+    "Lookahead": lambda: Lookahead("sgd", sync_period=3),
+}
+
+
 def save(folder):
+    for name, optimizer in FLOWS_BACK.items():
+        model = small_model.compiled(optimizer())
+        small_model.fit(model, epochs=2)
+        model.save(folder / f"{name}.keras")
+        np.savez(folder / f"{name}.npz", **state(model))
     for policy in POLICIES:
         keras.config.set_dtype_policy(policy)
         for held in HELD:
@@ -34,6 +51,10 @@ def save(folder):
 
 
 def load(folder, *sources):
+    for source in sources:
+        for name in FLOWS_BACK:
+            model = keras.saving.load_model(source / f"{name}.keras")
+            np.savez(folder / f"{source.name}-{name}.npz", **state(model))
     for policy in POLICIES:
         keras.config.set_dtype_policy(policy)
         for held in HELD:
@@ -56,9 +77,7 @@ def loaded(path):
 def state_and_future(model):
     """All values, then those after swapping back, after steps by hand, and after an epoch."""
     optimizer = model.optimizer
-    found = {"averages_in_model": np.asarray(optimizer.averages_in_model)}
-    found |= numbered("model", model.variables)
-    found |= numbered("optimizer", optimizer.variables)
+    found = {"averages_in_model": np.asarray(optimizer.averages_in_model)} | state(model)
     if optimizer.averages_in_model:
         optimizer.swap_weights()
     found |= numbered("raw", model.variables)
@@ -74,6 +93,10 @@ def state_and_future(model):
         small_model.fit(model, epochs=1)
         found |= numbered("after_fit", [*model.variables, *optimizer.variables])
     return found
+
+
+def state(model):
+    return numbered("model", model.variables) | numbered("optimizer", model.optimizer.variables)
 
 
 def predicted_without_keras_avg(weights):
