@@ -3,6 +3,8 @@
 import keras
 import pytest
 
+keras.config.disable_traceback_filtering()  # what fails is mostly in the frames that Keras hides
+
 
 @pytest.fixture(autouse=True)
 def fresh_seed():
