@@ -7,7 +7,7 @@ import pytest
 import small_training as small
 from keras import optimizers
 
-from keras_avg import SWA, MovingAverage
+from keras_avg import SWA, MovingAverage, _backend
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="about TensorFlow")
 
@@ -97,6 +97,21 @@ def test_native_variables_in_a_custom_loop():
     np.testing.assert_allclose(optimizer.get_slot(variable, "average"), [0.75, 1.75])
     optimizer.assign_average_vars([variable])
     np.testing.assert_allclose(variable, [0.75, 1.75], rtol=TOLERANCE)
+
+
+def test_a_variable_that_a_trace_only_looks_at_is_no_part_of_it():
+    """Else the code could not run once the other model, whose flag that was, is deleted."""
+    import tensorflow as tf
+
+    flag = tf.Variable(7)
+
+    @tf.function
+    def look():
+        return tf.constant(_backend.concrete(flag))
+
+    traced = look.get_concrete_function()
+    assert traced().numpy() == 7
+    assert traced.variables == ()
 
 
 def test_a_model_is_exported_and_checkpointed(tmp_path):

@@ -52,8 +52,11 @@ def scalar(compute: Callable[[], Any]) -> Any:
 
 def concrete(number: Any) -> Any:
     if isinstance(number, tf.Variable):
+        # Not `number.read_value()`: the code that is being compiled would take note of the variable
+        # and no longer run once it is deleted.
+        handle = getattr(number, "values", [number])[0].handle
         with tf.init_scope():
-            return concrete(tf.convert_to_tensor(number))
+            return concrete(tf.raw_ops.ReadVariableOp(resource=handle, dtype=number.dtype))
     return number.numpy().item() if tf.executing_eagerly() else None
 
 
