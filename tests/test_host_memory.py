@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from keras_avg._backend.communicators.host_memory import ALIGNMENT, host_memory
+from keras_avg._backend.communicators import ALIGNMENT, host_memory
 
 
 def address(array):

@@ -17,9 +17,15 @@ where it knows them; `TooLateError` where the framework was used before the engi
 
 import importlib
 import os
+import sys
 from types import ModuleType
 
 import keras
+import numpy as np
+
+ALIGNMENT = 64  # bytes, at which frameworks take an array as it is
+
+_kept_memory: list[np.ndarray] = []  # one block at most
 
 
 class UnreachableError(Exception):
@@ -70,3 +76,18 @@ def place(rank_name: str, rank: str, size_name: str, size: str) -> tuple[int, in
             f"Received: {rank_name}={rank}, {size_name}={size}."
         )
     return numbers
+
+
+def host_memory(size: int, dtype: str) -> np.ndarray:
+    """Aligned memory for so many elements: that of the last time, once no result uses it.
+
+    Fresh pages cost ten times the copying.
+    """
+    nbytes = size * np.dtype(dtype).itemsize + ALIGNMENT
+    block = _kept_memory.pop() if _kept_memory else None
+    in_use = sys.getrefcount(block) > 2  # by views, beside this name and the argument
+    if block is None or in_use or block.nbytes != nbytes:
+        block = np.empty(nbytes, "uint8")
+    _kept_memory.append(block)
+    start = -block.ctypes.data % ALIGNMENT
+    return block[start : start + nbytes - ALIGNMENT].view(dtype)

@@ -20,8 +20,13 @@ import numpy as np
 from jax._src import distributed
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from keras_avg._backend.communicators import TooLateError, UnreachableError, place, variables
-from keras_avg._backend.communicators.host_memory import host_memory
+from keras_avg._backend.communicators import (
+    TooLateError,
+    UnreachableError,
+    host_memory,
+    place,
+    variables,
+)
 
 ADDRESSES = "KERAS_DISTRIBUTION_JOB_ADDRESSES"
 SIZE = "KERAS_DISTRIBUTION_NUM_PROCESSES"

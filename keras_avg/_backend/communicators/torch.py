@@ -16,8 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from keras_avg._backend.communicators import UnreachableError, place, variables
-from keras_avg._backend.communicators.host_memory import host_memory
+from keras_avg._backend.communicators import UnreachableError, host_memory, place, variables
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
