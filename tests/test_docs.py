@@ -9,12 +9,18 @@ import pytest
 HERE = pathlib.Path(__file__).parent
 PAGES = sorted((HERE.parent / "docs").glob("*.md"))
 # `test_file.py::test_name`, perhaps with folder, class, or one of its parameters in brackets
-PROOF = re.compile(r"`(?:tests/)?(test_\w+\.py)::(?:\w+::)*(\w+)(?:\[([^\]]+)\])?`")
+PROOF = re.compile(
+    r"`((?:integration_tests/|tests/)?test_\w+\.py)::(?:\w+::)*(\w+)(?:\[([^\]]+)\])?`"
+)
+
+
+def path_of(file):
+    return HERE.parent / file if "/" in file else HERE / file
 
 
 def names_and_strings(file):
     """Functions and classes of a test file, and all that may name a parameter in it."""
-    nodes = list(ast.walk(ast.parse((HERE / file).read_text())))
+    nodes = list(ast.walk(ast.parse(path_of(file).read_text())))
     defined = {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     strings = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     return defined, defined | strings
@@ -22,7 +28,7 @@ def names_and_strings(file):
 
 def missing(text):
     for file, test, parameter in PROOF.findall(text):
-        if not (HERE / file).exists():
+        if not path_of(file).exists():
             yield f"{file} does not exist"
             continue
         defined, parameters = names_and_strings(file)
