@@ -17,15 +17,16 @@ where it knows them; `TooLateError` where the framework was used before the engi
 
 import importlib
 import os
-import sys
+import weakref
 from types import ModuleType
+from typing import Any
 
 import keras
 import numpy as np
 
 ALIGNMENT = 64  # bytes, at which frameworks take an array as it is
 
-_kept_memory: list[np.ndarray] = []  # one block at most
+_kept_memory: list[tuple[Any, Any]] = []  # one block at most, and who had it last
 
 
 class UnreachableError(Exception):
@@ -79,15 +80,15 @@ def place(rank_name: str, rank: str, size_name: str, size: str) -> tuple[int, in
 
 
 def host_memory(size: int, dtype: str) -> np.ndarray:
-    """Aligned memory for so many elements: that of the last time, once no result uses it.
+    """Aligned memory for so many elements: that of the last time, once nothing uses it.
 
     Fresh pages cost ten times the copying.
     """
     nbytes = size * np.dtype(dtype).itemsize + ALIGNMENT
-    block = _kept_memory.pop() if _kept_memory else None
-    in_use = sys.getrefcount(block) > 2  # by views, beside this name and the argument
-    if block is None or in_use or block.nbytes != nbytes:
-        block = np.empty(nbytes, "uint8")
-    _kept_memory.append(block)
-    start = -block.ctypes.data % ALIGNMENT
-    return block[start : start + nbytes - ALIGNMENT].view(dtype)
+    block, last_use = _kept_memory.pop() if _kept_memory else (memoryview(b""), lambda: None)
+    if last_use() is not None or block.nbytes != nbytes:
+        block = memoryview(np.empty(nbytes, "uint8"))
+    start = -np.frombuffer(block, "uint8").ctypes.data % ALIGNMENT
+    memory = np.frombuffer(block, dtype, size, start)
+    _kept_memory.append((block, weakref.ref(memory)))  # which all views of it keep alive
+    return memory
