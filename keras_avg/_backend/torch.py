@@ -35,7 +35,7 @@ def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[
 
 
 def _divide(value: torch.Tensor, divisor: float, memory: torch.Tensor) -> None:
-    if value.dtype == memory.dtype == torch.float32 and not value.is_cuda and not memory.is_cuda:
+    if value.dtype == memory.dtype == torch.float32 and value.is_cpu and memory.is_cpu:
         # By NumPy: torch would let all cores of the machine meet at each of the tensors.
         if math.frexp(divisor)[0] == 0.5:  # a power of two: the same bits in a fraction of the time
             np.multiply(value.numpy(), 1 / divisor, out=memory.numpy())

@@ -45,9 +45,10 @@ def weighted_sum(
 
 
 def _weighted(array: Any, weight: float) -> Any:
-    if weight == 1:
-        return array
-    wide = "float64" if keras.backend.standardize_dtype(array.dtype) == "float64" else "float32"
+    dtype = keras.backend.standardize_dtype(array.dtype)
+    wide = "float64" if dtype == "float64" else "float32"
     if weight in (0, PRESENT):
         return np.zeros(tuple(array.shape), wide)
+    if weight == 1 and dtype == wide:
+        return array
     return keras.ops.stop_gradient(keras.ops.convert_to_tensor(array, wide)) * weight
