@@ -86,6 +86,16 @@ class TestConstructor:
             SWA(inner, lr=1.0, learning_rate=1.0)
         assert inner.get_config() == before
 
+    @pytest.mark.parametrize("wrong", [True, "x", [], float("inf"), -1])
+    def test_a_decay_that_is_no_number_is_refused(self, wrong):
+        with pytest.raises(ValueError, match=r"`decay` must be a number >= 0\. Received: decay="):
+            SWA("sgd", decay=wrong)
+
+    @pytest.mark.parametrize("wrong", [True, "x", [], float("nan")])
+    def test_a_learning_rate_that_is_no_number_is_refused(self, wrong):
+        with pytest.raises(ValueError, match=r"must be a finite number.*Received: "):
+            SWA("sgd", lr=wrong)
+
     def test_learning_rate_and_decay_are_set_on_the_inner_optimizer(self):
         assert float(SWA("sgd", lr=0.25).inner_optimizer.learning_rate) == 0.25
 

@@ -265,6 +265,13 @@ def test_a_tape_is_refused_where_there_are_none():
         SWA("sgd").minimize(lambda: ops.sum(v * v), [v], tape=object())
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tapes are TensorFlow's")
+def test_what_is_no_tape_is_refused():
+    v, _ = two_variables()
+    with pytest.raises(TypeError, match=r"must be a `tf.GradientTape`. Received: tape=7"):
+        SWA("sgd").minimize(lambda: ops.sum(v * v), [v], tape=7)
+
+
 @pytest.mark.parametrize("wrong", ["tensor", "number"])
 def test_what_is_no_variable_is_refused(wrong):
     v, _ = two_variables()
@@ -360,6 +367,12 @@ def test_no_gradients_at_all_are_refused(grads):
 def test_what_are_no_pairs_is_refused(wrong):
     with pytest.raises(TypeError, match=r"\(gradient, variable\) pairs"):
         SWA("sgd").apply_gradients(wrong)
+
+
+def test_pairs_the_wrong_way_round_are_refused():
+    v, _ = two_variables()
+    with pytest.raises(TypeError, match="Received as variables: "):
+        SWA("sgd").apply_gradients([(v, ops.ones((2,)))])
 
 
 def test_aggregated_gradients_are_not_aggregated_again():

@@ -1,6 +1,7 @@
 """What the wrappers' constructors accept. A check returns the value to keep or says what to do."""
 
 import copy
+import math
 import numbers
 import operator
 from collections.abc import Callable
@@ -158,15 +159,12 @@ def whole_number(argument: str, value: Any, minimum: int) -> int:
 
 
 def fraction(argument: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if isinstance(value, bool | str) or not 0.0 <= number <= 1.0:
+    found = number(value)
+    if not 0.0 <= found <= 1.0:
         raise ValueError(
             f"`{argument}` must be a number in the range [0, 1]. Received: {argument}={value!r}."
         )
-    return number
+    return found
 
 
 def truth(argument: str, value: Any, meant: str = "") -> bool:
@@ -235,31 +233,9 @@ def split_keywords(wrapper: str, keywords: dict[str, Any]) -> tuple[dict, dict]:
     return clipping, rate
 
 
-def set_rate(optimizer: Any, wrapper: str, rate: dict[str, Any]) -> None:
-    """Apply `lr`, `learning_rate` and `decay` to the inner optimizer, all or none."""
-    if not rate:
-        return
-    decay = _non_negative("decay", rate.get("decay", 0.0))
-    given = rate.get("learning_rate", rate.get("lr"))
-    if given is None and not decay:
-        return
-    start = optimizer.learning_rate if given is None else given
-    settable = isinstance(start, keras.Variable | numbers.Real)
-    if decay and not settable:
-        raise ValueError(
-            f"`decay` turns a constant learning rate into InverseTimeDecay, but the rate is a "
-            f"schedule already. Received: decay={decay!r} for {wrapper} around {optimizer!r}."
-        )
-    if given is not None:
-        optimizer.learning_rate = given
-    if decay:
-        optimizer.learning_rate = keras.optimizers.schedules.InverseTimeDecay(
-            float(keras.ops.convert_to_numpy(start)), 1, decay
-        )
-    _keras_internals.renew_variables(optimizer, _keras_internals.own_variables(optimizer))
-
-
-def _non_negative(argument: str, value: Any) -> float:
-    if isinstance(value, bool | str) or not float(value) >= 0.0:
-        raise ValueError(f"`{argument}` must be a number >= 0. Received: {argument}={value!r}.")
-    return float(value)
+def number(value: Any) -> float:
+    """A number as a float, NaN for all else."""
+    try:
+        return math.nan if isinstance(value, bool | str) else float(value)
+    except (TypeError, ValueError):
+        return math.nan

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_avg import _backend, _keras_internals
-from keras_avg._optimizers import arguments, gradients
+from keras_avg._optimizers import arguments, gradients, rates
 from keras_avg._optimizers.added_variables import AddsVariables
 from keras_avg._optimizers.configuration import HasConfig
 from keras_avg._optimizers.files import StoredInFiles
@@ -123,7 +123,7 @@ class AveragedOptimizerWrapper(
             name=arguments.variable_scope_name(name),
             **clipping,
         )
-        arguments.set_rate(inner, kind, rate)
+        rates.set_rate(inner, kind, rate)
         _keras_internals.share_step_counter(self, inner)
         self.inner_optimizer = inner
         self.sequential_update = sequential_update

@@ -123,7 +123,7 @@ class Minimizes:
             `iterations`.
 
         Raises:
-            TypeError: If `grads_and_vars` does not consist of pairs.
+            TypeError: If `grads_and_vars` does not consist of pairs, variables second.
             ValueError: If there is no gradient in it.
             RuntimeError: If the averages are in the model.
         """
@@ -172,6 +172,8 @@ def _check_loss(loss: Any, tape: Any) -> None:
             f"Received: tape={tape!r}, but tapes are TensorFlow's, and the backend is "
             f"{keras.backend.backend()}. Pass the loss as a function without arguments."
         )
+    if tape is not None and not hasattr(tape, "watched_variables"):
+        raise TypeError(f"`tape` must be a `tf.GradientTape`. Received: tape={tape!r}.")
     if not callable(loss) and tape is None:
         wanted = " or pass the `tf.GradientTape` that recorded it as `tape`" * on_tensorflow
         raise ValueError(
@@ -198,6 +200,11 @@ def _unzipped(grads_and_vars: Iterable[tuple[Any, Any]]) -> tuple[list[Any], lis
         raise TypeError(
             f"`grads_and_vars` must consist of (gradient, variable) pairs. Received: {pairs!r}."
         ) from error
+    if others := [type(v).__name__ for v in variables if not hasattr(v, "assign")]:
+        raise TypeError(
+            "`grads_and_vars` must consist of (gradient, variable) pairs, in this order. Received "
+            f"as variables: {', '.join(others)}."
+        )
     if all(grad is None for grad in grads):
         raise ValueError(
             f"No gradients provided for any variable. Received: {len(pairs)} pairs without a "

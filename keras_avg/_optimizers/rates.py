@@ -1,0 +1,53 @@
+"""The arguments `lr`, `learning_rate` and `decay`, which are the inner optimizer's."""
+
+import math
+import numbers
+from typing import Any
+
+import keras
+
+from keras_avg import _keras_internals
+from keras_avg._optimizers import arguments
+
+
+def set_rate(optimizer: Any, wrapper: str, rate: dict[str, Any]) -> None:
+    """Apply `lr`, `learning_rate` and `decay` to the inner optimizer, all or none."""
+    if not rate:
+        return
+    decay = _non_negative("decay", rate.get("decay", 0.0))
+    given = _checked_rate(rate.get("learning_rate", rate.get("lr")))
+    if given is None and not decay:
+        return
+    start = optimizer.learning_rate if given is None else given
+    settable = isinstance(start, keras.Variable | numbers.Real)
+    if decay and not settable:
+        raise ValueError(
+            f"`decay` turns a constant learning rate into InverseTimeDecay, but the rate is a "
+            f"schedule already. Received: decay={decay!r} for {wrapper} around {optimizer!r}."
+        )
+    if given is not None:
+        optimizer.learning_rate = given
+    if decay:
+        optimizer.learning_rate = keras.optimizers.schedules.InverseTimeDecay(
+            float(keras.ops.convert_to_numpy(start)), 1, decay
+        )
+    _keras_internals.renew_variables(optimizer, _keras_internals.own_variables(optimizer))
+
+
+def _non_negative(argument: str, value: Any) -> float:
+    number = arguments.number(value)
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"`{argument}` must be a number >= 0. Received: {argument}={value!r}.")
+    return number
+
+
+def _checked_rate(value: Any) -> Any:
+    is_schedule = isinstance(value, keras.optimizers.schedules.LearningRateSchedule)
+    if not (
+        value is None or is_schedule or callable(value) or math.isfinite(arguments.number(value))
+    ):
+        raise ValueError(
+            "`learning_rate` (`lr`) must be a finite number, a schedule or a function without "
+            f"arguments. Received: {value!r}."
+        )
+    return value
