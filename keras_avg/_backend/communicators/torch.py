@@ -8,6 +8,7 @@ import math
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from keras_avg._backend.communicators import UnreachableError, host_memory, place, variables
 
+PAUSE = 0.1  # seconds
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -86,6 +88,8 @@ def _start(timeout: datetime.timedelta) -> None:
         return
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     listener = _listener(host, port).detach() if rank == 0 else None
+    if rank > 0:
+        _wait_for_listener(host, port, timeout.total_seconds())
     store = dist.TCPStore(
         host, port, size, is_master=rank == 0, timeout=timeout, master_listen_fd=listener
     )
@@ -105,6 +109,19 @@ def _listener(host: str, port: int) -> socket.socket:
         if error.errno != errno.EADDRNOTAVAIL:  # an address that is forwarded to this machine
             raise
         return socket.create_server(("", port))
+
+
+def _wait_for_listener(host: str, port: int, seconds: float) -> None:
+    """Waits no longer than that; torch itself doubles its pauses, and may wait thrice as long."""
+    deadline = time.monotonic() + seconds
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            return socket.create_connection((host, port), max(left, PAUSE)).close()
+        except OSError as error:
+            if left <= PAUSE:
+                raise ConnectionError(f"nobody listens at {host}:{port} ({error})") from error
+        time.sleep(PAUSE)
 
 
 @contextlib.contextmanager
