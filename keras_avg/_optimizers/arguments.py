@@ -80,7 +80,11 @@ def outer_optimizer(identifier: Any) -> Any:
 
 def names_apart(outer: Any, others: list[Any]) -> None:
     """Variables are told apart by their optimizers' names, in Keras' state tree."""
-    if outer is not None and outer.name in [other.name for other in others]:
+    if outer is None:
+        return
+    # Older versions of Keras give all optimizers of a class one name, which is then nobody's wish.
+    has_own_name = outer.name.lower() != type(outer).__name__.lower()
+    if any(o is outer or (has_own_name and o.name == outer.name) for o in others):
         raise ValueError(
             "`outer_optimizer` must be another optimizer than those inside, of another name. "
             f"Received: outer_optimizer={outer!r} named '{outer.name}', as one of {others}. Give "
