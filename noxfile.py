@@ -64,7 +64,7 @@ def across(session):
     """What is written on one backend is read on all others, which takes all of them."""
     needs = [f"keras=={KERAS}", *FRAMEWORKS.values(), *LOADERS]
     session.install(".", *needs, *tools("pytest"))
-    session.run("pytest", ACROSS, *session.posargs, env=environment("jax"))
+    session.run("pytest", ACROSS, *session.posargs, env=environment(session, "jax"))
 
 
 @nox.session
@@ -72,7 +72,7 @@ def quickstart(session):
     """The first example, on JAX or on the backend named after `--`."""
     backend = session.posargs[0] if session.posargs else "jax"
     session.install(".[examples]", f"keras=={KERAS}", FRAMEWORKS[backend])
-    session.run("python", "examples/quickstart.py", env=environment(backend))
+    session.run("python", "examples/quickstart.py", env=environment(session, backend))
 
 
 def run_tests(session, backend, keras, *what):
@@ -80,7 +80,7 @@ def run_tests(session, backend, keras, *what):
     needs = [f"keras=={keras}", FRAMEWORKS[backend], *BESIDE[backend]]
     session.install(".", *needs, *tools("pytest", "pytest-xdist", "hypothesis"))
     expect_no_framework_but(session, backend)
-    session.run("pytest", "-n", "2", *what, *session.posargs, env=environment(backend))
+    session.run("pytest", "-n", "2", *what, *session.posargs, env=environment(session, backend))
 
 
 def expect_no_framework_but(session, backend):
@@ -91,9 +91,18 @@ def expect_no_framework_but(session, backend):
     session.run("python", "-c", check)
 
 
-def environment(backend):
-    """Environment variables for Keras on `backend`, without TensorFlow's log."""
-    return {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+def environment(session, backend):
+    """Environment variables for Keras on `backend`, without TensorFlow's log.
+
+    On JAX most of the time would go into compiling the same small programs for each new model.
+    """
+    return {
+        "KERAS_BACKEND": backend,
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "JAX_COMPILATION_CACHE_DIR": f"{session.virtualenv.location}/compiled",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 def tools(*names):
