@@ -5,10 +5,10 @@ import keras
 import numpy as np
 import pytest
 import small_training as small
-from keras import optimizers
+from keras import ops, optimizers
 
 import keras_avg
-from keras_avg import SWA, Lookahead, ModelAverage, MovingAverage
+from keras_avg import SWA, Lookahead, ModelAverage, MovingAverage, _backend
 from keras_avg.callbacks import SwapAverageWeights, SynchronizeWorkers
 
 TOLERANCE = 1e-6  # float32, over two dozen steps of variables of order 1
@@ -440,6 +440,20 @@ class TestInFit:
     def test_the_callback_alone_is_refused(self):
         with pytest.raises(ValueError, match=r"one keras_avg.ModelAverage.*Received: 0"):
             small.fit(small.model(SWA("sgd")), callbacks=[SynchronizeWorkers()])
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 7])
+def test_means_are_rounded_once(workers):
+    """To the center, and to the variables from there."""
+    sums = np.random.default_rng(workers).normal(size=(50, 20)).astype("float32")
+    center, low = keras.Variable(np.zeros_like(sums)), keras.Variable(sums, dtype="bfloat16")
+    variable = keras.Variable(np.zeros_like(sums))
+
+    _backend.assign_quotients([sums], float(workers), [center], [low], [variable])
+
+    np.testing.assert_array_equal(center, sums / np.float32(workers))
+    np.testing.assert_array_equal(small.numpy(low), small.numpy(ops.cast(center, "bfloat16")))
+    np.testing.assert_array_equal(variable, small.numpy(low).astype("float32"))
 
 
 def test_any_communicator_will_do():

@@ -18,15 +18,17 @@ def copy(tensor: Any) -> Any:
 
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
     values = [tf.convert_to_tensor(source) for source in sources]
-    _assign_quotients(values, float(divisor), [_native(each) for each in targets])
+    # As a tensor: by a constant, TensorFlow would multiply by a rounded reciprocal.
+    number = None if divisor == 1 else tf.constant(divisor, "float64")
+    _assign_quotients(values, number, [_native(each) for each in targets])
 
 
 # Compiled, because two hundred operations from Python take as long as the memory. Of the variables
 # none is read: a trace that reads its arguments cannot be called in another, or under a tape.
 @tf.function
-def _assign_quotients(values: list[Any], divisor: float, targets: list[list[Any]]) -> None:
+def _assign_quotients(values: list[Any], divisor: Any, targets: list[list[Any]]) -> None:
     for value, *chain in zip(values, *targets, strict=True):
-        value = value if divisor == 1 else value / divisor
+        value = value if divisor is None else value / tf.cast(divisor, value.dtype)
         for target in chain:
             value = tf.cast(value, target.dtype)
             target.assign(value, read_value=False)
