@@ -43,7 +43,7 @@ each_backend = nox.parametrize("backend", list(FRAMEWORKS), ids=list(FRAMEWORKS)
 @each_backend
 def tests(session, backend):
     """The tests on one backend, with no other framework installed."""
-    run_tests(session, backend, KERAS, "tests")
+    run_tests(session, backend, KERAS, "tests", env=compiled_once(session))
 
 
 @nox.session
@@ -64,7 +64,7 @@ def across(session):
     """What is written on one backend is read on all others, which takes all of them."""
     needs = [f"keras=={KERAS}", *FRAMEWORKS.values(), *LOADERS]
     session.install(".", *needs, *tools("pytest"))
-    session.run("pytest", ACROSS, *session.posargs, env=environment(session, "jax"))
+    session.run("pytest", ACROSS, *session.posargs, env=environment("jax"))
 
 
 @nox.session
@@ -72,15 +72,16 @@ def quickstart(session):
     """The first example, on JAX or on the backend named after `--`."""
     backend = session.posargs[0] if session.posargs else "jax"
     session.install(".[examples]", f"keras=={KERAS}", FRAMEWORKS[backend])
-    session.run("python", "examples/quickstart.py", env=environment(session, backend))
+    session.run("python", "examples/quickstart.py", env=environment(backend))
 
 
-def run_tests(session, backend, keras, *what):
+def run_tests(session, backend, keras, *what, env=None):
     """Runs the tests on the installed wheel: `pytest` leaves the working folder out of the path."""
     needs = [f"keras=={keras}", FRAMEWORKS[backend], *BESIDE[backend]]
     session.install(".", *needs, *tools("pytest", "pytest-xdist", "hypothesis"))
     expect_no_framework_but(session, backend)
-    session.run("pytest", "-n", "2", *what, *session.posargs, env=environment(session, backend))
+    env = environment(backend) | (env or {})
+    session.run("pytest", "-n", "2", *what, *session.posargs, env=env)
 
 
 def expect_no_framework_but(session, backend):
@@ -91,14 +92,14 @@ def expect_no_framework_but(session, backend):
     session.run("python", "-c", check)
 
 
-def environment(session, backend):
-    """Environment variables for Keras on `backend`, without TensorFlow's log.
+def environment(backend):
+    """Environment variables for Keras on `backend`, without TensorFlow's log."""
+    return {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
 
-    On JAX most of the time would go into compiling the same small programs for each new model.
-    """
+
+def compiled_once(session):
+    """On JAX most of the time would go into compiling the same small programs for each model."""
     return {
-        "KERAS_BACKEND": backend,
-        "TF_CPP_MIN_LOG_LEVEL": "3",
         "JAX_COMPILATION_CACHE_DIR": f"{session.virtualenv.location}/compiled",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
