@@ -21,7 +21,7 @@ def initialize(timeout: float = 600) -> Communicator:
     | backend | engine | the launcher sets |
     |---|---|---|
     | torch | `torch.distributed`: NCCL on GPUs, else gloo | what `torchrun` sets: `RANK`, ... |
-    | JAX (0.7 or later) | `jax.distributed` | `KERAS_DISTRIBUTION_JOB_ADDRESSES`, ... |
+    | JAX (0.8 or later) | `jax.distributed` | `KERAS_DISTRIBUTION_JOB_ADDRESSES`, ... |
     | TensorFlow | its collectives | `TF_CONFIG` |
 
     Without any of these, or with one worker only: a `LocalCommunicator`. An engine that the program

@@ -139,8 +139,8 @@ def _start(timeout: float) -> None:
     found = variables(ADDRESSES, SIZE, RANK) or {}
     coordinator = found[ADDRESSES].split(",")[0]
     silence = max(2, min(LONGEST_SILENCE, round(timeout)))
-    if not hasattr(jax.config, "jax_enable_recoverability"):
-        raise RuntimeError(f"Several workers on JAX need jax >= 0.7. Received: {jax.__version__}.")
+    if not hasattr(jax, "enable_x64"):
+        raise RuntimeError(f"Several workers on JAX need jax >= 0.8. Received: {jax.__version__}.")
     jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(
