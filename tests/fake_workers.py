@@ -17,26 +17,19 @@ class FakeCommunicator(Communicator):
     """One worker's; `job` is what the workers share. Counts its collectives in `sums`."""
 
     def __init__(self, rank, job):
-        self._rank, self._job, self.sums = rank, job, 0
-
-    @property
-    def rank(self):
-        return self._rank
-
-    @property
-    def size(self):
-        return self._job.size
+        self.rank, self.size = rank, job.size
+        self._job, self.sums = job, 0
 
     def all_reduce_sum(self, arrays):
         self.sums += 1
-        brought = self._job.exchange(self._rank, [_wide(array) for array in arrays])
+        brought = self._job.exchange(self.rank, [_wide(array) for array in arrays])
         forms = [[(a.shape, a.dtype) for a in arrays] for arrays in brought]
         if any(form != forms[0] for form in forms):
             raise ValueError(f"The workers do not bring the same arrays. Received: {forms}.")
         return [np.sum(same, axis=0, dtype=same[0].dtype) for same in zip(*brought, strict=True)]
 
     def barrier(self):
-        self._job.exchange(self._rank, None)
+        self._job.exchange(self.rank, None)
 
 
 def _wide(array):

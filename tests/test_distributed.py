@@ -139,6 +139,48 @@ def test_the_chief_of_a_tf_config_is_worker_0(launcher, task, place):
     assert communicators.of_backend().launched() == place
 
 
+@only_tensorflow
+def test_an_evaluator_stands_beside_the_job(launcher):
+    task = {"type": "evaluator", "index": 0}
+    launcher({"TF_CONFIG": json.dumps({"cluster": CLUSTER, "task": task})})
+    assert isinstance(keras_avg.distributed.initialize(), LocalCommunicator)
+
+
+class Twin(keras_avg.distributed.Communicator):
+    """One of two workers that hold the same; as short as a subclass can be."""
+
+    def __init__(self, rank):
+        self.rank, self.size = rank, 2
+        self.brought = []
+
+    def all_reduce_sum(self, arrays):
+        self.brought += arrays
+        return [2 * numpy(array) for array in arrays]
+
+
+def test_a_communicator_needs_a_place_and_a_sum():
+    chief, other = Twin(0), Twin(1)
+    assert (chief.is_chief, other.is_chief) == (True, False)
+    chief.barrier()
+    assert [array.shape for array in chief.brought] == [()]
+    other.is_chief = True
+    assert other.is_chief
+    with pytest.raises(TypeError, match="all_reduce_sum"):
+        keras_avg.distributed.Communicator()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_communicator_is_given_arrays_and_not_variables(dtype):
+    twin, variable = Twin(0), keras.Variable([1.0, 2.0], dtype=dtype)
+    optimizer = keras_avg.ModelAverage("sgd", interval_steps=1, communicator=twin)
+    optimizer.build([variable])
+    optimizer.apply([ops.ones(2, dtype)], [variable])
+    assert optimizer.num_snapshots == 1
+    for array in twin.brought:
+        assert not isinstance(array, keras.Variable)
+        assert np.asarray(array).dtype == "float32"  # apart from gradients, too
+
+
 def test_the_sum_of_one_worker_is_a_copy():
     variable = keras.Variable([[1.0, 2.0]])
     array = np.array([3.0], "float32")

@@ -7,6 +7,8 @@ Each file defines the same names with the same signatures, in the same order:
 * `copy(tensor)`: the same values in a buffer of their own. JAX train steps donate their state, and
   a buffer that two variables share cannot be donated twice; torch variables are views of storage
   that the next step overwrites.
+* `detached(variable)`: what a variable, tensor or NumPy array holds, as a tensor that no gradient
+  flows into; not copied.
 * `assign_quotients(sources, divisor, targets, ...)`: gives variables the values of others, of
   tensors or NumPy arrays, over a number; and the variables of each further list those of the one
   before. Each in its own dtype and buffer, and all together, so that a value is still in the cache.
@@ -71,6 +73,7 @@ __all__ = [
     "assign_quotients",
     "concrete",
     "copy",
+    "detached",
     "eager_inference",
     "lerp",
     "lerp_if",

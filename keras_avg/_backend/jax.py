@@ -17,6 +17,10 @@ def copy(tensor: Any) -> Any:
     return jnp.array(tensor, copy=True)
 
 
+def detached(variable: Any) -> Any:
+    return keras.ops.convert_to_tensor(variable)
+
+
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
     for source, *chain in zip(sources, *targets, strict=True):
         value = source.value if isinstance(source, keras.Variable) else source

@@ -19,6 +19,10 @@ def copy(tensor: Any) -> Any:
     return np.array(_array(tensor), copy=True)
 
 
+def detached(variable: Any) -> Any:
+    return _array(variable)
+
+
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
     for source, *chain in zip(sources, *targets, strict=True):
         value = _array(source) / divisor

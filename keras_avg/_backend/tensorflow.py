@@ -16,6 +16,10 @@ def copy(tensor: Any) -> Any:
     return tf.identity(tensor)
 
 
+def detached(variable: Any) -> Any:
+    return tf.convert_to_tensor(variable)
+
+
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
     values = [tf.convert_to_tensor(source) for source in sources]
     # As a tensor: by a constant, TensorFlow would multiply by a rounded reciprocal.

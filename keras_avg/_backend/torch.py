@@ -24,12 +24,16 @@ def copy(tensor: Any) -> Any:
     return keras.ops.convert_to_tensor(tensor).detach().clone()
 
 
+def detached(variable: Any) -> Any:
+    return _tensor(variable).detach()
+
+
 @outside_graph
 @torch.no_grad()
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
     for source, *chain in zip(sources, *targets, strict=True):
-        value, rest = torch.as_tensor(_tensor(source)).detach(), divisor
-        for memory in (_tensor(target).detach() for target in chain):
+        value, rest = detached(source), divisor
+        for memory in (detached(target) for target in chain):
             _divide(value, rest, memory)
             value, rest = memory, 1.0
 

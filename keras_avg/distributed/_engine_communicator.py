@@ -19,14 +19,7 @@ class EngineCommunicator(Communicator):
         self._engine = engine
         self._timeout = timeout
         self._failure: str | None = None
-
-    @property
-    def rank(self) -> int:
-        return self._engine.rank
-
-    @property
-    def size(self) -> int:
-        return self._engine.size
+        self.rank, self.size = engine.rank, engine.size
 
     def all_reduce_sum(self, arrays: Sequence[Any]) -> list[Any]:
         dtype = _payload.payload_dtype(arrays)

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_avg import _backend
 from keras_avg.distributed.communicator import Communicator
 
 #: The weight of a worker that is training, but has nothing to add: too small to change any sum.
@@ -50,5 +51,5 @@ def _weighted(array: Any, weight: float) -> Any:
     if weight in (0, PRESENT):
         return np.zeros(tuple(array.shape), wide)
     if weight == 1 and dtype == wide:
-        return array
-    return keras.ops.stop_gradient(keras.ops.convert_to_tensor(array, wide)) * weight
+        return _backend.detached(array)
+    return _backend.detached(keras.ops.convert_to_tensor(array, wide)) * weight

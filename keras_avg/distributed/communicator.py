@@ -1,8 +1,11 @@
 """What an average over several workers needs: a place among them, a sum and a meeting."""
 
 import abc
+import functools
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 
 class Communicator(abc.ABC):
@@ -11,10 +14,10 @@ class Communicator(abc.ABC):
     A worker is a process with its own copy of the model and its own share of the data. All workers
     make the same calls in the same order. `keras_avg.distributed.initialize` gives the communicator
     of the job that a launcher has started; `LocalCommunicator` is that of a worker alone. For any
-    other way to reach each other, subclass this: `rank`, `size`, `all_reduce_sum` and `barrier`.
+    other way to reach each other, subclass this: set `rank` and `size`, write `all_reduce_sum`.
 
     Raises:
-        TypeError: If this class itself, or a subclass that lacks one of the four, is constructed.
+        TypeError: If this class itself, or a subclass without `all_reduce_sum`, is constructed.
 
     Example:
 
@@ -28,17 +31,13 @@ class Communicator(abc.ABC):
         `tf.contrib.opt.ModelAverageOptimizer`, whose workers met at a parameter server.
     """
 
-    @property
-    @abc.abstractmethod
-    def rank(self) -> int:
-        """This worker's number, from 0 to `size - 1`."""
+    #: This worker's number, from 0 to `size - 1`.
+    rank: int
 
-    @property
-    @abc.abstractmethod
-    def size(self) -> int:
-        """The number of workers."""
+    #: The number of workers.
+    size: int
 
-    @property
+    @functools.cached_property
     def is_chief(self) -> bool:
         """Whether this is worker 0, whose weights all start from."""
         return self.rank == 0
@@ -64,11 +63,11 @@ class Communicator(abc.ABC):
                 on all others. The arguments are as they were.
         """
 
-    @abc.abstractmethod
     def barrier(self) -> None:
-        """Wait until every worker has come here.
+        """Wait until every worker has come here. By itself this is a sum of nothing.
 
         Raises:
             RuntimeError: If a worker is dead or stalled: within the timeout of the communicator,
                 on all others.
         """
+        self.all_reduce_sum([np.zeros((), "float32")])

@@ -29,15 +29,8 @@ class LocalCommunicator(Communicator):
         `MPI_COMM_SELF` of the Message Passing Interface.
     """
 
-    @property
-    def rank(self) -> int:
-        """Always 0."""
-        return 0
-
-    @property
-    def size(self) -> int:
-        """Always 1."""
-        return 1
+    rank = 0
+    size = 1
 
     def all_reduce_sum(self, arrays: Sequence[Any]) -> list[Any]:
         """Copies, in float32 or float64, as `Communicator.all_reduce_sum` gives them."""

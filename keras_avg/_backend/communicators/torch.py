@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from keras_avg import _backend
 from keras_avg._backend.communicators import UnreachableError, host_memory, place, variables
 
 PAUSE = 0.1  # seconds
@@ -62,9 +62,7 @@ class Engine:
 
 
 def _tensor(array: Any, dtype: str) -> torch.Tensor:
-    is_variable = isinstance(array, keras.Variable)
-    tensor = array.value if is_variable else keras.ops.convert_to_tensor(array)
-    return tensor.detach().to(getattr(torch, dtype))
+    return _backend.detached(array).to(getattr(torch, dtype))
 
 
 def _pack(tensors: list[torch.Tensor], dtype: str) -> torch.Tensor:
