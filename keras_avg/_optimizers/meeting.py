@@ -9,6 +9,8 @@ import numpy as np
 from keras import ops
 
 from keras_avg import _backend, _keras_internals
+from keras_avg._optimizers.minimizing import variables_in
+from keras_avg._optimizers.storage import check_attached
 from keras_avg.distributed._weighted_sum import PRESENT, weighted_sum
 
 DIGITS = 12  # hexadecimal ones, of the numbers by which workers are compared
@@ -33,6 +35,7 @@ class MeetsWorkers:
     _clock: _backend.Counter
     _averages_and_variables: Callable[[], tuple[list[Any], list[Any]]]
     _finish_round: Callable[[list[Any], float], None]
+    build: Callable[[list[Any]], None]
     _step: Callable[[Any], Any]
     _updates_so_far: Callable[[], int]
     _variables_for: Callable[[list[Any], Any], list[Any]]
@@ -45,8 +48,7 @@ class MeetsWorkers:
     def _apply(self, grads: list[Any], variables: list[Any] | None, aggregate: bool) -> None:
         if grads and self.communicator.size > 1:
             # Asked before `build`: TensorFlow would leave variables of a trace that is refused.
-            counter = _backend.Counter(_keras_internals.step_counter(self))
-            compiled = _backend.concrete(counter.read()) is None
+            compiled = self._is_being_compiled()
             if not self._meets_between_batches:
                 if compiled:
                     raise RuntimeError(self._forgotten("the train step is compiled"))
@@ -55,6 +57,19 @@ class MeetsWorkers:
             elif not compiled and self.built:
                 self._refuse_missed_rounds(self._updates_so_far())
         super()._apply(grads, variables, aggregate)  # type: ignore[misc]
+
+    def _before_first_gradients(self, var_list: Any) -> None:
+        if self.communicator.size == 1 or self._is_being_compiled():
+            return
+        if not callable(var_list):
+            self.build(variables_in(var_list))
+        if _keras_internals.built_variables(self):
+            self.start_together()
+
+    def _is_being_compiled(self) -> bool:
+        variable = _keras_internals.step_counter(self)
+        check_attached([variable])
+        return _backend.concrete(_backend.Counter(variable).read()) is None
 
     def start_together(self, others: Sequence[Any] = ()) -> None:
         """Once, before the first step: compare the workers, and take the chief's variables.

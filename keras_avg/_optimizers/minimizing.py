@@ -67,6 +67,7 @@ class Minimizes:
             weights = ops.convert_to_tensor(grad_loss, value.dtype)
             return self.scale_loss(ops.broadcast_to(weights, ops.shape(value)))
 
+        self._before_first_gradients(var_list)
         variables, grads = self._gradients_of(loss, var_list, output_gradient, tape)
         return self.apply_gradients(zip(grads, variables, strict=True), name=name)
 
@@ -98,6 +99,7 @@ class Minimizes:
         Raises:
             ValueError: If the loss does not depend on one of the variables.
         """
+        self._before_first_gradients(params)
         variables, grads = self._all_gradients_of(
             loss, params, lambda value: self.scale_loss(ops.ones_like(value))
         )
@@ -134,6 +136,9 @@ class Minimizes:
             self._apply(grads, variables, aggregate=False)
         return self.iterations
 
+    def _before_first_gradients(self, var_list: Any) -> None:
+        """What a wrapper does to the variables before the first step belongs here."""
+
     def _gradients_of(
         self, loss: Any, var_list: Any, output_gradient: Callable[[Any], Any], tape: Any = None
     ) -> tuple[list[Any], list[Any]]:
@@ -144,7 +149,7 @@ class Minimizes:
         known = self.built or not callable(var_list)
         variables, grads = _backend.loss_gradients(
             loss,
-            _variables_in(var_list) if known else lambda: _variables_in(var_list),
+            variables_in(var_list) if known else lambda: variables_in(var_list),
             output_gradient,
             tape,
         )
@@ -182,7 +187,7 @@ def _check_loss(loss: Any, tape: Any) -> None:
         )
 
 
-def _variables_in(var_list: Any) -> list[Any]:
+def variables_in(var_list: Any) -> list[Any]:
     found = var_list() if callable(var_list) else var_list
     found = [found] if hasattr(found, "assign") else list(found)
     others = [thing for thing in found if not hasattr(thing, "assign")]

@@ -29,8 +29,11 @@ class ModelAverage(MeetsWorkers, AveragedOptimizerWrapper):
 
     In `fit` rounds take place between batches, in `keras_avg.callbacks.SynchronizeWorkers`, on
     every backend; in a loop of your own that runs eagerly, in `apply`: call `build` and
-    `start_together` before it, so that the first gradients are those of the chief's variables. One
-    worker alone needs no callback. `Lookahead` is the same machine with one worker and a step size.
+    `start_together` before it, so that the first gradients are those of the chief's variables.
+    (`minimize` and `get_updates` do so by themselves, if the variables are known before the loss is
+    computed; in `fit` without the callback, the first gradients are of each worker's own start.)
+    One worker alone needs no callback. `Lookahead` is the same machine with one worker and a step
+    size.
 
     Shards may differ in size. Each worker counts its own steps, so then all resume from one file,
     such as the chief's: workers that begin at different steps are refused.

@@ -1,0 +1,43 @@
+"""How the workers of a ModelAverage begin, who are threads here."""
+
+import fake_workers
+import keras
+import numpy as np
+import pytest
+import small_training as small
+from keras import ops, optimizers
+
+from keras_avg import ModelAverage
+
+
+def half_of_square(variable):
+    return lambda: ops.sum(variable * variable) / 2
+
+
+class TestTheFirstGradientsAreThoseOfTheChiefsVariables:
+    """Of v^2 / 2 the gradient is v: SGD(0.5) halves the chief's 1."""
+
+    def first_step(self, take_step, is_built):
+        def work(communicator):
+            optimizer = ModelAverage(optimizers.SGD(0.5), communicator=communicator)
+            variable = keras.Variable([1.0 + 9.0 * communicator.rank])
+            if is_built:
+                optimizer.build([variable])
+            take_step(optimizer, variable)
+            return small.numpy(variable)
+
+        return fake_workers.run(2, work)
+
+    @pytest.mark.parametrize("is_built", [True, False])
+    @pytest.mark.parametrize("call", ["minimize", "get_updates"])
+    def test_in_a_step_from_a_loss(self, call, is_built):
+        def take_step(optimizer, variable):
+            getattr(optimizer, call)(half_of_square(variable), [variable])
+
+        np.testing.assert_array_equal(self.first_step(take_step, is_built), [[0.5], [0.5]])
+
+    def test_of_variables_that_are_to_be_asked_for(self):
+        def take_step(optimizer, variable):
+            optimizer.minimize(half_of_square(variable), lambda: [variable])
+
+        np.testing.assert_array_equal(self.first_step(take_step, is_built=True), [[0.5], [0.5]])
