@@ -221,6 +221,25 @@ class TestInnerState:
             np.testing.assert_allclose(rate, 0.001, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, 0.9),
+        ({"outer_optimizer": {"class_name": "SGD", "config": {"learning_rate": 0.5}}}, 0.95),
+        ({"inner_state": "reset"}, 0.9),
+    ],
+    ids=["", "outer optimizer", "reset"],
+)
+def test_built_for_no_variables_it_is_built_for_those_that_come(arguments, expected):
+    optimizer = ModelAverage(inner(), interval_steps=1, **arguments)
+    optimizer.build([])
+    variable = keras.Variable([1.0])
+    small.apply(optimizer, [variable], [[1.0]])
+    assert optimizer.num_snapshots == 1
+    np.testing.assert_allclose(small.numpy(variable), [expected], rtol=TOLERANCE)
+    np.testing.assert_array_equal(small.slots(optimizer, [variable])[0], small.numpy(variable))
+
+
 def test_averages_kept_inside_are_the_same_on_all_workers():
     def work(communicator):
         moving = MovingAverage(inner(), average_decay=0.5)

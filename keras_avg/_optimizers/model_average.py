@@ -155,11 +155,14 @@ class ModelAverage(MeetsWorkers, AveragedOptimizerWrapper):
 
     def build(self, variables: list[Any]) -> None:
         """Make the center, and build the inner and the outer optimizer."""
-        if self.built:
+        if _keras_internals.built_variables(self):
             return
         super().build(variables)
+        centers, _ = self._averages_and_variables()
+        if not centers:  # built for none, it could not be built for those that come later
+            return
         if self.outer_optimizer:
-            self.outer_optimizer.build(self._averages_and_variables()[0])
+            self.outer_optimizer.build(centers)
         if self.inner_state == "reset":
             self._initial_slots = self._values_of_new_slots()
 
