@@ -579,6 +579,14 @@ class TestArguments:
         with pytest.raises(ValueError, match="named 'mine'"):
             ModelAverage(inside, outer_optimizer=outside)
 
+    def test_an_outer_optimizer_of_another_model_is_refused(self):
+        outer = optimizers.SGD(0.7)
+        first, second = (ModelAverage(inner(), outer_optimizer=outer) for _ in range(2))
+        first.build([keras.Variable([1.0])])
+        with pytest.raises(ValueError, match="was built for other variables"):
+            second.build([keras.Variable([1.0])])
+        assert not second.built
+
     def test_what_the_communicator_says_is_accepted(self):
         assert ModelAverage("sgd", num_worker=1, is_chief=True).communicator.size == 1
 

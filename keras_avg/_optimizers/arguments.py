@@ -142,6 +142,15 @@ def refuse_other_variables(optimizer: Any, variables: list[Any], wrapper: str) -
         )
 
 
+def refuse_built_outer_optimizer(optimizer: Any, wrapper: str) -> None:
+    """It is built for the centers, which are nobody else's."""
+    if optimizer is not None and optimizer.built:
+        raise ValueError(
+            f"{wrapper} needs an outer optimizer of its own, and this was built for other "
+            f"variables. Received: outer_optimizer={optimizer!r}. Pass a new one."
+        )
+
+
 def innermost(optimizer: Any) -> Any:
     """The optimizer inside all wrappers."""
     while hasattr(optimizer, "inner_optimizer"):

@@ -157,6 +157,7 @@ class ModelAverage(MeetsWorkers, AveragedOptimizerWrapper):
         """Make the center, and build the inner and the outer optimizer."""
         if _keras_internals.built_variables(self):
             return
+        arguments.refuse_built_outer_optimizer(self.outer_optimizer, type(self).__name__)
         super().build(variables)
         centers, _ = self._averages_and_variables()
         if not centers:  # built for none, it could not be built for those that come later
