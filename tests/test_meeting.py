@@ -41,3 +41,16 @@ class TestTheFirstGradientsAreThoseOfTheChiefsVariables:
             optimizer.minimize(half_of_square(variable), lambda: [variable])
 
         np.testing.assert_array_equal(self.first_step(take_step, is_built=True), [[0.5], [0.5]])
+
+
+@pytest.mark.parametrize("call", ["start_together", "meet"])
+@pytest.mark.parametrize("variables", [None, []], ids=["not built", "built for none"])
+def test_workers_do_not_meet_without_variables(call, variables):
+    def work(communicator):
+        optimizer = ModelAverage("sgd", communicator=communicator)
+        if variables is not None:
+            optimizer.build(variables)
+        with pytest.raises(ValueError, match=rf"`{call}` has none.*Call `optimizer.build"):
+            getattr(optimizer, call)()
+
+    fake_workers.run(2, work)

@@ -78,8 +78,10 @@ class MeetsWorkers:
             others: List of variables (non-trainable ones) to take from the chief too.
 
         Raises:
-            ValueError: If the workers differ in model, interval or step; on every worker.
+            ValueError: If the optimizer has not been built; or if the workers differ in model,
+                interval or step, on every worker.
         """
+        self._refuse_without_variables("start_together")
         if self._met_until is not None or self.communicator.size == 1:
             return
         _, variables = self._averages_and_variables()
@@ -106,7 +108,11 @@ class MeetsWorkers:
 
         Returns:
             Whether any worker was still training.
+
+        Raises:
+            ValueError: If the optimizer has not been built.
         """
+        self._refuse_without_variables("meet")
         _, variables = self._averages_and_variables()
         riding = [*self._averages_inside(), *self._averaged_slots(), *others]
         has_values = is_training and not (self.skip_nonfinite and _has_nonfinite(variables))
@@ -224,6 +230,14 @@ class MeetsWorkers:
                     new.build(like)
                     slots += [ops.convert_to_numpy(slot) for slot in _slots(new, like, self)]
         return [slot.flat[0] if np.all(slot == slot.flat[0]) else slot for slot in slots]
+
+    def _refuse_without_variables(self, member: str) -> None:
+        if not _keras_internals.built_variables(self):
+            raise ValueError(
+                f"'{self.name}' was not built for any variables, so `{member}` has none to share. "
+                "Call `optimizer.build(model.trainable_variables)` first, of a model whose weights "
+                "are made: one with a `keras.Input`."
+            )
 
     def _forgotten(self, what: str) -> str:
         return (
