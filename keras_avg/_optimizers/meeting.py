@@ -4,11 +4,11 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_avg import _backend, _keras_internals
+from keras_avg._optimizers.inner_state import optimizers_inside
 from keras_avg._optimizers.minimizing import variables_in
 from keras_avg._optimizers.storage import check_attached
 from keras_avg.distributed._weighted_sum import PRESENT, weighted_sum
@@ -26,7 +26,6 @@ class MeetsWorkers:
     start_step: int
     inner_state: str
     skip_nonfinite: bool
-    inner_optimizer: Any
     outer_optimizer: Any
     averages_in_model: bool
     last_due_step: Callable[[int], int]
@@ -34,6 +33,7 @@ class MeetsWorkers:
     _updates: _backend.Counter
     _clock: _backend.Counter
     _averages_and_variables: Callable[[], tuple[list[Any], list[Any]]]
+    _averaged_slots: Callable[[], list[Any]]
     _finish_round: Callable[[list[Any], float], None]
     build: Callable[[list[Any]], None]
     _step: Callable[[Any], Any]
@@ -43,7 +43,6 @@ class MeetsWorkers:
     _meets_between_batches = False  # in SynchronizeWorkers, instead of in `apply`
     _met_until: int | None = None  # the step up to which no round is missing; None: not begun
     _has_failed = False  # in a round, of the `fit` under way
-    _initial_slots: list[Any]
 
     def _apply(self, grads: list[Any], variables: list[Any] | None, aggregate: bool) -> None:
         if grads and self.communicator.size > 1:
@@ -211,26 +210,6 @@ class MeetsWorkers:
         inside = optimizers_inside(self)
         return [a for o in inside if hasattr(o, "_averages") for a in o._averages if a is not None]
 
-    def _averaged_slots(self) -> list[Any]:
-        return self._inner_slots() if self.inner_state == "average" else []
-
-    def _inner_slots(self) -> list[Any]:
-        leaves = optimizers_inside(self)
-        return [s for o in leaves for s in _slots(o, _keras_internals.built_variables(o), self)]
-
-    def _values_of_new_slots(self) -> list[Any]:
-        """What the inner optimizer's slots begin with; one number where that is all."""
-        slots = []
-        with _backend.outside_trace():
-            for optimizer in optimizers_inside(self):
-                if not hasattr(optimizer, "inner_optimizer"):
-                    built = _keras_internals.built_variables(optimizer)
-                    new = type(optimizer).from_config(optimizer.get_config())
-                    like = [keras.Variable(np.zeros(tuple(v.shape)), dtype=v.dtype) for v in built]
-                    new.build(like)
-                    slots += [ops.convert_to_numpy(slot) for slot in _slots(new, like, self)]
-        return [slot.flat[0] if np.all(slot == slot.flat[0]) else slot for slot in slots]
-
     def _refuse_without_variables(self, member: str) -> None:
         if not _keras_internals.built_variables(self):
             raise ValueError(
@@ -247,36 +226,8 @@ class MeetsWorkers:
         )
 
 
-def optimizers_inside(optimizer: Any) -> list[Any]:
-    """All that an optimizer wraps, at any depth; of a MultiOptimizer its members."""
-    if hasattr(optimizer, "inner_optimizer"):
-        inside = [optimizer.inner_optimizer]
-    else:
-        inside = list(getattr(optimizer, "optimizers", ()))
-    found = []
-    for each in inside:
-        if hasattr(each, "inner_optimizer") or not hasattr(each, "optimizers"):
-            found.append(each)
-        found += optimizers_inside(each)
-    return found
-
-
 def _digits(numbers: list[int]) -> np.ndarray:
     return np.array([n >> 4 * place & 15 for n in numbers for place in range(DIGITS)], "float32")
-
-
-def _slots(optimizer: Any, variables: list[Any], wrapper: Any) -> list[Any]:
-    """Float slots that `inner_state` is about; Keras' own average (`use_ema`) is never reset."""
-    if hasattr(optimizer, "inner_optimizer"):
-        return []
-    kept = "average" if optimizer.use_ema and wrapper.inner_state == "reset" else None
-    slots = [_keras_internals.slots(optimizer, variable) for variable in variables]
-    return [
-        slot
-        for of_variable in slots
-        for name, slot in of_variable.items()
-        if name != kept and keras.backend.is_float_dtype(slot.dtype)
-    ]
 
 
 def _has_nonfinite(variables: list[Any]) -> bool:

@@ -8,11 +8,12 @@ from keras import ops
 from keras_avg import _backend, _keras_internals
 from keras_avg._optimizers import arguments
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
-from keras_avg._optimizers.meeting import MeetsWorkers, optimizers_inside
+from keras_avg._optimizers.inner_state import HasInnerState, optimizers_inside
+from keras_avg._optimizers.meeting import MeetsWorkers
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
-class ModelAverage(MeetsWorkers, AveragedOptimizerWrapper):
+class ModelAverage(MeetsWorkers, HasInnerState, AveragedOptimizerWrapper):
     """Local steps on each worker, and every `interval_steps` of them the mean over all workers.
 
     A worker is a process with its own copy of the model and its own shard of the data. With step
@@ -165,7 +166,7 @@ class ModelAverage(MeetsWorkers, AveragedOptimizerWrapper):
         if self.outer_optimizer:
             self.outer_optimizer.build(centers)
         if self.inner_state == "reset":
-            self._initial_slots = self._values_of_new_slots()
+            self._note_initial_slots()
 
     def _average(self, due: Any, step: Any) -> None:
         if self.communicator.size > 1:
@@ -189,9 +190,7 @@ class ModelAverage(MeetsWorkers, AveragedOptimizerWrapper):
         else:
             _backend.assign_quotients(sums, total, centers, variables)
         if self.inner_state == "reset":
-            for slot, initial in zip(self._inner_slots(), self._initial_slots, strict=True):
-                initial = ops.convert_to_tensor(initial, slot.dtype)
-                slot.assign(_backend.copy(ops.broadcast_to(initial, slot.shape)))
+            self._reset_slots()
 
     def get_config(self) -> dict[str, Any]:
         outer = self.outer_optimizer

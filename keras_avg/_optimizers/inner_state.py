@@ -1,0 +1,74 @@
+"""The inner optimizer's float slots, such as momenta: averaged or reset at a round."""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_avg import _backend, _keras_internals
+
+
+class HasInnerState:
+    """What `inner_state` is about. Keras' own average (`use_ema`) is never reset."""
+
+    inner_state: str
+    _initial_slots: list[Any]
+
+    def _averaged_slots(self) -> list[Any]:
+        return self._inner_slots() if self.inner_state == "average" else []
+
+    def _inner_slots(self) -> list[Any]:
+        return [
+            slot
+            for optimizer in _leaves(self)
+            for slot in self._slots(optimizer, _keras_internals.built_variables(optimizer))
+        ]
+
+    def _slots(self, optimizer: Any, variables: list[Any]) -> list[Any]:
+        kept = "average" if optimizer.use_ema and self.inner_state == "reset" else None
+        return [
+            slot
+            for variable in variables
+            for name, slot in _keras_internals.slots(optimizer, variable).items()
+            if name != kept and keras.backend.is_float_dtype(slot.dtype)
+        ]
+
+    def _note_initial_slots(self) -> None:
+        """Find out what the slots begin with; one number where that is all."""
+        slots = []
+        with _backend.outside_trace():
+            for optimizer in _leaves(self):
+                new = type(optimizer).from_config(optimizer.get_config())
+                built = _keras_internals.built_variables(optimizer)
+                like = [keras.Variable(np.zeros(tuple(v.shape)), dtype=v.dtype) for v in built]
+                new.build(like)
+                slots += [ops.convert_to_numpy(slot) for slot in self._slots(new, like)]
+        self._initial_slots = [_shortest(slot) for slot in slots]
+
+    def _reset_slots(self) -> None:
+        for slot, initial in zip(self._inner_slots(), self._initial_slots, strict=True):
+            initial = ops.convert_to_tensor(initial, slot.dtype)
+            slot.assign(_backend.copy(ops.broadcast_to(initial, slot.shape)))
+
+
+def optimizers_inside(optimizer: Any) -> list[Any]:
+    """All that an optimizer wraps, at any depth; of a MultiOptimizer its members."""
+    if hasattr(optimizer, "inner_optimizer"):
+        inside = [optimizer.inner_optimizer]
+    else:
+        inside = list(getattr(optimizer, "optimizers", ()))
+    found = []
+    for each in inside:
+        if hasattr(each, "inner_optimizer") or not hasattr(each, "optimizers"):
+            found.append(each)
+        found += optimizers_inside(each)
+    return found
+
+
+def _leaves(optimizer: Any) -> list[Any]:
+    return [o for o in optimizers_inside(optimizer) if not hasattr(o, "inner_optimizer")]
+
+
+def _shortest(slot: np.ndarray) -> Any:
+    return slot.flat[0] if np.all(slot == slot.flat[0]) else slot
