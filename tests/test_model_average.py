@@ -17,6 +17,10 @@ RANDOM = np.random.default_rng(5)
 STARTS = [RANDOM.normal(size=(3,)).astype("float32") for _ in range(2)]
 GRADS = RANDOM.normal(size=(3, 24, 3)).astype("float32")  # of worker, step
 
+of_schedule_free = pytest.mark.skipif(
+    not hasattr(optimizers, "ScheduleFreeAdamW"), reason="of a later Keras"
+)
+
 
 def simulated(steps, interval, outer=None, start_step=0):
     """Local SGD(0.1, momentum=0.9) of workers with these numbers of steps, in NumPy float64.
@@ -167,6 +171,39 @@ class TestInnerState:
 
         for accumulator in self.momenta("reset", adagrad, size):
             np.testing.assert_array_equal(accumulator, np.full(3, 0.25, "float32"))
+
+    @of_schedule_free
+    @pytest.mark.parametrize("outer", [None, "sgd"])
+    @pytest.mark.parametrize("size", [1, 2])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_reset_a_slot_that_begins_at_the_variable_is_there_again(self, dtype, size, outer):
+        def work(communicator):
+            wrapper = ModelAverage(
+                optimizers.ScheduleFreeAdamW(0.01, beta_2=0.9),  # bfloat16 has no 0.999
+                interval_steps=2,
+                inner_state="reset",
+                outer_optimizer=outer,
+                communicator=communicator,
+            )
+            variable = keras.Variable(STARTS[0], dtype=dtype)
+            steps_of(communicator, wrapper, variable, steps=2)
+            slots = (wrapper.get_slot(variable, name) for name in ("momentum", "velocity"))
+            return [small.numpy(v) for v in (variable, *slots)]
+
+        for variable, momentum, velocity in fake_workers.run(size, work):
+            np.testing.assert_array_equal(momentum, variable)
+            np.testing.assert_array_equal(velocity, np.zeros(3))
+
+    @of_schedule_free
+    def test_such_a_slot_is_reset_in_fit_of_one_worker(self):
+        inner = optimizers.ScheduleFreeAdamW(0.01)
+        model = small.fit(
+            small.model(ModelAverage(inner, interval_steps=3, inner_state="reset")), epochs=1
+        )
+        variables = model.trainable_variables
+        momenta = [small.numpy(model.optimizer.get_slot(v, "momentum")) for v in variables]
+        small.assert_same_bits(momenta, [small.numpy(v) for v in variables])
+        small.fit(model)  # on JAX, variables that share memory could not be trained on
 
     @pytest.mark.skipif(not hasattr(optimizers, "MultiOptimizer"), reason="of a later Keras")
     @pytest.mark.parametrize("inner_state", ["average", "reset"])

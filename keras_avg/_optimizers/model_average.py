@@ -53,7 +53,8 @@ class ModelAverage(MeetsWorkers, HasInnerState, AveragedOptimizerWrapper):
             synchronous beginning of post-local SGD. Default 0.
         inner_state: What becomes of the inner optimizer's float slots, such as momenta, at a round:
             `"keep"` leaves each worker its own, `"average"` takes their mean over the workers,
-            `"reset"` gives them their initial values. Default `"keep"`.
+            `"reset"` gives them their initial values (the variable's, if they begin with that, as
+            a momentum of ScheduleFreeAdamW). Default `"keep"`.
         communicator: A `keras_avg.distributed.Communicator`. Default None: that of
             `keras_avg.distributed.initialize()`. Not part of the config.
         sequential_update: Bool. See `AveragedOptimizerWrapper`, as for the arguments below.
