@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import numpy as np
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.trainers import data_adapters
 from keras.src.utils import tracking
@@ -117,6 +118,16 @@ def add_variable_like(
             layout=getattr(variable, "_layout", None),
             name=f"{_flat_path(variable)}_{name}",
         )
+
+
+def variable_like(variable: Any, value: float) -> Any:
+    """A model variable of the shape, dtype and path of `variable`, with one value everywhere.
+
+    Optimizers may go by paths (Muon, by those of embeddings), which Keras makes of where it is.
+    """
+    new = keras.Variable(np.full(tuple(variable.shape), value), dtype=variable.dtype)
+    new._path = getattr(variable, "path", variable.name)
+    return new
 
 
 def _flat_path(variable: Any) -> str:

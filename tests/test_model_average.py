@@ -205,6 +205,16 @@ class TestInnerState:
         small.assert_same_bits(momenta, [small.numpy(v) for v in variables])
         small.fit(model)  # on JAX, variables that share memory could not be trained on
 
+    @pytest.mark.skipif(not hasattr(optimizers, "Muon"), reason="of a later Keras")
+    def test_reset_it_is_that_of_an_optimizer_that_goes_by_paths(self):
+        wrapper = ModelAverage(optimizers.Muon(0.1), interval_steps=1, inner_state="reset")
+        start = np.eye(3, dtype="float32")
+        variables = [keras.Variable(start, name=name) for name in ("kernel", "embeddings")]
+        small.apply(wrapper, variables, [start, start])
+        slots = [small.numpy(wrapper.get_slot(v, "momentum")) for v in variables]
+        slots.append(small.numpy(wrapper.get_slot(variables[1], "velocity")))
+        small.assert_same_bits(slots, [np.zeros((3, 3))] * 3)
+
     @pytest.mark.skipif(not hasattr(optimizers, "MultiOptimizer"), reason="of a later Keras")
     @pytest.mark.parametrize("inner_state", ["average", "reset"])
     def test_it_is_that_of_members_too(self, inner_state):

@@ -46,7 +46,7 @@ class HasInnerState:
             for optimizer in _leaves(self):
                 new = type(optimizer).from_config(optimizer.get_config())
                 built = _keras_internals.built_variables(optimizer)
-                like = [keras.Variable(np.full(tuple(v.shape), np.inf), v.dtype) for v in built]
+                like = [_keras_internals.variable_like(v, np.inf) for v in built]
                 new.build(like)
                 slots += [ops.convert_to_numpy(slot) for slot, _ in self._slots(new, like)]
         self._initial_slots = [_shortest(slot) for slot in slots]
