@@ -10,6 +10,20 @@ from keras import ops, optimizers
 from keras_avg import ModelAverage
 
 
+class Twin:
+    """The communicator of a worker whose only other has what it has, until that is lost."""
+
+    rank, size, is_chief, is_lost = 0, 2, True, False
+
+    def all_reduce_sum(self, arrays):
+        if self.is_lost:
+            raise RuntimeError("A worker is lost.")
+        return [2 * ops.convert_to_numpy(array) for array in arrays]
+
+    def barrier(self):
+        pass
+
+
 def half_of_square(variable):
     return lambda: ops.sum(variable * variable) / 2
 
@@ -54,3 +68,32 @@ def test_workers_do_not_meet_without_variables(call, variables):
             getattr(optimizer, call)()
 
     fake_workers.run(2, work)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="others decide in compiled code")
+@pytest.mark.parametrize("between_batches", [False, True])
+def test_a_step_on_which_nothing_is_due_reads_nothing_back_from_the_device(
+    between_batches, monkeypatch
+):
+    import torch
+
+    reads = []
+
+    def counting(name, original):
+        def counted(tensor, *args, **kwargs):
+            reads.append(name)
+            return original(tensor, *args, **kwargs)
+
+        return counted
+
+    for name in ("__bool__", "__index__", "__int__", "cpu", "item", "numpy", "tolist"):
+        monkeypatch.setattr(torch.Tensor, name, counting(name, getattr(torch.Tensor, name)))
+
+    optimizer = ModelAverage(optimizers.SGD(0.5), communicator=Twin())
+    variables, grads = [keras.Variable([1.0])], [ops.ones(1)]
+    optimizer.apply(grads, variables)
+    optimizer._meets_between_batches = between_batches
+    reads.clear()
+    for _ in range(3):
+        optimizer.apply(grads, variables)
+    assert not reads

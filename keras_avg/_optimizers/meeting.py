@@ -54,7 +54,7 @@ class MeetsWorkers:
                 variables = self._variables_for(grads, variables)
                 self.start_together()
             elif not compiled and self.built:
-                self._refuse_missed_rounds(self._updates_so_far())
+                self._refuse_missed_rounds(int(self._step(self._clock.read())))
         super()._apply(grads, variables, aggregate)  # type: ignore[misc]
 
     def _before_first_gradients(self, var_list: Any) -> None:
@@ -68,7 +68,8 @@ class MeetsWorkers:
     def _is_being_compiled(self) -> bool:
         variable = _keras_internals.step_counter(self)
         check_attached([variable])
-        return _backend.concrete(_backend.Counter(variable).read()) is None
+        counter = self._clock if self.built else _backend.Counter(variable)
+        return _backend.concrete(counter.read()) is None
 
     def start_together(self, others: Sequence[Any] = ()) -> None:
         """Once, before the first step: compare the workers, and take the chief's variables.
@@ -160,7 +161,7 @@ class MeetsWorkers:
         return super()._due_if_finite(due)  # type: ignore[misc]
 
     def _average_over_workers(self, due: Any) -> None:
-        if not self._meets_between_batches and _backend.concrete(ops.convert_to_tensor(due)):
+        if not self._meets_between_batches and _backend.concrete(due):
             self.meet()
 
     def _sum(self, variables: list[Any], weight: float) -> tuple[list[Any], float]:
