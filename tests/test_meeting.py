@@ -70,6 +70,28 @@ def test_workers_do_not_meet_without_variables(call, variables):
     fake_workers.run(2, work)
 
 
+def test_a_state_saved_after_a_round_that_failed_is_no_new_beginning():
+    twin, variable = Twin(), keras.Variable([1.0])
+    optimizer = ModelAverage("sgd", interval_steps=1, communicator=twin)
+    optimizer.build([variable])
+    optimizer.start_together()
+    twin.is_lost = True
+    with pytest.raises(RuntimeError, match="lost"):
+        small.apply(optimizer, [variable], [[1.0]])
+    state = optimizer.get_weights()
+    assert optimizer.num_snapshots == 0
+
+    def again(communicator):
+        optimizer = ModelAverage("sgd", interval_steps=1, communicator=communicator)
+        variable = keras.Variable([1.0 + communicator.rank])
+        optimizer.build([variable])
+        optimizer.set_weights(state)
+        optimizer.start_together()
+        return small.numpy(variable)
+
+    np.testing.assert_array_equal(fake_workers.run(2, again), [[1.0], [2.0]])
+
+
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="others decide in compiled code")
 @pytest.mark.parametrize("between_batches", [False, True])
 def test_a_step_on_which_nothing_is_due_reads_nothing_back_from_the_device(

@@ -219,8 +219,8 @@ class AveragedOptimizerWrapper(
         due = _backend.scalar(lambda: _both(moved, self.is_due(step)))
         if self.skip_nonfinite:
             due = self._due_if_finite(due)
+        self._updates.advance(moved)  # first: the step is taken, even if a round of workers fails
         self._average(due, step)
-        self._updates.advance(moved)
 
     def _due_if_finite(self, due: Any) -> Any:
         _, variables = self._averages_and_variables()
