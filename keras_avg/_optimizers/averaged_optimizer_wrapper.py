@@ -36,8 +36,9 @@ class AveragedOptimizerWrapper(
         if is_due(i):  average <- average + value_weight(i) * (variable - average)
 
     Only real updates count: gradient accumulation micro-steps, and updates that loss scaling skips,
-    neither average nor advance `i`. Training itself is bit for bit that of the inner optimizer.
-    Averages of several kinds are nested: `SWA(MovingAverage("adam"))`.
+    neither average nor advance `i`. Training itself is bit for bit that of the inner optimizer,
+    except where the averages flow back into the variables (`Lookahead`, `ModelAverage`). Averages
+    of several kinds are nested: `SWA(MovingAverage("adam"))`.
 
     A new kind of average is a subclass with two methods, `is_due(step)` and `value_weight(step)`:
     scalars from an integer step, through `keras.ops`; they run inside compiled code. A subclass may

@@ -67,10 +67,11 @@ class ModelAverage(MeetsWorkers, HasInnerState, AveragedOptimizerWrapper):
     Raises:
         TypeError: If `optimizer` is None.
         ValueError: If an argument is out of range, `num_worker` or `is_chief` is not what the
-            communicator says, or as for `AveragedOptimizerWrapper`.
-        RuntimeError: In training, if another worker is gone, stalled for longer than the timeout,
-            or works on another model; the local weights stay valid. If training was compiled
-            without `SynchronizeWorkers`.
+            communicator says, or as for `AveragedOptimizerWrapper`. When built, if the outer
+            optimizer was built for another model. When training begins, if the workers differ in
+            model, interval or step.
+        RuntimeError: In training, if another worker is gone or stalled for longer than the timeout;
+            the local weights stay valid. If training was compiled without `SynchronizeWorkers`.
 
     Example:
 
