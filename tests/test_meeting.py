@@ -57,6 +57,20 @@ class TestTheFirstGradientsAreThoseOfTheChiefsVariables:
         np.testing.assert_array_equal(self.first_step(take_step, is_built=True), [[0.5], [0.5]])
 
 
+@pytest.mark.skipif(not hasattr(optimizers, "ScheduleFreeAdamW"), reason="of a later Keras")
+@pytest.mark.parametrize("inner_state", ["keep", "average", "reset"])
+def test_slots_that_begin_at_the_variable_begin_at_the_chiefs(inner_state):
+    def work(communicator):
+        inner = optimizers.ScheduleFreeAdamW()
+        optimizer = ModelAverage(inner, inner_state=inner_state, communicator=communicator)
+        variable = keras.Variable([1.0 + communicator.rank])
+        optimizer.build([variable])
+        optimizer.start_together()
+        return [small.numpy(optimizer.get_slot(variable, n)) for n in ("momentum", "velocity")]
+
+    np.testing.assert_array_equal(fake_workers.run(2, work), [[[1.0], [0.0]]] * 2)
+
+
 @pytest.mark.parametrize("call", ["start_together", "meet"])
 @pytest.mark.parametrize("variables", [None, []], ids=["not built", "built for none"])
 def test_workers_do_not_meet_without_variables(call, variables):

@@ -33,6 +33,7 @@ class MeetsWorkers:
     _updates: _backend.Counter
     _clock: _backend.Counter
     _averages_and_variables: Callable[[], tuple[list[Any], list[Any]]]
+    _inner_slots: Callable[[], list[tuple[Any, Any]]]
     _averaged_slots: Callable[[], list[Any]]
     _finish_round: Callable[[list[Any], float], None]
     build: Callable[[list[Any]], None]
@@ -89,6 +90,7 @@ class MeetsWorkers:
         step, before_training = self._updates_so_far(), int(self._updates.read()) == 0
         self._compare(travelling, step)
         if before_training:
+            travelling += self._slots_in_use()
             values, total = self._sum(travelling, weight=float(self.communicator.is_chief))
             if total:
                 _backend.assign_quotients(values, total, travelling)
@@ -210,6 +212,18 @@ class MeetsWorkers:
     def _averages_inside(self) -> list[Any]:
         inside = optimizers_inside(self)
         return [a for o in inside if hasattr(o, "_averages") for a in o._averages if a is not None]
+
+    def _slots_in_use(self) -> list[Any]:
+        """The inner optimizer's slots but for those that are zero on every worker.
+
+        Before training these are few: such as begin with the variables' values.
+        """
+        slots = [slot for slot, _ in self._inner_slots()]
+        if not slots:
+            return []
+        used = np.array([ops.convert_to_numpy(ops.any(slot != 0)) for slot in slots], "float32")
+        (workers,) = self.communicator.all_reduce_sum([used])
+        return [s for s, n in zip(slots, ops.convert_to_numpy(workers), strict=True) if n]
 
     def _refuse_without_variables(self, member: str) -> None:
         if not _keras_internals.built_variables(self):
