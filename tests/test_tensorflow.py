@@ -139,6 +139,20 @@ def test_native_variables_are_swapped():
     np.testing.assert_array_equal(variable, raw)
 
 
+def test_native_variables_of_another_dtype_than_the_averages_are_swapped():
+    import tensorflow as tf
+
+    variable = tf.Variable([1.0, 2.0], dtype="bfloat16")
+    optimizer = MovingAverage(optimizers.SGD(2.0), average_decay=0.5)
+    optimizer.apply([tf.constant([0.25, 0.25], "bfloat16")], [variable])
+    with optimizer.average_weights():
+        np.testing.assert_array_equal(tf.cast(variable, "float32"), [0.75, 1.75])
+        with optimizer.raw_weights():
+            np.testing.assert_array_equal(tf.cast(variable, "float32"), [0.5, 1.5])
+        np.testing.assert_array_equal(tf.cast(variable, "float32"), [0.75, 1.75])
+    np.testing.assert_array_equal(tf.cast(variable, "float32"), [0.5, 1.5])
+
+
 def test_a_schedule_in_place_of_a_constant_rate_does_not_stop_a_checkpoint(tmp_path):
     import tensorflow as tf
 

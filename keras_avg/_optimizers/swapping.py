@@ -95,8 +95,7 @@ class SwapsWeights(HasAverages):
             yield
         finally:
             raw.exchange()
-            for average, variable in zip(*self._averages_and_variables(), strict=True):
-                variable.assign(_backend.copy(average))
+            self._assign_averages()
 
     def _put_averages_in(self) -> None:
         if not self.has_average:
@@ -105,17 +104,20 @@ class SwapsWeights(HasAverages):
                 f"model. Received: {self._updates_so_far()} updates so far. Train on, or let "
                 "averaging start earlier."
             )
-        averages, variables = self._averages_and_variables()
+        _, variables = self._averages_and_variables()
         _refuse_second_swap(self, variables)
         raw = RawValues(variables, [_backend.copy(v) for v in variables], self._updates_so_far())
         try:
-            for average, variable in zip(averages, variables, strict=True):
-                variable.assign(_backend.copy(average))
+            self._assign_averages()
         except BaseException:
             raw.put_back()
             raise
         self._swapped.advance(1)
         self._hold(raw)  # last: another thread takes raw values without the flag for restored over
+
+    def _assign_averages(self) -> None:
+        for average, variable in zip(*self._averages_and_variables(), strict=True):
+            self.assign(variable, _backend.copy(average))  # which casts; a `tf.Variable` does not
 
     def _put_raw_values_back(self) -> None:
         raw = self._raw_or_refuse()
