@@ -166,6 +166,19 @@ class TestTrainingWhileSwapped:
         small.assert_same_bits(trainable(model), raw)
 
     @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch sees every step")
+    def test_in_code_compiled_before_is_found_each_time(self):
+        model = trained()
+        raw = trainable(model)
+        model.optimizer.swap_weights()
+
+        for updates in (6, 12):
+            with pytest.raises(RuntimeError, match=f"{updates} updates since they were put in"):
+                small.fit(model, epochs=1)
+
+        model.optimizer.swap_weights()
+        small.assert_same_bits(trainable(model), raw)
+
+    @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch sees every step")
     def test_in_code_compiled_before_is_found_by_a_file(self, tmp_path):
         model = small.model(SWA(optimizers.Adam(0.01), 0, 2))
         model.train_on_batch(small.X[:8], small.Y[:8])

@@ -35,7 +35,7 @@ class RawValues:
         self.tensors = tensors
         self.updates = updates
         self.statistics = statistics or {}
-        self.has_told_of_training = False
+        self.updates_told_of = updates  # the count about which an error was raised last
         self._places: list[int] = []  # of bound statistics, in their order
 
     def add_statistics(self, model: Any, variables: list[Any]) -> None:

@@ -165,9 +165,9 @@ class SwapsWeights(HasAverages):
 
     def _refuse_training_meanwhile(self, even_if_told: bool = False) -> None:
         raw, now = self._raw_or_refuse(), self._updates_so_far()
-        if now == raw.updates or (raw.has_told_of_training and not even_if_told):
+        if now == raw.updates or (now == raw.updates_told_of and not even_if_told):
             return
-        raw.has_told_of_training = True
+        raw.updates_told_of = now
         raise RuntimeError(
             f"The model was trained, or another state restored, while it held the averages of "
             f"'{self.name}'. Received: {now - raw.updates} updates since they were put in. The raw "
