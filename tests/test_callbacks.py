@@ -389,6 +389,19 @@ class TestBatchNormalization:
             model.evaluate(*VALIDATION, verbose=0, callbacks=[callback])
         assert len(passes) == 2
 
+    def test_they_are_recomputed_for_averages_that_were_loaded_meanwhile(self):
+        model, other = fit(small.model(swa())), fit(small.model(swa()), shuffle=True)
+        assert model.optimizer.num_snapshots == other.optimizer.num_snapshots
+        callback = SwapAverageWeights(batch_norm_data=small.X)
+        model.evaluate(*VALIDATION, verbose=0, callbacks=[callback])
+
+        model.set_weights(other.get_weights())
+        model.optimizer.set_weights(other.optimizer.get_weights())
+
+        afresh = SwapAverageWeights(batch_norm_data=small.X)
+        expected = other.evaluate(*VALIDATION, verbose=0, callbacks=[afresh])
+        assert model.evaluate(*VALIDATION, verbose=0, callbacks=[callback]) == expected
+
     @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
     def test_a_file_brings_the_raw_statistics_back(self, name, tmp_path):
         model = fit(small.model(swa()), SwapAverageWeights(batch_norm_data=small.X))

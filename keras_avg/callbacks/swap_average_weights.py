@@ -33,9 +33,9 @@ class SwapAverageWeights(keras.callbacks.Callback):
             training ends, `EarlyStopping(restore_best_weights=True)`, comes before this callback
             in the list then. Default True.
         batch_norm_data: Data as for `keras_avg.update_batch_norm`. If given, the statistics of
-            batch-normalization layers are recomputed for the averages, once per change of these,
-            and go out and come back with them. Default None: the layers keep the statistics of the
-            raw weights.
+            batch-normalization layers are recomputed for the averages, in `fit` once per change of
+            these, and go out and come back with them. Default None: the layers keep the statistics
+            of the raw weights.
         log_raw: Bool. If True, validation is done on the raw weights too: `val_raw_*` stands beside
             `val_*` in the logs, the history and the progress bar. It takes a second pass over the
             validation data. Callbacks that read the logs, such as `TensorBoard`, come after this
@@ -80,7 +80,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
     def set_model(self, model: Any) -> None:
         """Called once at the start of each `fit`, `evaluate` or `predict`."""
         super().set_model(model)
-        self._in_fit = False
+        self._in_fit, self._recomputed = False, None  # averages may have been loaded meanwhile
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Go on from the raw weights."""
