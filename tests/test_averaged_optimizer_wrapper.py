@@ -6,7 +6,7 @@ import pytest
 import small_training as small
 from keras import ops, optimizers
 
-from keras_avg import SWA, AveragedOptimizerWrapper, MovingAverage
+from keras_avg import SWA, AveragedOptimizerWrapper, Lookahead, ModelAverage, MovingAverage
 
 TOLERANCE = 1e-6  # rounding of a few float32 operations on numbers of order 1
 
@@ -34,7 +34,27 @@ def variable_of(value, dtype="float32"):
     return keras.Variable(value, dtype=dtype)
 
 
+LARGEST = 2**31 - 1  # that fits where steps are counted in int32
+
+
 class TestConstructor:
+    @pytest.mark.parametrize(
+        "wrapper",
+        [
+            lambda steps: SWA("sgd", start_averaging=steps),
+            lambda steps: SWA("sgd", average_period=steps),
+            lambda steps: MovingAverage("sgd", start_step=steps, dynamic_decay=True),
+            lambda steps: MovingAverage("sgd", average_period=steps),
+            lambda steps: Lookahead("sgd", sync_period=steps),
+            lambda steps: ModelAverage("sgd", interval_steps=steps),
+            lambda steps: ModelAverage("sgd", start_step=steps),
+        ],
+    )
+    def test_the_largest_number_of_steps_is_that_of_every_backend(self, wrapper):
+        small.fit(small.model(wrapper(LARGEST)), epochs=1)
+        with pytest.raises(ValueError, match=r"< 2\*\*31.*Received: \w+=2147483648"):
+            wrapper(LARGEST + 1)
+
     def test_none_is_a_type_error(self):
         with pytest.raises(TypeError, match="Received: optimizer=None"):
             SWA(None)

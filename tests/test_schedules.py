@@ -433,6 +433,11 @@ def test_compiled_training_follows_the_rates(schedule):
     np.testing.assert_array_equal(float(optimizer.learning_rate), rates(schedule, [10])[0])
 
 
+def test_the_largest_steps_are_compared_on_every_backend():
+    schedule = SWALearningRate(0.1, 0.05, start_step=2**31 - 1, anneal_steps=2**31 - 1)
+    np.testing.assert_array_equal(rates(schedule, [0, 10]), np.float32([0.1, 0.1]))
+
+
 # Errors.
 
 
@@ -446,7 +451,9 @@ def test_compiled_training_follows_the_rates(schedule):
         ({"swa_learning_rate": True}, "swa_learning_rate=True"),
         ({"start_step": -1}, "start_step=-1"),
         ({"start_step": 1.5}, "start_step=1.5"),
+        ({"start_step": 2**31}, "start_step=2147483648"),
         ({"anneal_steps": -1}, "anneal_steps=-1"),
+        ({"anneal_steps": 2**31}, "anneal_steps=2147483648"),
         ({"anneal_strategy": "cosine"}, "must be 'cos' or 'linear'.*anneal_strategy='cosine'"),
     ],
 )

@@ -159,13 +159,14 @@ def innermost(optimizer: Any) -> Any:
 
 
 def whole_number(argument: str, value: Any, minimum: int) -> int:
+    """An integer that compiled code can compare with steps, which most backends count in int32."""
     try:
         number = operator.index(value)
     except TypeError:
         number = None
-    if number is None or isinstance(value, bool) or number < minimum:
+    if number is None or isinstance(value, bool) or not minimum <= number < 2**31:
         raise ValueError(
-            f"`{argument}` must be an integer >= {minimum}, in steps. "
+            f"`{argument}` must be an integer >= {minimum} and < 2**31. "
             f"Received: {argument}={value!r}."
         )
     return number

@@ -26,7 +26,8 @@ class Lookahead(AveragedOptimizerWrapper):
     Args:
         optimizer: The optimizer that takes the fast steps: a Keras optimizer, its name, or its
             config.
-        sync_period: Integer >= 1, in steps, from one synchronization to the next. Default 6.
+        sync_period: Integer in [1, 2**31), in steps, from one synchronization to the next. Default
+            6.
         slow_step_size: Number in the range [0, 1]: how far the slow weights go towards the fast
             ones. Default 0.5.
         name: String. Default `"Lookahead"`.

@@ -45,12 +45,12 @@ class ModelAverage(MeetsWorkers, HasInnerState, AveragedOptimizerWrapper):
             averaged over the workers too, at each round.
         num_worker: Integer, or None to take it from the communicator. Checked against it.
         is_chief: Bool, or None to take it from the communicator. Checked against it.
-        interval_steps: Integer >= 1, in steps, from one round to the next. Default 100.
+        interval_steps: Integer in [1, 2**31), in steps, from one round to the next. Default 100.
         name: String. Default `"ModelAverage"`.
         outer_optimizer: The Keras optimizer that moves the center, its name, or its config. Its
             state is part of `variables`. Default None: the center is the mean.
-        start_step: Integer >= 0. Up to this step there is a round after every update, as the
-            synchronous beginning of post-local SGD. Default 0.
+        start_step: Integer in [0, 2**31). Up to this step there is a round after every update, as
+            the synchronous beginning of post-local SGD. Default 0.
         inner_state: What becomes of the inner optimizer's float slots, such as momenta, at a round:
             `"keep"` leaves each worker its own, `"average"` takes their mean over the workers,
             `"reset"` gives them their initial values (the variable's, if they begin with that, as

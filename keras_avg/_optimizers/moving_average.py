@@ -37,12 +37,12 @@ class MovingAverage(AveragedOptimizerWrapper):
         sequential_update: Bool. See `AveragedOptimizerWrapper`.
         average_decay: Float in [0, 1], or a `keras.optimizers.schedules.LearningRateSchedule` whose
             value at step `i` is the decay (the momentum ramps of BYOL and DINO). Default 0.99.
-        num_updates: Integer >= 0 or None. If given, `average_decay` becomes, once,
+        num_updates: Integer in [0, 2**31) or None. If given, `average_decay` becomes, once,
             `min(average_decay, (1 + num_updates) / (10 + num_updates))`.
         name: String. Default `"MovingAverage"`.
-        start_step: Integer >= 0, in steps. Default 0.
+        start_step: Integer in [0, 2**31), in steps. Default 0.
         dynamic_decay: Bool. Whether the decay warms up. Default False.
-        average_period: Integer >= 1, in steps. Default 1.
+        average_period: Integer in [1, 2**31), in steps. Default 1.
         **kwargs: `average_dtype`, `skip_nonfinite`, `gradient_transformers`,
             `gradient_aggregator`, `clipnorm`, `clipvalue`, `global_clipnorm`, `learning_rate`,
             `lr`, `decay`: see `AveragedOptimizerWrapper`.

@@ -31,10 +31,10 @@ class SWA(AveragedOptimizerWrapper):
 
     Args:
         optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
-        start_averaging: Integer >= 0, in steps. The first snapshot is taken after this update, the
-            first of which is 0. Default 0.
-        average_period: Integer >= 1, in steps, between snapshots; with a cyclical learning rate the
-            length of a cycle. Default 10.
+        start_averaging: Integer in [0, 2**31), in steps. The first snapshot is taken after this
+            update, the first of which is 0. Default 0.
+        average_period: Integer in [1, 2**31), in steps, between snapshots; with a cyclical learning
+            rate the length of a cycle. Default 10.
         name: String. Default `"SWA"`.
         sequential_update: Bool. See `AveragedOptimizerWrapper`, as for the arguments below.
         average_dtype: Dtype of the averages.

@@ -36,9 +36,9 @@ class SWALearningRate(LearningRateSchedule):
         schedule: A `keras.optimizers.schedules.LearningRateSchedule` or a number >= 0. The rate
             before `start_step`.
         swa_learning_rate: Number >= 0. The rate at the end; often higher than the schedule's last.
-        start_step: Integer >= 0, in steps, the first of which is 0. Annealing begins from the rate
-            of this step.
-        anneal_steps: Integer >= 0, in steps. How long annealing takes.
+        start_step: Integer in [0, 2**31), in steps, the first of which is 0. Annealing begins from
+            the rate of this step.
+        anneal_steps: Integer in [0, 2**31), in steps. How long annealing takes.
         anneal_strategy: `"cos"` or `"linear"`. Default `"cos"`.
 
     Raises:
