@@ -81,8 +81,8 @@ def update_batch_norm(
         Izmailov et al., Averaging Weights Leads to Wider Optima and Better Generalization,
         https://arxiv.org/abs/1803.05407, section 3.2.
     """
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"`batch_size` must be >= 1. Received: batch_size={batch_size!r}.")
+    if batch_size is not None:
+        batch_size = arguments.whole_number("batch_size", batch_size, minimum=1)
     if steps is not None:
         steps = arguments.whole_number("steps", steps, minimum=1)
     if verbose not in ("auto", 0, 1, 2):

@@ -708,15 +708,19 @@ class TestData:
 
     @pytest.mark.parametrize(
         ("argument", "value"),
-        [("steps", 0), ("steps", 1.5), ("batch_size", 0), ("verbose", 3), ("verbose", "loud")],
+        [
+            ("steps", 0),
+            ("steps", 1.5),
+            ("batch_size", 0),
+            ("batch_size", 2.5),
+            ("batch_size", "a"),
+            ("verbose", 3),
+            ("verbose", "loud"),
+        ],
     )
     def test_arguments_out_of_range(self, argument, value):
-        with pytest.raises(
-            ValueError,
-            match=f"`{argument}` must be .*Received: {argument}={value}".replace(
-                "=loud", "='loud'"
-            ),
-        ):
+        message = f"`{argument}` must be .*Received: {argument}={value!r}"
+        with pytest.raises(ValueError, match=message):
             update(sequential(layers.BatchNormalization()), X, **{argument: value})
 
 
