@@ -111,7 +111,8 @@ def add_variable_like(
     Keras' `add_variable_from_reference` does this with the dtype of `variable` only.
     """
     with _colocated(optimizer, variable):
-        return optimizer.add_variable(
+        return keras.optimizers.Optimizer.add_variable(
+            optimizer,
             shape=variable.shape,
             initializer=initializer,
             dtype=dtype,

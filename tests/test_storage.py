@@ -30,6 +30,56 @@ def test_weights_are_own_variables_then_the_inner_optimizers():
         np.testing.assert_array_equal(array, small.numpy(variable))
 
 
+@keras.saving.register_keras_serializable(package="keras_avg_tests")
+class Drift(SWA):
+    """Adds up gradients in state that it makes as Keras' own optimizers do."""
+
+    def build(self, variables):
+        super().build(variables)
+        self.steps = self.add_variable(shape=(), dtype="int32", name="steps")
+        self.sums, self.last = self.add_optimizer_variables(variables, ["sum", "last"])
+
+    def apply(self, grads, trainable_variables=None):
+        super().apply(grads, trainable_variables)
+        self.steps.assign_add(1)
+        for total, last, grad in zip(self.sums, self.last, grads, strict=True):
+            total.assign_add(grad)
+            last.assign(grad)
+
+
+@pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
+def test_state_that_a_subclass_makes_as_in_keras_is_part_of_all_others(name, tmp_path):
+    model = trained(Drift("adam", 0, 2))
+    assert int(model.optimizer.steps) == 6
+    assert (
+        len(model.optimizer.variables) == len(trained(SWA("adam", 0, 2)).optimizer.variables) + 13
+    )
+
+    if name == "model.keras":
+        model.save(tmp_path / name)
+        loaded = keras.saving.load_model(tmp_path / name)
+    else:
+        model.save_weights(tmp_path / name)
+        loaded = small.model(Drift("adam", 0, 2))
+        loaded.optimizer.build(loaded.trainable_variables)
+        loaded.load_weights(tmp_path / name)
+
+    assert np.any(loaded.optimizer.sums[0])
+    small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
+    for each in (model, loaded):
+        small.fit(each)
+    small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
+
+
+def test_state_of_a_subclass_is_not_taken_from_files_without(tmp_path):
+    trained(SWA("adam", 0, 2)).save_weights(tmp_path / "m.weights.h5")
+    model = trained(Drift("adam", 0, 2))
+    before = model.optimizer.get_weights()
+    with pytest.raises(ValueError, match=r"has 22 variables\. Received: 9 variables"):
+        model.load_weights(tmp_path / "m.weights.h5")
+    small.assert_same_bits(model.optimizer.get_weights(), before)
+
+
 def test_set_weights_takes_what_get_weights_gives():
     one, other = trained(SWA("adam", 0, 2)), small.model(SWA("adam", 0, 2))
     other.optimizer.build(other.trainable_variables)

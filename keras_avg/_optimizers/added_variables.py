@@ -12,12 +12,31 @@ from keras_avg._optimizers.slots import SLOT_KEY, HasSlots, own_slots_of, slots_
 from keras_avg._optimizers.storage import ADDED, check_attached, depth_suffix
 
 SLOT, WEIGHT = ADDED
+VARIABLE = "variable_"
 
 
 class AddsVariables(HasSlots):
-    """`add_slot` and `add_weight` of Keras 2. A file may have more of them, or fewer."""
+    """`add_slot` and `add_weight` of Keras 2; `add_variable` of Keras 3.
 
-    add_variable: Callable[..., Any]
+    A file may have more of the former, or fewer.
+    """
+
+    def add_variable(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep one more variable, as optimizers do in `build`: part of `variables`, saved by place.
+
+        So do `add_variable_from_reference` and `add_optimizer_variables`, by way of this.
+
+        Args:
+            *args: As `keras.optimizers.Optimizer.add_variable` takes them.
+            **kwargs: Likewise.
+
+        Returns:
+            The new variable.
+        """
+        variable = keras.optimizers.Optimizer.add_variable(self, *args, **kwargs)
+        number = sum(key.startswith(VARIABLE) for key in self._own_variables)
+        self._keep(f"{VARIABLE}{number}", variable)
+        return variable
 
     def add_slot(self, var: Any, name: str, initializer: Any = "zeros") -> Any:
         """Keep one more variable beside `var`: part of `variables`, saved and loaded with them.
@@ -93,7 +112,8 @@ class AddsVariables(HasSlots):
         weight = self._own_variables.get(f"{WEIGHT}{name}")
         if weight is None:
             check_attached(self.variables)
-            weight = self.add_variable(
+            weight = keras.optimizers.Optimizer.add_variable(
+                self,
                 shape=shape,
                 initializer=_copying(initializer),
                 dtype=dtype,

@@ -42,7 +42,8 @@ class AveragedOptimizerWrapper(
 
     A new kind of average is a subclass with two methods, `is_due(step)` and `value_weight(step)`:
     scalars from an integer step, through `keras.ops`; they run inside compiled code. A subclass may
-    override `average_op` alone; then every step is due.
+    override `average_op` alone; then every step is due. State of its own it adds in `build`, as
+    Keras' optimizers do, by `add_variable` or `add_weight`.
 
     Args:
         optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
@@ -198,7 +199,8 @@ class AveragedOptimizerWrapper(
     def _variables_for(self, grads: list[Any], variables: list[Any] | None) -> list[Any]:
         if variables is not None:
             variables = list(variables)
-            self.build(variables)
+            if not self.built or not _keras_internals.built_variables(self):
+                self.build(variables)
         elif self.built:
             variables = _keras_internals.built_variables(self)
         else:

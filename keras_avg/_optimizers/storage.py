@@ -22,7 +22,6 @@ class StoresOwnVariables:
     built: bool
     name: str
     average_dtype: str | None
-    add_variable: Callable[..., Any]
     averages_in_model: bool
     _own_variables: dict[str, Any]
     _hold: Callable[[RawValues | None], None]
@@ -45,7 +44,8 @@ class StoresOwnVariables:
     def _add_counter(self, name: str) -> Any:
         # The innermost optimizer's name is unique in a program (Keras numbers it), the depth makes
         # it so among nested wrappers: Keras' state trees want every path once.
-        return self.add_variable(
+        return keras.optimizers.Optimizer.add_variable(
+            self,
             shape=(),
             dtype="int",
             aggregation="only_first_replica",
