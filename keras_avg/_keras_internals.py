@@ -228,6 +228,12 @@ def validate_again(model: Any) -> dict[str, float]:
     return model.evaluate(return_dict=True, verbose=0, _use_cached_eval_dataset=True)
 
 
+def validates_on_generator(model: Any) -> bool:
+    """Whether the validation data of the `fit` under way are a Python generator's."""
+    adapter = getattr(getattr(model, "_eval_epoch_iterator", None), "data_adapter", None)
+    return isinstance(adapter, data_adapters.GeneratorDataAdapter)
+
+
 def clip_gradients(optimizer: Any, grads: list[Any]) -> list[Any]:
     """Clip as `optimizer`'s `clipnorm`, `clipvalue` or `global_clipnorm` say (sparse ones too)."""
     return list(optimizer._clip_gradients(grads))

@@ -354,6 +354,15 @@ class TestLogRaw:
         assert len(lines) == 3
         assert all("val_raw_loss" in line for line in lines)
 
+    def test_data_that_come_once_are_refused(self):
+        def batches():
+            while True:
+                yield VALIDATION
+
+        callback = SwapAverageWeights(log_raw=True)
+        with pytest.raises(ValueError, match=r"twice.*Received: validation data from a Python gen"):
+            fit(small.model(swa()), callback, validation_data=batches(), validation_steps=1)
+
     def test_not_without_validation(self):
         model = small.model(swa())
         fit(model, SwapAverageWeights(log_raw=True), validation_data=None)

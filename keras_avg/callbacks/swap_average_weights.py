@@ -38,14 +38,14 @@ class SwapAverageWeights(keras.callbacks.Callback):
             of the raw weights.
         log_raw: Bool. If True, validation is done on the raw weights too: `val_raw_*` stands beside
             `val_*` in the logs, the history and the progress bar. It takes a second pass over the
-            validation data. Callbacks that read the logs, such as `TensorBoard`, come after this
-            one in the list. Default False.
+            validation data, which a Python generator cannot give. Callbacks that read the logs,
+            such as `TensorBoard`, come after this one in the list. Default False.
         optimizer: One of the model's averaging wrappers, to take the averages from. Default None:
             the outermost that has a snapshot.
 
     Raises:
-        ValueError: When used, if the model's optimizer keeps no averages, or `optimizer` is none of
-            its wrappers.
+        ValueError: When used, if the model's optimizer keeps no averages, `optimizer` is none of
+            its wrappers, or `log_raw` validates on a Python generator.
 
     Example:
 
@@ -94,6 +94,12 @@ class SwapAverageWeights(keras.callbacks.Callback):
 
     def on_test_begin(self, logs: dict | None = None) -> None:
         """Judge the averages."""
+        if self.log_raw and self._in_fit and _keras_internals.validates_on_generator(self.model):
+            raise ValueError(
+                "`log_raw=True` takes the validation data twice. Received: validation data from a "
+                "Python generator, which would give others the second time. Pass arrays, a "
+                "tf.data.Dataset or a keras.utils.PyDataset."
+            )
         self._begin_judging()
 
     def on_test_end(self, logs: dict | None = None) -> None:
