@@ -97,6 +97,17 @@ def update_batch_norm(
         pool.assign()
 
 
+def refuse_one_pass_data(argument: str, x: Any) -> None:
+    """Refuse data that cannot be gone through from beginning to end again and again."""
+    if isinstance(x, Iterator) or _is_endless(x):
+        raise ValueError(
+            f"`{argument}` is gone through, from beginning to end, whenever the averages have "
+            f"changed. Received: {argument} of type {type(x).__name__}, which gives its data only "
+            "once or has no end. Pass arrays, a tf.data.Dataset with an end (`dataset.take(100)`) "
+            "or a keras.utils.PyDataset."
+        )
+
+
 def statistics(model: Any) -> list[Any]:
     """The variables that `update_batch_norm` sets, in order."""
     return [v for layer in _layers_to_update(model) for v in layer.non_trainable_variables]

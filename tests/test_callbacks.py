@@ -411,6 +411,15 @@ class TestBatchNormalization:
         expected = other.evaluate(*VALIDATION, verbose=0, callbacks=[afresh])
         assert model.evaluate(*VALIDATION, verbose=0, callbacks=[callback]) == expected
 
+    def test_they_need_data_that_can_be_gone_through_again(self):
+        class Endless(keras.utils.PyDataset):
+            num_batches = None
+
+        for data in ((small.X,) for _ in range(3)), Endless():
+            kind = type(data).__name__
+            with pytest.raises(ValueError, match=f"Received: batch_norm_data of type {kind}"):
+                SwapAverageWeights(batch_norm_data=data)
+
     @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
     def test_a_file_brings_the_raw_statistics_back(self, name, tmp_path):
         model = fit(small.model(swa()), SwapAverageWeights(batch_norm_data=small.X))

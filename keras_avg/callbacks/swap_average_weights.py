@@ -7,7 +7,7 @@ import keras
 
 from keras_avg import _backend, _keras_internals
 from keras_avg._optimizers import finding, swapping
-from keras_avg.batch_norm import statistics, update_batch_norm
+from keras_avg.batch_norm import refuse_one_pass_data, statistics, update_batch_norm
 
 
 class SwapAverageWeights(keras.callbacks.Callback):
@@ -32,10 +32,10 @@ class SwapAverageWeights(keras.callbacks.Callback):
             callbacks at the end of an epoch keep raw weights. What puts such weights back when
             training ends, `EarlyStopping(restore_best_weights=True)`, comes before this callback
             in the list then. Default True.
-        batch_norm_data: Data as for `keras_avg.update_batch_norm`. If given, the statistics of
-            batch-normalization layers are recomputed for the averages, in `fit` once per change of
-            these, and go out and come back with them. Default None: the layers keep the statistics
-            of the raw weights.
+        batch_norm_data: Data as for `keras_avg.update_batch_norm`, with an end, and no generator.
+            If given, the statistics of batch-normalization layers are recomputed for the averages,
+            in `fit` once per change of these, and go out and come back with them. Default None: the
+            layers keep the statistics of the raw weights.
         log_raw: Bool. If True, validation is done on the raw weights too: `val_raw_*` stands beside
             `val_*` in the logs, the history and the progress bar. It takes a second pass over the
             validation data, which a Python generator cannot give. Callbacks that read the logs,
@@ -44,8 +44,9 @@ class SwapAverageWeights(keras.callbacks.Callback):
             the outermost that has a snapshot.
 
     Raises:
-        ValueError: When used, if the model's optimizer keeps no averages, `optimizer` is none of
-            its wrappers, or `log_raw` validates on a Python generator.
+        ValueError: If `batch_norm_data` cannot be gone through again and again. When used, if the
+            model's optimizer keeps no averages, `optimizer` is none of its wrappers, or `log_raw`
+            validates on a Python generator.
 
     Example:
 
@@ -68,6 +69,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
         optimizer: Any = None,
     ) -> None:
         super().__init__()
+        refuse_one_pass_data("batch_norm_data", batch_norm_data)
         self.swap_on_epoch = swap_on_epoch
         self.batch_norm_data = batch_norm_data
         self.log_raw = log_raw
