@@ -256,6 +256,30 @@ class TestTogetherWithOtherCallbacks:
         np.testing.assert_allclose(loss(model), min(history), rtol=TOLERANCE)
 
     @pytest.mark.parametrize("first", [True, False])
+    @pytest.mark.parametrize("arguments", [{}, {"batch_norm_data": small.X}])
+    def test_without_validation_early_stopping_leaves_averages_too(self, first, arguments):
+        stopping = keras.callbacks.EarlyStopping(
+            monitor="loss", mode="max", patience=1, restore_best_weights=True
+        )
+        callbacks = [SwapAverageWeights(**arguments), stopping]
+        seen = []
+
+        class Looks(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None):
+                seen.append(averages(self.model))
+
+        model = small.model(swa())
+        callbacks = callbacks if first else callbacks[::-1]
+        fit(model, *callbacks, Looks(), epochs=4, validation_data=None)
+
+        assert len(seen) == 2
+        assert model.optimizer.averages_in_model
+        small.assert_same_bits(trainable(model), seen[0] if first else seen[1])
+        plain = fit(small.model(swa()), epochs=2)
+        model.optimizer.swap_weights()
+        small.assert_same_bits(trainable(model), trainable(plain))
+
+    @pytest.mark.parametrize("first", [True, False])
     def test_a_backup_resumes_from_the_raw_weights(self, first, tmp_path):
         class Dies(keras.callbacks.Callback):
             def on_train_batch_begin(self, batch, logs=None):

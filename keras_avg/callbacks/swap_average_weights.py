@@ -16,10 +16,12 @@ class SwapAverageWeights(keras.callbacks.Callback):
     In `fit` the model holds the averages from the start of validation (without validation data:
     from the end of the epoch) to the beginning of the next epoch. So `val_*` metrics are those of
     the averages, and `ModelCheckpoint`, `EarlyStopping(restore_best_weights=True)` and
-    `BackupAndRestore` keep the copy that was judged, in whatever order the callbacks stand. A file
-    written meanwhile holds both copies. After training the model holds the averages and the
-    optimizer the raw weights; the next `fit` with this callback goes on from the raw ones. Training
-    is not disturbed: it is bit for bit the same with and without this callback.
+    `BackupAndRestore` keep the copy that was judged, in whatever order the callbacks stand. Without
+    validation data only those behind this one in the list keep averages; what stands before it
+    keeps raw weights, which give way to the averages when training ends. A file written meanwhile
+    holds both copies. After training the model holds the averages and the optimizer the raw
+    weights; the next `fit` with this callback goes on from the raw ones. Training is not disturbed:
+    it is bit for bit the same with and without this callback.
 
     Stand-alone `evaluate` and `predict` with the callback see the averages and leave the model as
     they found it. Before the first snapshot everybody sees the raw weights.
@@ -75,7 +77,8 @@ class SwapAverageWeights(keras.callbacks.Callback):
         self.log_raw = log_raw
         self.optimizer = optimizer
         self._in_fit = False
-        self._validated = False
+        self._validated = False  # in this epoch
+        self._has_validated = False  # in this `fit`
         self._found_averages: bool | None = None  # by a stand-alone evaluation under way
         self._recomputed: tuple[Any, list[Any]] | None = None  # for which averages, statistics
 
@@ -87,6 +90,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Go on from the raw weights."""
         self._in_fit, self._found_averages, self._recomputed = True, None, None
+        self._has_validated = False
         self._take_averages_out()
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
@@ -107,6 +111,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
     def on_test_end(self, logs: dict | None = None) -> None:
         """Leave the averages for the callbacks of the epoch's end, or put the raw weights back."""
         self._validated = self._in_fit
+        self._has_validated |= self._in_fit
         self._end_judging()
 
     def on_predict_begin(self, logs: dict | None = None) -> None:
@@ -126,6 +131,8 @@ class SwapAverageWeights(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Leave the averages in the model."""
+        if not self._has_validated:  # others may have put raw weights back in their place
+            self._take_averages_out()
         self._put_averages_in()
         self._in_fit = False
         if not any(wrapper.has_average for wrapper in self._wrappers()):
