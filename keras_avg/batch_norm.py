@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_avg import _backend, _keras_internals
-from keras_avg._optimizers import arguments
+from keras_avg._optimizers import arguments, finding, swapping
 from keras_avg._optimizers.storage import check_attached
 
 
@@ -35,7 +35,9 @@ def update_batch_norm(
     in float64. Momenta, and the statistics from before, have no part in it. As in training, each
     batch is normalized by its own moments on its way to later layers, and each call of a shared
     layer counts. All other layers run in inference mode, without dropout. Nothing changes but
-    these statistics, and not even they do when an exception ends the pass.
+    these statistics, and not even they do when an exception ends the pass. While a model holds an
+    optimizer's averages (`swap_weights`, `average_weights`), those of the raw weights are set aside
+    and come back with these.
 
     `torch.optim.swa_utils.update_bn` takes the plain mean over batches of batch means and of
     unbiased batch variances instead: a short last batch counts like a full one, and the variance
@@ -93,6 +95,8 @@ def update_batch_norm(
     adapter = _adapter(x, batch_size, steps)
     with _backend.random_state_kept(), _keras_internals.batches(adapter) as data:
         pools = _filled_pools(model, _inputs(data, adapter.num_batches, steps, verbose))
+    wrappers = finding.averaging_optimizers(model)
+    swapping.set_statistics_aside(wrappers, model, statistics(model))
     for pool in pools:
         pool.assign()
 

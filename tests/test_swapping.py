@@ -85,6 +85,31 @@ def test_the_context_puts_raw_weights_back_after_an_exception():
     small.assert_same_bits(trainable(model), raw)
 
 
+def test_statistics_computed_in_the_context_go_out_with_the_averages(tmp_path):
+    model = trained()
+    raw = model.get_weights()
+    with model.optimizer.average_weights():
+        keras_avg.update_batch_norm(model, small.X)
+        recomputed = model.get_weights()
+        keras_avg.update_batch_norm(model, small.X)
+        model.save(tmp_path / "model.keras")
+    small.assert_same_bits(model.get_weights(), raw)
+
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    small.assert_same_bits(loaded.get_weights(), recomputed)
+    keras_avg.update_batch_norm(loaded, 2 * small.X)
+    loaded.optimizer.swap_weights()
+    small.assert_same_bits(loaded.get_weights(), raw)
+
+
+def test_statistics_of_a_model_that_lost_its_raw_weights_can_be_computed():
+    model, other = trained(), trained()
+    model.optimizer.swap_weights()
+    other.optimizer.set_weights(model.optimizer.get_weights())
+    keras_avg.update_batch_norm(other, small.X)
+    assert other.optimizer.averages_in_model
+
+
 def test_the_context_leaves_raw_weights_that_were_put_back_inside():
     model = trained()
     raw = trainable(model)

@@ -39,7 +39,10 @@ class RawValues:
         self._places: list[int] = []  # of bound statistics, in their order
 
     def add_statistics(self, model: Any, variables: list[Any]) -> None:
-        """Set the values of a model's batch-normalization statistics aside too."""
+        """Set the values of a model's batch-normalization statistics aside too, unless they are."""
+        self.bind_statistics(model)
+        aside = {id(variable) for variable in self.variables}
+        variables = [variable for variable in variables if id(variable) not in aside]
         places = {id(variable): place for place, variable in enumerate(model.variables)}
         self._add(
             [places[id(variable)] for variable in variables],

@@ -35,7 +35,8 @@ class SwapsWeights(HasAverages):
         """Exchange the raw and the averaged values in the model; twice gives every raw bit back.
 
         The averages stay in the optimizer, untouched. A model that is saved while swapped holds the
-        averages, and its file the raw values too.
+        averages, and its file the raw values too. Batch-normalization statistics that
+        `keras_avg.update_batch_norm` computes meanwhile go out with the averages.
 
         Raises:
             ValueError: If there is no snapshot yet.
@@ -62,10 +63,14 @@ class SwapsWeights(HasAverages):
     def average_weights(self) -> Iterator[None]:
         """Context in which the model holds the averages; outside what it held before.
 
+        Batch-normalization statistics that `keras_avg.update_batch_norm` computes in it for the
+        averages go out with them.
+
         Example:
 
         ```python
         with model.optimizer.average_weights():
+            keras_avg.update_batch_norm(model, x)
             model.export("averaged")
         ```
         """
@@ -249,6 +254,9 @@ def bind_statistics(wrapper: Any, model: Any) -> None:
         wrapper._raw.bind_statistics(model)
 
 
-def set_statistics_aside(wrapper: Any, model: Any, variables: list[Any]) -> None:
-    """Let a wrapper whose averages are in the model keep the raw statistics too."""
-    wrapper._raw.add_statistics(model, variables)
+def set_statistics_aside(wrappers: list[Any], model: Any, variables: list[Any]) -> None:
+    """Let a wrapper whose averages are in the model, if one is, keep the raw statistics too."""
+    for wrapper in wrappers:
+        if wrapper.averages_in_model and wrapper._raw is not None:
+            wrapper._raw.add_statistics(model, variables)
+            return

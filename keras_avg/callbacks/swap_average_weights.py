@@ -181,7 +181,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
         for wrapper in chosen:
             wrapper.swap_weights()
         if chosen and self.batch_norm_data is not None:
-            swapping.set_statistics_aside(chosen[0], self.model, statistics(self.model))
+            swapping.set_statistics_aside(chosen, self.model, statistics(self.model))
             self._set_statistics(tuple((w, w.num_snapshots) for w in chosen))
 
     def _set_statistics(self, averages: Any) -> None:
