@@ -223,6 +223,25 @@ def models_being_loaded() -> Iterator[Any]:
         frame = frame.f_back
 
 
+def is_in_fit(callback: Any) -> bool:
+    """Whether a `fit` that has this callback is under way, in any thread.
+
+    An exception leaves `fit` without a word to its callbacks, so that what they have noted may be
+    of one that is over. Their list is a local variable of `fit`.
+    """
+    for top in sys._current_frames().values():
+        frame: types.FrameType | None = top
+        while frame is not None:
+            if "callbacks" in frame.f_code.co_varnames:
+                listed = frame.f_locals.get("callbacks")
+                if isinstance(listed, keras.callbacks.CallbackList) and any(
+                    each is callback for each in listed.callbacks
+                ):
+                    return True
+            frame = frame.f_back
+    return False
+
+
 def validate_again(model: Any) -> dict[str, float]:
     """Evaluate on the validation data of the `fit` under way, which only the trainer holds."""
     return model.evaluate(return_dict=True, verbose=0, _use_cached_eval_dataset=True)

@@ -61,6 +61,18 @@ def simulated(steps, interval, outer=None, start_step=0):
     return values, center
 
 
+class Twin:
+    """A communicator whose other worker always has what this one has."""
+
+    rank, size, is_chief = 1, 2, False
+
+    def all_reduce_sum(self, arrays):
+        return [2 * keras.ops.convert_to_numpy(array) for array in arrays]
+
+    def barrier(self):
+        pass
+
+
 def steps_of(communicator, optimizer, variable, steps):
     for grad in GRADS[communicator.rank, :steps]:
         small.apply(optimizer, [variable], [grad])
@@ -472,7 +484,8 @@ class TestInFit:
 
         assert fake_workers.run(2, work) == [(24, 8), (24, 8)]
 
-    def test_an_eager_loop_meets_again_after_a_fit_that_failed(self):
+    @pytest.mark.parametrize("first", [True, False], ids=["first in the list", "last in the list"])
+    def test_an_eager_loop_meets_again_after_a_fit_that_failed(self, first):
         models = [small.model() for _ in range(2)]
 
         class Fails(keras.callbacks.Callback):
@@ -482,14 +495,88 @@ class TestInFit:
         def work(communicator):
             model = models[communicator.rank]
             model.compile(self.optimizer(communicator), "mse", run_eagerly=True)
+            callbacks = [SynchronizeWorkers(), Fails()]
             with pytest.raises(KeyError):
-                small.fit(model, epochs=1, callbacks=[SynchronizeWorkers(), Fails()])
+                small.fit(model, epochs=1, callbacks=callbacks[::-1] if first else callbacks)
             variables = model.trainable_variables
             zeros = [np.zeros(v.shape) for v in variables]
             small.apply(model.optimizer, variables, zeros, times=2)
             return model.optimizer.num_snapshots
 
         assert fake_workers.run(2, work) == [1, 1]
+
+    @pytest.mark.parametrize("first", [True, False], ids=["first in the list", "last in the list"])
+    @pytest.mark.parametrize("mistake", [KeyError, KeyboardInterrupt])
+    def test_an_error_after_a_batch_with_a_round_is_not_replaced(self, mistake, first):
+        class Fails(keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None):
+                if batch == 2:
+                    raise mistake("mine")
+
+        model = small.model(self.optimizer(Twin()))
+        callbacks = [SynchronizeWorkers(), Fails()]
+        with pytest.raises(mistake, match="mine"):
+            small.fit(model, callbacks=callbacks[::-1] if first else callbacks)
+
+    @pytest.mark.parametrize("mistake", [ValueError, TimeoutError, RuntimeError])
+    def test_an_error_of_the_communicator_is_not_replaced(self, mistake):
+        class Gone(Twin):
+            def all_reduce_sum(self, arrays):
+                if len(arrays) > 1 and model.optimizer.iterations > 0:
+                    raise mistake("gone")
+                return super().all_reduce_sum(arrays)
+
+        model = small.model(self.optimizer(Gone()))
+        with pytest.raises(mistake, match="gone"):
+            small.fit(model, callbacks=[SynchronizeWorkers()])
+
+    def test_a_chief_that_alone_has_trained_before_sees_that_workers_differ(self, tmp_path):
+        small.fit(small.model(self.optimizer(None))).save_weights(tmp_path / "m.weights.h5")
+        models = [small.model() for _ in range(2)]
+
+        def work(communicator):
+            model = models[communicator.rank]
+            model.compile(self.optimizer(communicator), "mse")
+            model.optimizer.build(model.trainable_variables)
+            if communicator.is_chief:
+                model.load_weights(tmp_path / "m.weights.h5")
+            with pytest.raises(ValueError, match=r"step. Received, by rank: \[12, 0\]"):
+                small.fit(model, callbacks=[SynchronizeWorkers()])
+
+        fake_workers.run(2, work)
+
+    @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch trains eagerly")
+    def test_a_callback_forgotten_after_a_fit_that_failed_is_noticed_at_the_end(self):
+        class Fails(keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None):
+                raise KeyError
+
+        model = small.model(self.optimizer(Twin()))
+        with pytest.raises(KeyError):
+            small.fit(model, callbacks=[Fails(), SynchronizeWorkers()])
+        with pytest.raises(RuntimeError, match=r"no round since step 0.*SynchronizeWorkers"):
+            small.fit(model)
+
+    @pytest.mark.parametrize("epochs", [2, 3])
+    def test_training_goes_on_from_a_state_that_a_callback_loads(self, epochs, tmp_path):
+        class Returns(keras.callbacks.Callback):
+            """To the end of the first epoch, at the end of the second."""
+
+            def on_epoch_end(self, epoch, logs=None):
+                if epoch == 0:
+                    self.model.save_weights(tmp_path / "first.weights.h5")
+                elif epoch == 1:
+                    self.model.load_weights(tmp_path / "first.weights.h5")
+
+        def trained(epochs, *callbacks):
+            model = small.model(self.optimizer(Twin()))
+            callbacks = [SynchronizeWorkers(), *callbacks]
+            return small.fit(model, epochs, batch_size=12, callbacks=callbacks)  # four batches
+
+        model = trained(epochs, Returns())
+        expected = trained(epochs - 1)
+        small.assert_same_bits(model.get_weights(), expected.get_weights())
+        assert model.optimizer.num_snapshots == epochs - 1  # after steps 3 and 6
 
     def test_a_worker_without_an_epoch_left_keeps_the_others_company(self):
         models = [small.model() for _ in range(2)]
@@ -523,17 +610,6 @@ def test_means_are_rounded_once(workers):
 
 
 def test_any_communicator_will_do():
-    class Twin:
-        """The other worker always has what this one has."""
-
-        rank, size, is_chief = 1, 2, False
-
-        def all_reduce_sum(self, arrays):
-            return [2 * keras.ops.convert_to_numpy(array) for array in arrays]
-
-        def barrier(self):
-            pass
-
     optimizer = ModelAverage(inner(), interval_steps=2, communicator=Twin())
     variable = keras.Variable(STARTS[0])
     plain = keras.Variable(STARTS[0])

@@ -41,21 +41,18 @@ class MeetsWorkers:
     _updates_so_far: Callable[[], int]
     _variables_for: Callable[[list[Any], Any], list[Any]]
 
-    _meets_between_batches = False  # in SynchronizeWorkers, instead of in `apply`
-    _met_until: int | None = None  # the step up to which no round is missing; None: not begun
-    _has_failed = False  # in a round, of the `fit` under way
+    _callback: Any = None  # the SynchronizeWorkers of the last `fit` that had one
+    _met_until: int | None = None  # the step up to which no round is missing; None: not known
 
     def _apply(self, grads: list[Any], variables: list[Any] | None, aggregate: bool) -> None:
         if grads and self.communicator.size > 1:
             # Asked before `build`: TensorFlow would leave variables of a trace that is refused.
             compiled = self._is_being_compiled()
-            if not self._meets_between_batches:
+            if (compiled or self._met_until is None) and not self._meets_between_batches():
                 if compiled:
                     raise RuntimeError(self._forgotten("the train step is compiled"))
                 variables = self._variables_for(grads, variables)
                 self.start_together()
-            elif not compiled and self.built:
-                self._refuse_missed_rounds(int(self._step(self._clock.read())))
         super()._apply(grads, variables, aggregate)  # type: ignore[misc]
 
     def _before_first_gradients(self, var_list: Any) -> None:
@@ -91,13 +88,15 @@ class MeetsWorkers:
         self._compare(travelling, step)
         if before_training:
             travelling += self._slots_in_use()
-            values, total = self._sum(travelling, weight=float(self.communicator.is_chief))
+            values, total = weighted_sum(
+                self.communicator, travelling, float(self.communicator.is_chief)
+            )
             if total:
                 _backend.assign_quotients(values, total, travelling)
         self._met_until = step
 
     def no_round_is_missing(self) -> None:
-        """Called when `fit` begins: rounds count from here."""
+        """Called when `fit` begins, or a state was loaded in it: rounds count from here."""
         self._met_until = self._updates_so_far()
 
     def meet(self, others: Sequence[Any] = (), is_training: bool = True) -> bool:
@@ -119,7 +118,7 @@ class MeetsWorkers:
         riding = [*self._averages_inside(), *self._averaged_slots(), *others]
         has_values = is_training and not (self.skip_nonfinite and _has_nonfinite(variables))
         weight = 1.0 if has_values else PRESENT if is_training else 0.0
-        sums, total = self._sum([*variables, *riding], weight)
+        sums, total = weighted_sum(self.communicator, [*variables, *riding], weight)
         if number := round(total):
             self._finish_round(sums[: len(variables)], float(number))
             _backend.assign_quotients(sums[len(variables) :], float(number), riding)
@@ -145,16 +144,18 @@ class MeetsWorkers:
             RuntimeError: If a round was missed, in code compiled for `SynchronizeWorkers`.
         """
         super().finalize_variable_values(var_list)  # type: ignore[misc]
-        failed, self._has_failed = self._has_failed, False
-        if failed or self.communicator.size == 1 or any(map(_keras_internals.is_purged, var_list)):
+        if self.communicator.size == 1 or any(map(_keras_internals.is_purged, var_list)):
             return
-        self._refuse_missed_rounds(self._updates_so_far())
-
-    def _refuse_missed_rounds(self, now: int) -> None:
-        met = self._met_until or 0
+        if self._meets_between_batches():
+            return  # `fit` ended well, or (JAX' calls this then too) with an error of its own
+        met, now = self._met_until or 0, self._updates_so_far()
         if self.last_due_step(now) > met:
             self._met_until = now
             raise RuntimeError(self._forgotten(f"no round since step {met}, now at step {now}"))
+
+    def _meets_between_batches(self) -> bool:
+        """Whether SynchronizeWorkers is there to meet the others, so that `apply` need not."""
+        return self._callback is not None and _keras_internals.is_in_fit(self._callback)
 
     def _due_if_finite(self, due: Any) -> Any:
         # Over workers a round is due for all or none: one with such weights takes part without any.
@@ -163,15 +164,8 @@ class MeetsWorkers:
         return super()._due_if_finite(due)  # type: ignore[misc]
 
     def _average_over_workers(self, due: Any) -> None:
-        if not self._meets_between_batches and _backend.concrete(due):
+        if _backend.concrete(due) and not self._meets_between_batches():
             self.meet()
-
-    def _sum(self, variables: list[Any], weight: float) -> tuple[list[Any], float]:
-        try:
-            return weighted_sum(self.communicator, variables, weight)
-        except RuntimeError:
-            self._has_failed = True
-            raise
 
     def _compare(self, variables: list[Any], step: int) -> None:
         """Raise the same error on every worker if they are not alike."""

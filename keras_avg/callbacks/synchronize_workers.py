@@ -57,6 +57,7 @@ class SynchronizeWorkers(keras.callbacks.Callback):
         wrapper = _model_average(model)
         self._wrapper = wrapper if wrapper.communicator.size > 1 else None
         if self._wrapper is not None:
+            self._wrapper._callback = self
             self._steps_per_execution = model.steps_per_execution
             _check_rounds_end_executions(wrapper, model.steps_per_execution)
             self._has_begun = False
@@ -68,15 +69,15 @@ class SynchronizeWorkers(keras.callbacks.Callback):
             self._look()
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
-        """Say that rounds come after the batch, and not in it."""
-        if self._wrapper is not None:
-            self._wrapper._meets_between_batches = True
+        """Go on from a state that another callback has loaded."""
+        if self._wrapper is not None and self._wrapper._met_until is None:
+            self._wrapper.no_round_is_missing()
+            self._look()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Meet the others, if a round is due."""
         if self._wrapper is None:
             return
-        self._wrapper._meets_between_batches = False
         self._executions += 1
         if self._steps_at_most() < self._wrapper.next_due_step(self._step):
             return
