@@ -307,6 +307,14 @@ def layers_at_any_depth(layer: Any) -> list[Any]:
     return layer._flatten_layers()
 
 
+def weights_made_to_train(layer: Any) -> list[Any]:
+    """The weights that `layer` and those inside it were made to train, whether frozen or not.
+
+    Public `non_trainable_variables` mixes weights of frozen layers with state that changes.
+    """
+    return [v for each in layers_at_any_depth(layer) for v in each._trainable_variables]
+
+
 def data_adapter(x: Any, batch_size: int | None, steps: int | None) -> Any:
     """What `fit` reads data through, in the order of the data. Has `num_batches`, None if unknown.
 

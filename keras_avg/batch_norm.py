@@ -236,11 +236,17 @@ def _is_built(model: Any) -> bool:
 
 
 def _layers_to_update(model: Any) -> list[Any]:
-    return [
-        layer
-        for layer in _keras_internals.layers_at_any_depth(model)
-        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
-    ]
+    return [layer for layer in _batch_norms(model) if layer.trainable]
+
+
+def frozen_batch_norms(model: Any) -> list[Any]:
+    """The BatchNormalization layers that keep their statistics in training too, in order."""
+    return [layer for layer in _batch_norms(model) if not layer.trainable]
+
+
+def _batch_norms(model: Any) -> list[Any]:
+    layers = _keras_internals.layers_at_any_depth(model)
+    return [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
 
 
 def _adapter(x: Any, batch_size: int | None, steps: int | None) -> Any:

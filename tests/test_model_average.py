@@ -426,6 +426,39 @@ class TestInFit:
         models = self.fit_shards((12, 12), self.optimizer, epochs=1)
         small.assert_same_bits(*(m.get_weights() for m in models))
 
+    @pytest.mark.parametrize("average_non_trainable", [True, False])
+    def test_all_that_is_not_trained_starts_as_the_chiefs(self, average_non_trainable):
+        models = [small.model() for _ in range(2)]
+        models[0].layers[0].trainable = models[1].layers[0].trainable = False
+        models[1].set_weights([w + 1 for w in models[1].get_weights()])
+        chiefs = models[0].get_weights()
+
+        def work(communicator):
+            model = models[communicator.rank]
+            model.compile(self.optimizer(communicator), "mse")
+            small.fit(model, epochs=0, callbacks=[SynchronizeWorkers(average_non_trainable)])
+            return model.get_weights()
+
+        for weights in fake_workers.run(2, work):
+            small.assert_same_bits(weights, chiefs)
+
+    def test_what_is_frozen_keeps_its_bits(self):
+        models = [small.model() for _ in range(3)]
+        for model in models:
+            model.layers[0].trainable = model.layers[1].trainable = False
+            model.set_weights([w + 1.4 for w in model.get_weights()])
+        before = [w for layer in models[0].layers[:2] for w in layer.get_weights()]
+
+        def work(communicator):
+            model = models[communicator.rank]
+            optimizer = ModelAverage(inner(), interval_steps=1, communicator=communicator)
+            model.compile(optimizer, "mse")
+            small.fit(model, epochs=1, callbacks=[SynchronizeWorkers()])
+            return [w for layer in model.layers[:2] for w in layer.get_weights()]
+
+        for weights in fake_workers.run(3, work):
+            small.assert_same_bits(weights, before)
+
     @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch runs step by step")
     def test_executions_of_several_steps(self):
         def optimizer(communicator):

@@ -5,24 +5,27 @@ from typing import Any
 
 import keras
 
+from keras_avg import _keras_internals
 from keras_avg._optimizers import arguments, finding
 from keras_avg._optimizers.model_average import ModelAverage
+from keras_avg.batch_norm import frozen_batch_norms
 
 
 class SynchronizeWorkers(keras.callbacks.Callback):
     """Lets the workers of a `ModelAverage` meet in `fit`: at the start, at each round, at the end.
 
-    Before the first batch ever all workers take the chief's variables. After each batch after which
-    a round is due, all take the mean. A worker that has no more data stays, without weight, until
+    Before the first batch ever all workers take the chief's variables, those of frozen layers and
+    float state that is not trained too. After each batch after which a round is due, all take the
+    mean. A worker that has no more data stays, without weight, until
     the last has finished, so that shards of different sizes neither hang nor bias.
 
     One worker alone has nothing to synchronize, and the callback does nothing. Callbacks that load
     weights when training begins, such as `BackupAndRestore`, may stand before or behind it.
 
     Args:
-        average_non_trainable: Bool. Whether float variables that are not trained, such as
-            batch-normalization statistics, take the mean over the workers too, at each round.
-            Default True.
+        average_non_trainable: Bool. Whether float state that is not trained, such as
+            batch-normalization statistics, takes the mean over the workers too, at each round.
+            Weights of frozen layers, which do not change, never do. Default True.
 
     Raises:
         ValueError: When training begins, if the model's optimizer is no `ModelAverage`, if there
@@ -111,7 +114,7 @@ class SynchronizeWorkers(keras.callbacks.Callback):
             return
         if not model.optimizer.built:  # TensorFlow would, while the step is traced
             model.optimizer.build(model.trainable_variables)
-        self._wrapper.start_together(self._others(model))
+        self._wrapper.start_together(_floats(model.non_trainable_variables))
         self._wrapper.no_round_is_missing()
         self._has_begun = True
 
@@ -126,7 +129,13 @@ class SynchronizeWorkers(keras.callbacks.Callback):
     def _others(self, model: Any) -> list[Any]:
         if not self.average_non_trainable:
             return []
-        return [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
+        frozen = {id(v) for v in _keras_internals.weights_made_to_train(model)}
+        frozen |= {id(v) for layer in frozen_batch_norms(model) for v in layer.variables}
+        return [v for v in _floats(model.non_trainable_variables) if id(v) not in frozen]
+
+
+def _floats(variables: list[Any]) -> list[Any]:
+    return [v for v in variables if keras.backend.is_float_dtype(v.dtype)]
 
 
 def _model_average(model: Any) -> ModelAverage:
