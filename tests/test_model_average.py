@@ -477,6 +477,14 @@ class TestInFit:
         ):
             self.fit_shards((16, 16), self.optimizer, steps_per_execution=2)
 
+    @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch runs step by step")
+    def test_executions_of_several_steps_under_loss_scaling_are_refused(self):
+        optimizer = ModelAverage(inner(), interval_steps=4, communicator=Twin())
+        scaled = optimizers.LossScaleOptimizer(optimizer)
+        model = small.model(scaled, steps_per_execution=2)
+        with pytest.raises(ValueError, match=r"loss scaling skips.*steps_per_execution=2"):
+            small.fit(model, callbacks=[SynchronizeWorkers()])
+
     @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch trains eagerly")
     def test_a_forgotten_callback_is_noticed_at_the_trace(self):
         models = [small.model() for _ in range(2)]

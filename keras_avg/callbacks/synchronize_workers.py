@@ -29,7 +29,8 @@ class SynchronizeWorkers(keras.callbacks.Callback):
 
     Raises:
         ValueError: When training begins, if the model's optimizer is no `ModelAverage`, if there
-            are several, or if `interval_steps` is not a multiple of `steps_per_execution`.
+            are several, if `interval_steps` is not a multiple of `steps_per_execution`, or if that
+            is not 1 under a `LossScaleOptimizer`, as `mixed_float16` brings it.
         RuntimeError: In training, if another worker is gone or stalled for longer than the timeout.
             The local weights stay valid, and can be saved.
 
@@ -62,7 +63,7 @@ class SynchronizeWorkers(keras.callbacks.Callback):
         if self._wrapper is not None:
             self._wrapper._callback = self
             self._steps_per_execution = model.steps_per_execution
-            _check_rounds_end_executions(wrapper, model.steps_per_execution)
+            _check_rounds_end_executions(wrapper, model)
             self._has_begun = False
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
@@ -148,7 +149,15 @@ def _model_average(model: Any) -> ModelAverage:
     return found[0]
 
 
-def _check_rounds_end_executions(wrapper: ModelAverage, steps: int) -> None:
+def _check_rounds_end_executions(wrapper: ModelAverage, model: Any) -> None:
+    steps = model.steps_per_execution
+    if steps > 1 and isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            "Workers meet between executions, and loss scaling skips updates, on each worker "
+            "others, so that rounds would fall into the middle of executions. Received: "
+            f"steps_per_execution={steps} and optimizer={model.optimizer!r}. Compile with "
+            "`steps_per_execution=1`, or train in float32 or mixed_bfloat16."
+        )
     if steps > 1 and (wrapper.start_step or wrapper.interval_steps % steps):
         raise ValueError(
             "Workers meet between executions, so `interval_steps` must be a multiple of "
