@@ -426,6 +426,31 @@ class TestInFit:
         models = self.fit_shards((12, 12), self.optimizer, epochs=1)
         small.assert_same_bits(*(m.get_weights() for m in models))
 
+    @pytest.mark.parametrize("swap_first", [True, False], ids=["before", "behind"])
+    @pytest.mark.parametrize("sizes", [(2, 6), (9, 3)], ids=["before a round", "after some"])
+    def test_who_finishes_first_ends_with_the_last_center_and_its_statistics(
+        self, sizes, swap_first
+    ):
+        models = [small.model() for _ in sizes]
+
+        def work(communicator):
+            model, size = models[communicator.rank], 4 * sizes[communicator.rank]
+            model.compile(self.optimizer(communicator), "mse")
+            callbacks = [SynchronizeWorkers(), SwapAverageWeights(batch_norm_data=small.X)]
+            callbacks = callbacks[::-1] if swap_first else callbacks
+            model.fit(small.X[:size], small.Y[:size], batch_size=4, verbose=0, callbacks=callbacks)
+            assert model.optimizer.averages_in_model
+            return model
+
+        models = fake_workers.run(2, work)
+        small.assert_same_bits(*(m.get_weights() for m in models))
+        ended = models[0].get_weights()
+        keras_avg.update_batch_norm(models[0], small.X, verbose=0)
+        small.assert_same_bits(ended, models[0].get_weights())
+        for model in models:
+            model.optimizer.swap_weights()
+        small.assert_same_bits(*(m.get_weights() for m in models))
+
     @pytest.mark.parametrize("average_non_trainable", [True, False])
     def test_all_that_is_not_trained_starts_as_the_chiefs(self, average_non_trainable):
         models = [small.model() for _ in range(2)]

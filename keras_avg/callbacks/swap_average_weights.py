@@ -8,6 +8,7 @@ import keras
 from keras_avg import _backend, _keras_internals
 from keras_avg._optimizers import finding, swapping
 from keras_avg.batch_norm import refuse_one_pass_data, statistics, update_batch_norm
+from keras_avg.callbacks.synchronize_workers import keep_company
 
 
 class SwapAverageWeights(keras.callbacks.Callback):
@@ -130,8 +131,10 @@ class SwapAverageWeights(keras.callbacks.Callback):
             self._put_averages_in()
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        """Leave the averages in the model."""
-        if not self._has_validated:  # others may have put raw weights back in their place
+        """Leave the averages in the model: of several workers, those that all end with."""
+        keep_company(self.model)
+        # Without validation, other callbacks may have put raw weights back in their place.
+        if not self._has_validated or self._statistics_are_of_others():
             self._take_averages_out()
         self._put_averages_in()
         self._in_fit = False
@@ -191,6 +194,11 @@ class SwapAverageWeights(keras.callbacks.Callback):
             self._recomputed = averages, copies
         for variable, value in zip(statistics(self.model), self._recomputed[1], strict=True):
             variable.assign(_backend.copy(value))
+
+    def _statistics_are_of_others(self) -> bool:
+        """Whether averages have changed in the model since its statistics were recomputed."""
+        averages = self._recomputed[0] if self._recomputed else ()
+        return any(w.averages_in_model and w.num_snapshots != number for w, number in averages)
 
     def _take_averages_out(self) -> None:
         self._wrappers()  # refuses a model without any

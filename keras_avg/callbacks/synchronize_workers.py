@@ -100,6 +100,10 @@ class SynchronizeWorkers(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Keep the others company until all have finished."""
+        self.keep_company()
+
+    def keep_company(self) -> None:
+        """Meet the others, without weight, until all have finished. Once in a `fit`."""
         if self._wrapper is None:
             return
         model, wrapper = self.model, self._wrapper
@@ -109,6 +113,7 @@ class SynchronizeWorkers(keras.callbacks.Callback):
                 stack.enter_context(holding.raw_weights())
             while wrapper.meet(self._others(model), is_training=False):
                 pass
+        self._wrapper = None
 
     def _begin(self, model: Any) -> None:
         if self._has_begun:
@@ -137,6 +142,13 @@ class SynchronizeWorkers(keras.callbacks.Callback):
 
 def _floats(variables: list[Any]) -> list[Any]:
     return [v for v in variables if keras.backend.is_float_dtype(v.dtype)]
+
+
+def keep_company(model: Any) -> None:
+    """Let the callback that meets the other workers in the `fit` under way, if any, do it now."""
+    for wrapper in finding.averaging_optimizers(model):
+        if isinstance(wrapper, ModelAverage) and wrapper._meets_between_batches():
+            wrapper._callback.keep_company()
 
 
 def _model_average(model: Any) -> ModelAverage:
