@@ -311,6 +311,29 @@ def test_averages_kept_inside_are_the_same_on_all_workers():
     np.testing.assert_array_equal(first, second)
 
 
+def test_a_worker_without_snapshots_adds_nothing_to_the_averages_inside():
+    def work(communicator):
+        inside = SWA(optimizers.SGD(1.0), start_averaging=10 * communicator.rank, average_period=1)
+        optimizer = ModelAverage(inside, interval_steps=2, communicator=communicator)
+        variable = keras.Variable([0.0])
+        small.apply(optimizer, [variable], [[-1.0]], times=2)
+        return inside.num_snapshots, float(small.numpy(inside.get_slot(variable, "average"))[0])
+
+    assert fake_workers.run(2, work) == [(2, 1.5), (2, 1.5)]
+
+
+def test_snapshots_inside_are_counted_beyond_float32():
+    def work(communicator):
+        inside = MovingAverage("sgd")
+        optimizer = ModelAverage(inside, communicator=communicator)
+        optimizer.build([keras.Variable([1.0])])
+        inside._own_variables["snapshots"].assign(2**28 + 1)
+        optimizer.meet()
+        return inside.num_snapshots
+
+    assert fake_workers.run(3, work) == [2**28 + 1] * 3
+
+
 def test_a_worker_with_infinite_weights_adds_nothing_to_the_mean():
     def work(communicator):
         optimizer = ModelAverage(
@@ -655,6 +678,19 @@ class TestInFit:
             return [small.numpy(a) for a in small.slots(model.optimizer, model.trainable_variables)]
 
         small.assert_same_bits(*fake_workers.run(2, work))
+
+    def test_averages_inside_are_as_many_on_all_workers(self):
+        def optimizer(communicator):
+            inside = SWA(inner(), start_averaging=4, average_period=1)
+            return ModelAverage(inside, interval_steps=3, communicator=communicator)
+
+        models = self.fit_shards((24, 12), optimizer, epochs=1)  # 6 and 3 steps
+        wrappers = [model.optimizer.inner_optimizer for model in models]
+        assert [wrapper.num_snapshots for wrapper in wrappers] == [2, 2]
+        averages = (
+            small.slots(w, m.trainable_variables) for w, m in zip(wrappers, models, strict=True)
+        )
+        small.assert_same_bits(*averages)
 
     def test_the_callback_alone_is_refused(self):
         with pytest.raises(ValueError, match=r"one keras_avg.ModelAverage.*Received: 0"):

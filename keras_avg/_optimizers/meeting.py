@@ -2,12 +2,14 @@
 
 import zlib
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from keras import ops
 
 from keras_avg import _backend, _keras_internals
+from keras_avg._optimizers import nested_averages
 from keras_avg._optimizers.inner_state import optimizers_inside
 from keras_avg._optimizers.minimizing import variables_in
 from keras_avg._optimizers.storage import check_attached
@@ -115,13 +117,18 @@ class MeetsWorkers:
         """
         self._refuse_without_variables("meet")
         _, variables = self._averages_and_variables()
-        riding = [*self._averages_inside(), *self._averaged_slots(), *others]
+        riding, nested = [*self._averaged_slots(), *others], self._wrappers_inside()
+        brought = [array for wrapper in nested for array in nested_averages.brought(wrapper)]
         has_values = is_training and not (self.skip_nonfinite and _has_nonfinite(variables))
         weight = 1.0 if has_values else PRESENT if is_training else 0.0
-        sums, total = weighted_sum(self.communicator, [*variables, *riding], weight)
+        arrays = [*variables, *riding, *brought]
+        arrays, total = weighted_sum(self.communicator, arrays, weight)
         if number := round(total):
-            self._finish_round(sums[: len(variables)], float(number))
-            _backend.assign_quotients(sums[len(variables) :], float(number), riding)
+            sums = iter(arrays)
+            self._finish_round(list(islice(sums, len(variables))), float(number))
+            _backend.assign_quotients(list(islice(sums, len(riding))), float(number), riding)
+            for wrapper in nested:
+                nested_averages.take(wrapper, sums)
             self._snapshots.advance(1)
         if is_training:
             self._met_until = self._updates_so_far()
@@ -203,9 +210,8 @@ class MeetsWorkers:
         digits = ops.convert_to_numpy(table).astype("int64").reshape(len(table), -1, DIGITS)
         return (digits @ 16 ** np.arange(DIGITS)).T.tolist()
 
-    def _averages_inside(self) -> list[Any]:
-        inside = optimizers_inside(self)
-        return [a for o in inside if hasattr(o, "_averages") for a in o._averages if a is not None]
+    def _wrappers_inside(self) -> list[Any]:
+        return [o for o in optimizers_inside(self) if hasattr(o, "inner_optimizer")]
 
     def _slots_in_use(self) -> list[Any]:
         """The inner optimizer's slots but for those that are zero on every worker.

@@ -42,7 +42,8 @@ class ModelAverage(MeetsWorkers, HasInnerState, AveragedOptimizerWrapper):
     Args:
         optimizer: The optimizer that takes the local steps: a Keras optimizer, its name, or its
             config. Averages that wrappers in it keep (`ModelAverage(MovingAverage("adam"))`) are
-            averaged over the workers too, at each round.
+            averaged over the workers too, at each round, and so are their numbers of snapshots;
+            a worker without a snapshot adds nothing.
         num_worker: Integer, or None to take it from the communicator. Checked against it.
         is_chief: Bool, or None to take it from the communicator. Checked against it.
         interval_steps: Integer in [1, 2**31), in steps, from one round to the next. Default 100.
