@@ -1,5 +1,7 @@
 """How the workers of a ModelAverage begin, who are threads here."""
 
+import gc
+
 import fake_workers
 import keras
 import numpy as np
@@ -113,6 +115,7 @@ def test_a_step_on_which_nothing_is_due_reads_nothing_back_from_the_device(
 ):
     import torch
 
+    gc.collect()  # models that hold averages: whether they still do is looked up
     reads = []
 
     def counting(name, original):
