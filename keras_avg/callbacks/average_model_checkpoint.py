@@ -13,8 +13,10 @@ class AverageModelCheckpoint(keras.callbacks.ModelCheckpoint):
     """Saves the model with its averages, at the times when `ModelCheckpoint` saves.
 
     `val_*`, by which `save_best_only` judges, is of the raw weights, unless `SwapAverageWeights` is
-    among the callbacks too: then what is in the model is judged, and saved. Before the first
-    snapshot the raw model is saved, with one warning.
+    among the callbacks too: then what is in the model is judged, and saved. So are its
+    batch-normalization statistics: those of the raw weights, unless `SwapAverageWeights` has put
+    those of its `batch_norm_data` in, with `swap_on_epoch=True`. Before the first snapshot the raw
+    model is saved, with one warning.
 
     Args:
         update_weights: Bool. When a file is written, True assigns the averages to the model, and
