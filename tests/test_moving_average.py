@@ -184,6 +184,14 @@ def test_num_updates_and_a_schedule_exclude_each_other():
         MovingAverage("sgd", average_decay=ramp, num_updates=3)
 
 
+def test_a_schedule_that_begins_out_of_range_is_refused():
+    for start in (1.5, -0.5):
+        ramp = optimizers.schedules.PolynomialDecay(start, 4, 0.9)
+        with pytest.raises(ValueError, match=rf"\[0, 1\].*Received: .* is {start} at step 0"):
+            MovingAverage("sgd", average_decay=ramp)
+    MovingAverage("sgd", average_decay=optimizers.schedules.PolynomialDecay(0.0, 4, 1.0))
+
+
 def test_a_decay_in_the_place_of_sequential_update_is_recognized():
     with pytest.raises(TypeError, match=r"Did you mean average_decay=0\.999"):
         MovingAverage("sgd", 0.999)

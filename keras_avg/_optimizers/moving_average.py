@@ -36,7 +36,8 @@ class MovingAverage(AveragedOptimizerWrapper):
         optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
         sequential_update: Bool. See `AveragedOptimizerWrapper`.
         average_decay: Float in [0, 1], or a `keras.optimizers.schedules.LearningRateSchedule` whose
-            value at step `i` is the decay (the momentum ramps of BYOL and DINO). Default 0.99.
+            value at step `i` is the decay (the momentum ramps of BYOL and DINO). Only the value at
+            step 0 is checked: the others must be in [0, 1] too. Default 0.99.
         num_updates: Integer in [0, 2**31) or None. If given, `average_decay` becomes, once,
             `min(average_decay, (1 + num_updates) / (10 + num_updates))`.
         name: String. Default `"MovingAverage"`.
@@ -149,9 +150,15 @@ def _tensor(weight: Any) -> Any:
 
 
 def _decay(value: Any) -> Any:
-    if isinstance(value, LearningRateSchedule):
-        return value
-    return arguments.fraction("average_decay", value)
+    if not isinstance(value, LearningRateSchedule):
+        return arguments.fraction("average_decay", value)
+    first = arguments.number(value(ops.convert_to_tensor(0)))  # NaN inside compiled code
+    if first < 0.0 or first > 1.0:
+        raise ValueError(
+            "`average_decay` must have values in the range [0, 1]. Received: "
+            f"average_decay={value!r}, which is {first} at step 0."
+        )
+    return value
 
 
 def _capped(decay: Any, num_updates: Any) -> Any:
