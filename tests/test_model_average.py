@@ -8,7 +8,7 @@ import small_training as small
 from keras import ops, optimizers
 
 import keras_avg
-from keras_avg import SWA, Lookahead, ModelAverage, MovingAverage, _backend
+from keras_avg import SWA, Lookahead, ModelAverage, MovingAverage, _backend, _keras_internals
 from keras_avg.callbacks import SwapAverageWeights, SynchronizeWorkers
 
 TOLERANCE = 1e-6  # float32, over two dozen steps of variables of order 1
@@ -473,6 +473,23 @@ class TestInFit:
         for model in models:
             model.optimizer.swap_weights()
         small.assert_same_bits(*(m.get_weights() for m in models))
+
+    def test_who_finishes_first_ends_with_keras_own_average_too(self):
+        models = [small.model() for _ in range(2)]
+
+        def work(communicator):
+            model, size = models[communicator.rank], 12 if communicator.is_chief else 24
+            ema = optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9)
+            optimizer = ModelAverage(ema, interval_steps=3, communicator=communicator)
+            model.compile(optimizer, "mse")
+            callbacks = [SynchronizeWorkers()]
+            x, y = small.X[:size], small.Y[:size]
+            model.fit(x, y, batch_size=4, shuffle=False, verbose=0, callbacks=callbacks)
+            slots = [_keras_internals.slots(ema, v) for v in model.trainable_variables]
+            averages = [small.numpy(slot["average"]) for slot in slots]
+            small.assert_same_bits([small.numpy(v) for v in model.trainable_variables], averages)
+
+        fake_workers.run(2, work)
 
     @pytest.mark.parametrize("average_non_trainable", [True, False])
     def test_all_that_is_not_trained_starts_as_the_chiefs(self, average_non_trainable):

@@ -106,13 +106,15 @@ class SynchronizeWorkers(keras.callbacks.Callback):
         """Meet the others, without weight, until all have finished. Once in a `fit`."""
         if self._wrapper is None:
             return
-        model, wrapper = self.model, self._wrapper
+        model, wrapper, has_trained = self.model, self._wrapper, self._has_begun
         self._begin(model)  # if there was no epoch left
         with contextlib.ExitStack() as stack:
             for holding in finding.averaging_optimizers(model):
                 stack.enter_context(holding.raw_weights())
             while wrapper.meet(self._others(model), is_training=False):
                 pass
+        if has_trained:  # Keras' own average (`use_ema`) goes into the variables again
+            model.optimizer.finalize_variable_values(model.trainable_weights)
         self._wrapper = None
 
     def _begin(self, model: Any) -> None:
