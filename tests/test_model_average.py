@@ -1,5 +1,10 @@
 """ModelAverage: rounds of several workers, who are threads here."""
 
+import contextlib
+import json
+import shutil
+import time
+
 import fake_workers
 import keras
 import numpy as np
@@ -712,6 +717,73 @@ class TestInFit:
     def test_the_callback_alone_is_refused(self):
         with pytest.raises(ValueError, match=r"one keras_avg.ModelAverage.*Received: 0"):
             small.fit(small.model(SWA("sgd")), callbacks=[SynchronizeWorkers()])
+
+
+class TestBackups:
+    """Of epochs of four batches, and rounds after every third."""
+
+    @staticmethod
+    def fit(communicator, model, folder, *callbacks, batches=4):
+        model.compile(TestInFit.optimizer(communicator), "mse")
+        backup = keras.callbacks.BackupAndRestore(str(folder / str(communicator.rank)))
+        callbacks = [SynchronizeWorkers(), backup, *callbacks]
+        x, y = small.X[: 4 * batches], small.Y[: 4 * batches]
+        model.fit(x, y, batch_size=4, epochs=3, shuffle=False, verbose=0, callbacks=callbacks)
+
+    def test_who_has_finished_keeps_its_own_while_others_train(self, tmp_path):
+        models, seen = [small.model() for _ in range(2)], []
+
+        class Looks(keras.callbacks.Callback):
+            def on_epoch_begin(self, epoch, logs=None):
+                seen.append((tmp_path / "0" / "latest.weights.h5").exists())
+
+        def work(communicator):
+            model = models[communicator.rank]
+            if communicator.is_chief:  # it ends with the first round
+                self.fit(communicator, model, tmp_path, batches=1)
+            else:
+                self.fit(communicator, model, tmp_path, Looks())
+
+        fake_workers.run(2, work)
+        assert seen[2]  # after two rounds
+        assert not any((tmp_path / rank).exists() for rank in "01")
+
+    def test_of_different_epochs_are_refused_and_those_of_one_worker_serve_all(self, tmp_path):
+        class Dies(keras.callbacks.Callback):
+            """After step 8, of which only the chief makes a backup."""
+
+            def on_train_batch_end(self, batch, logs=None):
+                if int(self.model.optimizer.iterations) == 8:
+                    while not self.chief_is_ahead():
+                        time.sleep(0.01)
+                    raise KeyError("killed")
+
+            def chief_is_ahead(self):
+                with contextlib.suppress(OSError, ValueError):  # not there, half written
+                    return json.loads(metadata.read_text())["epoch"] == 2
+
+        def start(*callbacks_of_the_other):
+            models = [small.model() for _ in range(2)]
+
+            def work(communicator):
+                model = models[communicator.rank]
+                callbacks = () if communicator.is_chief else callbacks_of_the_other
+                self.fit(communicator, model, tmp_path, *callbacks)
+                return model
+
+            return fake_workers.run(2, work)
+
+        metadata = tmp_path / "0" / "training_metadata.json"
+        with pytest.raises(KeyError, match="killed"):
+            start(Dies())
+        with pytest.raises(ValueError, match=r"step. Received, by rank: \[8, 4\].*the same file"):
+            start()
+        shutil.copytree(tmp_path / "0", tmp_path / "1", dirs_exist_ok=True)
+        models = start()
+
+        assert [int(m.optimizer.iterations) for m in models] == [12, 12]
+        assert [m.optimizer.num_snapshots for m in models] == [4, 4]
+        small.assert_same_bits(*(m.get_weights() for m in models))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 7])

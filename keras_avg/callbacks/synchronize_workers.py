@@ -16,11 +16,17 @@ class SynchronizeWorkers(keras.callbacks.Callback):
 
     Before the first batch ever all workers take the chief's variables, those of frozen layers and
     float state that is not trained too. After each batch after which a round is due, all take the
-    mean. A worker that has no more data stays, without weight, until
-    the last has finished, so that shards of different sizes neither hang nor bias.
+    mean. A worker that has no more data stays, without weight, until the last has finished, so that
+    shards of different sizes neither hang nor bias.
 
-    One worker alone has nothing to synchronize, and the callback does nothing. Callbacks that load
-    weights when training begins, such as `BackupAndRestore`, may stand before or behind it.
+    One worker alone has nothing to synchronize, and the callback does nothing.
+
+    `BackupAndRestore`, with a folder for each worker, stands behind this callback in the list;
+    before it, it would delete the backup of a worker that has finished while others still train.
+    Each worker makes its backup at its own end of an epoch, and only rounds hold them together: let
+    each epoch end with one (its batches a multiple of `interval_steps`). Where backups are of
+    different epochs when a worker has died, the job started again is refused, because the workers
+    differ in their step. Then copy one worker's folder over those of the others.
 
     Args:
         average_non_trainable: Bool. Whether float state that is not trained, such as
@@ -37,9 +43,13 @@ class SynchronizeWorkers(keras.callbacks.Callback):
     Example:
 
     ```python
-    keras_avg.distributed.initialize()
+    communicator = keras_avg.distributed.initialize()
     model.compile(optimizer=keras_avg.ModelAverage("adam", interval_steps=100), loss="mse")
-    model.fit(my_shard, epochs=10, callbacks=[keras_avg.callbacks.SynchronizeWorkers()])
+    callbacks = [
+        keras_avg.callbacks.SynchronizeWorkers(),
+        keras.callbacks.BackupAndRestore(f"backup_{communicator.rank}"),
+    ]
+    model.fit(my_shard, epochs=10, callbacks=callbacks)
     ```
 
     Reference:
