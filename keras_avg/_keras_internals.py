@@ -224,21 +224,18 @@ def models_being_loaded() -> Iterator[Any]:
 
 
 def is_in_fit(callback: Any) -> bool:
-    """Whether a `fit` that has this callback is under way, in any thread.
+    """Whether the caller was called by a `fit` that has this callback.
 
     An exception leaves `fit` without a word to its callbacks, so that what they have noted may be
     of one that is over. Their list is a local variable of `fit`.
     """
-    for top in sys._current_frames().values():
-        frame: types.FrameType | None = top
-        while frame is not None:
-            if "callbacks" in frame.f_code.co_varnames:
-                listed = frame.f_locals.get("callbacks")
-                if isinstance(listed, keras.callbacks.CallbackList) and any(
-                    each is callback for each in listed.callbacks
-                ):
-                    return True
-            frame = frame.f_back
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        if "callbacks" in frame.f_code.co_varnames:  # `f_locals` of every frame would take its time
+            listed = getattr(frame.f_locals.get("callbacks"), "callbacks", ())  # in a CallbackList
+            if any(each is callback for each in listed):
+                return True
+        frame = frame.f_back
     return False
 
 
