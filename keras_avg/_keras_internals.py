@@ -226,8 +226,7 @@ def models_being_loaded() -> Iterator[Any]:
 def is_in_fit(callback: Any) -> bool:
     """Whether the caller was called by a `fit` that has this callback.
 
-    An exception leaves `fit` without a word to its callbacks, so that what they have noted may be
-    of one that is over. Their list is a local variable of `fit`.
+    The list of callbacks is a local variable of `fit`.
     """
     frame: types.FrameType | None = sys._getframe()
     while frame is not None:

@@ -109,10 +109,7 @@ def test_a_state_saved_after_a_round_that_failed_is_no_new_beginning():
 
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="others decide in compiled code")
-@pytest.mark.parametrize("between_batches", [False, True])
-def test_a_step_on_which_nothing_is_due_reads_nothing_back_from_the_device(
-    between_batches, monkeypatch
-):
+def test_a_step_on_which_nothing_is_due_reads_nothing_back_from_the_device(monkeypatch):
     import torch
 
     gc.collect()  # models that hold averages: whether they still do is looked up
@@ -131,7 +128,6 @@ def test_a_step_on_which_nothing_is_due_reads_nothing_back_from_the_device(
     optimizer = ModelAverage(optimizers.SGD(0.5), communicator=Twin())
     variables, grads = [keras.Variable([1.0])], [ops.ones(1)]
     optimizer.apply(grads, variables)
-    optimizer._meets_between_batches = between_batches
     reads.clear()
     for _ in range(3):
         optimizer.apply(grads, variables)

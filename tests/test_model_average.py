@@ -595,6 +595,31 @@ class TestInFit:
 
         assert fake_workers.run(2, work) == [(24, 8), (24, 8)]
 
+    def test_a_loop_that_calls_the_callback_by_hand_ends_where_fit_ends(self):
+        models = [small.model() for _ in range(2)]
+
+        def work(communicator):
+            model, first = models[communicator.rank], 16 * communicator.rank
+            model.compile(self.optimizer(communicator), "mse")
+            workers = SynchronizeWorkers()
+            workers.set_model(model)
+            workers.on_train_begin()
+            for epoch in range(2):
+                workers.on_epoch_begin(epoch)
+                for batch in range(4):
+                    part = slice(first + 4 * batch, first + 4 * batch + 4)
+                    workers.on_train_batch_begin(batch)
+                    model.train_on_batch(small.X[part], small.Y[part])
+                    workers.on_train_batch_end(batch)
+                workers.on_epoch_end(epoch)
+            workers.on_train_end()
+            return [small.numpy(w) for w in model.weights]
+
+        results = fake_workers.run(2, work)
+        for model, weights in zip(self.fit_shards((16, 16), self.optimizer), results, strict=True):
+            for value, target in zip(weights, model.weights, strict=True):
+                np.testing.assert_array_equal(value, small.numpy(target))
+
     @pytest.mark.parametrize("first", [True, False], ids=["first in the list", "last in the list"])
     def test_an_eager_loop_meets_again_after_a_fit_that_failed(self, first):
         models = [small.model() for _ in range(2)]

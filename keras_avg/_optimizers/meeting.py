@@ -43,7 +43,7 @@ class MeetsWorkers:
     _updates_so_far: Callable[[], int]
     _variables_for: Callable[[list[Any], Any], list[Any]]
 
-    _callback: Any = None  # the SynchronizeWorkers of the last `fit` that had one
+    _callback: Any = None  # the SynchronizeWorkers of the last training that had one
     _met_until: int | None = None  # the step up to which no round is missing; None: not known
 
     def _apply(self, grads: list[Any], variables: list[Any] | None, aggregate: bool) -> None:
@@ -162,7 +162,7 @@ class MeetsWorkers:
 
     def _meets_between_batches(self) -> bool:
         """Whether SynchronizeWorkers is there to meet the others, so that `apply` need not."""
-        return self._callback is not None and _keras_internals.is_in_fit(self._callback)
+        return self._callback is not None and self._callback.is_at_work()
 
     def _due_if_finite(self, due: Any) -> Any:
         # Over workers a round is due for all or none: one with such weights takes part without any.

@@ -64,6 +64,7 @@ class SynchronizeWorkers(keras.callbacks.Callback):
         self._executions = 0  # since then
         self._steps_per_execution = 1
         self._has_begun = False
+        self._is_in_fit = False  # else in a loop that calls it by hand
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Check that rounds can take place between batches."""
@@ -72,6 +73,7 @@ class SynchronizeWorkers(keras.callbacks.Callback):
         self._wrapper = wrapper if wrapper.communicator.size > 1 else None
         if self._wrapper is not None:
             self._wrapper._callback = self
+            self._is_in_fit = _keras_internals.is_in_fit(self)
             self._steps_per_execution = model.steps_per_execution
             _check_rounds_end_executions(wrapper, model)
             self._has_begun = False
@@ -126,6 +128,13 @@ class SynchronizeWorkers(keras.callbacks.Callback):
         if has_trained:  # Keras' own average (`use_ema`) goes into the variables again
             model.optimizer.finalize_variable_values(model.trainable_weights)
         self._wrapper = None
+
+    def is_at_work(self) -> bool:
+        """Whether this is going to be called after the batch under way.
+
+        An exception leaves `fit` without a word to its callbacks, so there a mark would stay.
+        """
+        return _keras_internals.is_in_fit(self) if self._is_in_fit else self._wrapper is not None
 
     def _begin(self, model: Any) -> None:
         if self._has_begun:
