@@ -224,17 +224,21 @@ def models_being_loaded() -> Iterator[Any]:
 
 
 def is_in_fit(callback: Any) -> bool:
-    """Whether the caller was called by a `fit` that has this callback.
+    """Whether a `fit` that has this callback is under way.
 
-    The list of callbacks is a local variable of `fit`.
+    The list of callbacks is a local variable of `fit`. All threads are searched, because the
+    replicas of a TensorFlow strategy are traced in threads of their own.
     """
-    frame: types.FrameType | None = sys._getframe()
-    while frame is not None:
-        if "callbacks" in frame.f_code.co_varnames:  # `f_locals` of every frame would take its time
-            listed = getattr(frame.f_locals.get("callbacks"), "callbacks", ())  # in a CallbackList
-            if any(each is callback for each in listed):
-                return True
-        frame = frame.f_back
+    for top in sys._current_frames().values():
+        frame: types.FrameType | None = top
+        while frame is not None:
+            if "callbacks" in frame.f_code.co_varnames:  # `f_locals` of every one takes its time
+                listed = frame.f_locals.get("callbacks")
+                if isinstance(listed, keras.callbacks.CallbackList) and any(
+                    each is callback for each in listed.callbacks
+                ):
+                    return True
+            frame = frame.f_back
     return False
 
 

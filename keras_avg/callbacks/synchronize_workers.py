@@ -146,7 +146,7 @@ class SynchronizeWorkers(keras.callbacks.Callback):
         self._has_begun = True
 
     def _look(self) -> None:
-        self._step, self._executions = int(self._wrapper.iterations), 0
+        self._step, self._executions = self._wrapper._updates_so_far(), 0
 
     def _steps_at_most(self) -> int:
         micro_steps = self._executions * self._steps_per_execution

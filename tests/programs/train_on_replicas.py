@@ -121,4 +121,5 @@ def main(folder, policy):
         is_resumed_on_one_device(trained, pathlib.Path(folder))
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])
