@@ -825,6 +825,33 @@ def test_means_are_rounded_once(workers):
     np.testing.assert_array_equal(variable, small.numpy(low).astype("float32"))
 
 
+@pytest.mark.parametrize("size", [0, 1, 2**16, 2**16 + 1, 3 * 2**16 - 1])
+@pytest.mark.parametrize("workers", [2, 3])
+def test_means_of_arrays_of_any_size(size, workers):
+    sums = np.random.default_rng(size).normal(size=(1, size)).astype("float32")
+    center, variable = keras.Variable(np.zeros_like(sums)), keras.Variable(np.ones_like(sums))
+
+    _backend.assign_quotients([sums], float(workers), [center], [variable])
+
+    for each in (center, variable):
+        np.testing.assert_array_equal(small.numpy(each), sums / np.float32(workers))
+    variable.assign(np.zeros_like(sums))  # each has memory of its own
+    np.testing.assert_array_equal(small.numpy(center), sums / np.float32(workers))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="about memory layouts of torch")
+def test_means_reach_memory_that_is_not_contiguous():
+    import torch
+
+    sums = np.random.default_rng(0).normal(size=(4, 6)).astype("float32")
+    memory = torch.zeros(6, 4)
+    variable = torch.nn.Parameter(memory.T, requires_grad=False)
+
+    _backend.assign_quotients([sums], 2.0, [variable])
+
+    np.testing.assert_array_equal(memory.numpy(), sums.T / 2)
+
+
 def test_any_communicator_will_do():
     optimizer = ModelAverage(inner(), interval_steps=2, communicator=Twin())
     variable = keras.Variable(STARTS[0])

@@ -24,10 +24,10 @@ def detached(variable: Any) -> Any:
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
     for source, *chain in zip(sources, *targets, strict=True):
         value = source.value if isinstance(source, keras.Variable) else source
-        value = value if divisor == 1 else value / divisor
+        value = value / divisor
         for target in chain:
             value = value.astype(target.dtype, copy=False)
-            target.assign(jnp.array(value, copy=True))
+            target.assign(jax.device_put(value, may_alias=False))  # `jnp.array` copies twice
 
 
 class Counter:
