@@ -839,6 +839,18 @@ def test_means_of_arrays_of_any_size(size, workers):
     np.testing.assert_array_equal(small.numpy(center), sums / np.float32(workers))
 
 
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="buffers are donated on JAX")
+def test_means_have_buffers_of_their_own():
+    sums = [np.full(2**14, number, "float32") for number in range(64)]  # some of them aligned
+    centers = [keras.Variable(array) for array in sums]
+    variables = [keras.Variable(array) for array in sums]
+
+    _backend.assign_quotients(sums, 2.0, centers, variables)
+
+    both = [*centers, *variables]
+    assert len({v.value.unsafe_buffer_pointer() for v in both}) == len(both)
+
+
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="about memory layouts of torch")
 def test_means_reach_memory_that_is_not_contiguous():
     import torch

@@ -24,10 +24,11 @@ def detached(variable: Any) -> Any:
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
     for source, *chain in zip(sources, *targets, strict=True):
         value = source.value if isinstance(source, keras.Variable) else source
-        value = value / divisor
+        value = value if divisor == 1 else value / divisor
         for target in chain:
             value = value.astype(target.dtype, copy=False)
-            target.assign(jax.device_put(value, may_alias=False))  # `jnp.array` copies twice
+            # Not `jax.device_put`: it takes aligned arrays as they are, `may_alias=False` or not.
+            target.assign(jnp.array(value, copy=True))
 
 
 class Counter:
