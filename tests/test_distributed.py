@@ -146,7 +146,7 @@ def test_an_evaluator_stands_beside_the_job(launcher):
     assert isinstance(keras_avg.distributed.initialize(), LocalCommunicator)
 
 
-class Twin(keras_avg.distributed.Communicator):
+class Pair(keras_avg.distributed.Communicator):
     """One of two workers that hold the same; as short as a subclass can be."""
 
     def __init__(self, rank):
@@ -159,7 +159,7 @@ class Twin(keras_avg.distributed.Communicator):
 
 
 def test_a_communicator_needs_a_place_and_a_sum():
-    chief, other = Twin(0), Twin(1)
+    chief, other = Pair(0), Pair(1)
     assert (chief.is_chief, other.is_chief) == (True, False)
     chief.barrier()
     assert [array.shape for array in chief.brought] == [()]
@@ -171,12 +171,12 @@ def test_a_communicator_needs_a_place_and_a_sum():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_communicator_is_given_arrays_and_not_variables(dtype):
-    twin, variable = Twin(0), keras.Variable([1.0, 2.0], dtype=dtype)
-    optimizer = keras_avg.ModelAverage("sgd", interval_steps=1, communicator=twin)
+    pair, variable = Pair(0), keras.Variable([1.0, 2.0], dtype=dtype)
+    optimizer = keras_avg.ModelAverage("sgd", interval_steps=1, communicator=pair)
     optimizer.build([variable])
     optimizer.apply([ops.ones(2, dtype)], [variable])
     assert optimizer.num_snapshots == 1
-    for array in twin.brought:
+    for array in pair.brought:
         assert not isinstance(array, keras.Variable)
         assert np.asarray(array).dtype == "float32"  # apart from gradients, too
 
