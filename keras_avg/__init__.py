@@ -7,6 +7,7 @@ from keras_avg._optimizers.lookahead import Lookahead
 from keras_avg._optimizers.model_average import ModelAverage
 from keras_avg._optimizers.moving_average import MovingAverage
 from keras_avg._optimizers.swa import SWA
+from keras_avg._optimizers.swap_weights import assign_average_vars, average_weights, swap_weights
 from keras_avg.batch_norm import update_batch_norm
 
 __all__ = [
@@ -15,9 +16,12 @@ __all__ = [
     "Lookahead",
     "ModelAverage",
     "MovingAverage",
+    "assign_average_vars",
+    "average_weights",
     "averaging_optimizers",
     "callbacks",
     "distributed",
     "schedules",
+    "swap_weights",
     "update_batch_norm",
 ]

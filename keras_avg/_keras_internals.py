@@ -8,9 +8,11 @@ import contextlib
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
+import h5py
 import keras
 import numpy as np
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
@@ -210,17 +212,26 @@ def reattach_state(optimizer: Any) -> bool:
     return True
 
 
-def models_being_loaded() -> Iterator[Any]:
-    """The models on whose behalf Keras is loading at the moment, innermost call first.
+def models_among_callers(name: str) -> Iterator[Any]:
+    """The Keras models that callers have in the local variable `name`, innermost call first.
 
-    A loading optimizer is handed its own part of a file only. Where variables of the model stand in
-    it, the model is in the frames of its callers.
+    `"self"`: those in whose train step, `fit` or `compile` this runs. `"saveable"`: those that
+    Keras saves or loads at the moment. An optimizer is not told which model it works for: the
+    trainer hands it arrays, and a file's reader its own part of the file only.
+
+    Only functions of Keras are looked into: up to Python 3.12, looking keeps all local variables of
+    a function alive until it returns.
     """
     frame: types.FrameType | None = sys._getframe()
     while frame is not None:
-        if isinstance(model := frame.f_locals.get("saveable"), keras.Model):
+        is_candidate = name in frame.f_code.co_varnames and _is_of_keras(frame)
+        if is_candidate and isinstance(model := frame.f_locals.get(name), keras.Model):
             yield model
         frame = frame.f_back
+
+
+def _is_of_keras(frame: types.FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith("keras.")
 
 
 def is_in_fit(callback: Any) -> bool:
@@ -278,19 +289,117 @@ def _with_public_names(config: Any) -> Any:
     return config
 
 
-def stored_inside(store: Any, path: str) -> Any:
-    """What a file holds for an object inside the one whose `store` it is; None if not to be seen.
+class Entry(NamedTuple):
+    """What a file's index says of an array, which is not read for it."""
 
-    Keras hands an object its own part of a file only, and loads what is inside afterwards: too late
-    to refuse a file of which one half fits. Arrays are read when they are looked at.
+    shape: tuple[int, ...]
+    dtype: Any
+    attributes: dict[str, Any]
+
+
+def index_of(store: Any) -> dict[str, Entry]:
+    """Shapes and dtypes of all arrays in a store, by name, without reading any from a file.
+
+    Public `store[name]` reads the array, however large a file says it is.
     """
-    if type(store).__name__ != "H5IOStore":  # one of several shards, or not a file
-        return None
+    if not hasattr(store, "_h5_entry_group"):
+        return {name: _entry(store[name]) for name in store.keys()}  # noqa: SIM118 (no `__iter__`)
+    if not hasattr(store, "_switch_h5_file"):
+        return _entries(store._h5_entry_group)
+    index = {}
+    for filename in list(store.current_shard_filenames):
+        store._switch_h5_file(filename, mode="r")
+        index.update(_entries(store._h5_entry_group))
+    store._restore_h5_file()
+    return index
+
+
+def _entries(group: Any) -> dict[str, Entry]:
+    """Of links to other files nothing is said; reading them is what Keras refuses."""
+    found = {}
+    for name in group:
+        is_here = isinstance(group, dict) or type(group.get(name, getlink=True)) is h5py.HardLink
+        found[name] = _entry(group[name]) if is_here else Entry((), "a link", {})
+    return found
+
+
+def _entry(array: Any) -> Entry:
+    attributes = dict(getattr(array, "attrs", {}))
+    shape = tuple(array.shape if hasattr(array, "shape") else np.shape(array))
+    return Entry(shape, attributes.get("dtype", getattr(array, "dtype", None)), attributes)
+
+
+def set_attributes(store: Any, name: str, attributes: dict[str, str]) -> None:
+    """Give an array that was just written to a file attributes; other stores have none."""
+    group = getattr(store, "_h5_entry_group", {})
+    if name in group:
+        group[name].attrs.update(attributes)
+
+
+@contextlib.contextmanager
+def inside(store: Any, path: str) -> Iterator[Any]:
+    """Context in which a store gives what a file holds for an object inside the one it is of.
+
+    Yields None if that cannot be seen. Keras hands an object its own part of a file only, and loads
+    what is inside afterwards: too late to refuse a file of which one half fits.
+    """
+    if not hasattr(store, "_h5_entry_path"):
+        yield None
+        return
     own = store._h5_entry_path
     try:
-        return store.get(f"{own}/{path}")._h5_entry_group
+        yield store.get(f"{own}/{path}")
     finally:
         store.get(own)
+
+
+def weakly(store: Any) -> Callable[[], Any]:
+    """A store, weakly. A dict, of somebody who loads by hand, is nobody's second visit."""
+    return (lambda: None) if isinstance(store, Mapping) else weakref.ref(store)
+
+
+def skip_next_load(optimizer: Any, store: Any) -> None:
+    """Let an optimizer that is not built take nothing from this file, as its wrapper does.
+
+    Keras loads what is inside a wrapper by itself, and an optimizer that is not built takes its
+    counter and its rate from a file, and leaves the rest.
+    """
+    the_store = weakly(store)
+
+    def load(other: Any) -> None:
+        del vars(optimizer)["load_own_variables"]
+        if other is not the_store():
+            optimizer.load_own_variables(other)
+
+    if the_store() is not None:
+        vars(optimizer)["load_own_variables"] = load
+
+
+def are_stored_as_they_are(model: Any, variables: list[Any]) -> bool:
+    """Whether variables of a model have their values again after saving and loading.
+
+    A layer may store something else, as one with LoRA does. No public call tells.
+    """
+    wanted = {id(variable): variable for variable in variables}
+    for layer in layers_at_any_depth(model):
+        own = [v for v in layer._trainable_variables if id(v) in wanted]
+        if own and type(layer).save_own_variables is not keras.layers.Layer.save_own_variables:
+            stored: dict[str, Any] = {}
+            layer.save_own_variables(stored)
+            kept = {id(value) for value in stored.values()}
+            if not all(id(v) in kept or _comes_back(layer, stored, v) for v in own):
+                return False
+    return True
+
+
+def _comes_back(layer: Any, stored: dict[str, Any], variable: Any) -> bool:
+    arrays = {name: keras.ops.convert_to_numpy(value) for name, value in stored.items()}
+    with keras.StatelessScope() as scope:
+        layer.load_own_variables(arrays)
+    value = scope.get_current_value(variable)
+    return value is None or np.array_equal(
+        keras.ops.convert_to_numpy(value), keras.ops.convert_to_numpy(variable), equal_nan=True
+    )
 
 
 def is_stored_by_number(optimizer: Any) -> bool:

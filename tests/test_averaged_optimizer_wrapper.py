@@ -87,7 +87,7 @@ class TestConstructor:
 
     @pytest.mark.parametrize(
         "argument",
-        ["weight_decay", "use_ema", "ema_momentum", "gradient_accumulation_steps"],
+        ["weight_decay", "use_ema", "gradient_accumulation_steps"],
     )
     def test_arguments_of_the_inner_optimizer_are_sent_there(self, argument):
         with pytest.raises(ValueError, match="set it on the inner optimizer"):

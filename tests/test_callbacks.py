@@ -1,5 +1,7 @@
 """Averages are judged, kept and saved; raw weights are trained; neither disturbs the other."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -180,6 +182,42 @@ class TestBeforeTheFirstSnapshot:
         with pytest.warns(UserWarning, match=r"without a snapshot.*=1000.*6 updates"):
             fit(model, SwapAverageWeights(), records, epochs=1)
         assert not any(averages_in for _, averages_in in records.seen)
+
+    @pytest.mark.parametrize(
+        ("optimizer", "epochs", "is_too_short"),
+        [
+            (lambda: SWA("sgd", start_averaging=12), 2, True),
+            (lambda: SWA("sgd", start_averaging=11), 2, False),
+            (lambda: SWA("sgd", start_averaging=12), 3, False),
+            (lambda: SWA(optimizers.SGD(gradient_accumulation_steps=2), 6), 2, True),
+            (lambda: SWA(optimizers.SGD(gradient_accumulation_steps=2), 5), 2, False),
+            (lambda: MovingAverage("sgd", average_period=13), 2, True),
+            (lambda: SWA(MovingAverage("sgd", average_period=12), start_averaging=99), 2, False),
+        ],
+    )
+    def test_training_that_is_too_short_is_told_so_at_its_beginning(
+        self, optimizer, epochs, is_too_short
+    ):
+        model, told_after = small.model(optimizer()), []
+
+        class Notes(keras.callbacks.Callback):
+            def on_train_batch_begin(self, batch, logs=None):
+                told_after.append(len(caught))
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(model, SwapAverageWeights(), Notes(), epochs=epochs)
+        ours = [str(w.message) for w in caught if "without a snapshot" in str(w.message)]
+        assert len(ours) == is_too_short
+        if is_too_short:
+            assert told_after[0] > 0
+            assert "Training will end without a snapshot" in ours[0]
+            assert f"after {int(model.optimizer.iterations)} updates" in ours[0]
+
+    def test_updates_of_a_loaded_optimizer_count(self):
+        model = small.fit(small.model(SWA("sgd", start_averaging=12)), epochs=2)
+        fit(model, SwapAverageWeights(), epochs=1)
+        assert model.optimizer.num_snapshots == 1
 
     def test_of_nested_wrappers_the_outermost_with_a_snapshot_is_taken(self):
         moving_average = MovingAverage("adam")

@@ -46,6 +46,12 @@ def test_workers_of_two_replicas_average_as_workers_of_one_device():
     assert finished.returncode == 0, finished.stderr
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's")
+def test_a_shadow_copy_is_made_in_the_scope_of_a_strategy():
+    finished = run("shadow_copy_on_replicas.py")
+    assert finished.returncode == 0, finished.stderr
+
+
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="keras.distribution is for JAX")
 @pytest.mark.parametrize("kind", ["data", "model"])
 def test_sharded_training_is_that_of_the_bare_optimizer_and_gathers_nothing(kind):

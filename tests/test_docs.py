@@ -54,6 +54,18 @@ def test_each_cell_of_the_features_names_a_test_or_a_reason():
             assert any(PROOF.search(cell) for cell in cells), f"{feature} is not proven anywhere"
 
 
+def test_the_first_snippet_of_the_readme_averages_something(tmp_path, monkeypatch):
+    snippet = re.search(r"```python\n(.*?)```", (HERE.parent / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(snippet[1].replace("validation_split", "verbose=0, validation_split"), names)
+    optimizer = names["model"].optimizer
+    assert int(optimizer.iterations) == 20 * names["steps"]
+    assert optimizer.num_snapshots == (20 - 5) * names["steps"] // 10 + 1
+    assert optimizer.averages_in_model
+    assert (tmp_path / "averaged.keras").exists()
+
+
 def test_the_search_finds_what_it_looks_for():
     text = "`test_no.py::test_a` `test_docs.py::test_b` `test_docs.py::missing[1 2]` `a.py::b`"
     assert list(missing(text)) == [

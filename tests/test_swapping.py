@@ -9,6 +9,10 @@ from keras import optimizers
 import keras_avg
 from keras_avg import SWA, MovingAverage
 
+sees_compiled_steps = pytest.mark.skipif(
+    keras.backend.backend() == "torch", reason="torch runs Python at each step"
+)
+
 
 def trained(optimizer=None, **arguments):
     optimizer = optimizer or SWA(optimizers.Adam(0.01), 0, 2)
@@ -178,23 +182,41 @@ class TestTrainingWhileSwapped:
         model.optimizer.swap_weights()
         small.assert_same_bits(trainable(model), raw)
 
-    @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch sees every step")
-    def test_in_code_compiled_before_is_found_at_the_end_of_fit(self):
+    @pytest.mark.parametrize("swap", [lambda m: m.optimizer.swap_weights(), keras_avg.swap_weights])
+    def test_is_refused_before_the_first_step_though_the_step_was_compiled_before(self, swap):
         model = trained()
-        raw = trainable(model)
-        model.optimizer.swap_weights()
+        compiled, raw = model.train_function, trainable(model)
+        swap(model)
+        averages, state = model.get_weights(), model.optimizer.get_weights()
+        for train in (small.fit, lambda m: m.train_on_batch(small.X[:8], small.Y[:8])) * 2:
+            with pytest.raises(RuntimeError, match=r"`keras_avg.swap_weights\(model\)`"):
+                train(model)
+        small.assert_same_bits(model.get_weights(), averages)  # batch-norm statistics too
+        small.assert_same_bits(model.optimizer.get_weights(), state)
 
-        with pytest.raises(RuntimeError, match="6 updates since they were put in"):
-            small.fit(model, epochs=1)
-
-        model.optimizer.swap_weights()
+        swap(model)
+        assert model.train_function is compiled
         small.assert_same_bits(trainable(model), raw)
+        small.fit(model, epochs=1)
 
-    @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch sees every step")
-    def test_in_code_compiled_before_is_found_each_time(self):
+    def test_is_refused_in_a_second_fit_without_the_callback(self):
+        model = small.model(SWA(optimizers.Adam(0.01), 0, 2))
+        small.fit(model, epochs=1, callbacks=[keras_avg.callbacks.SwapAverageWeights()])
+        averages, updates = model.get_weights(), int(model.optimizer.iterations)
+        with pytest.raises(RuntimeError, match=r"`keras_avg.assign_average_vars\(model\)`"):
+            small.fit(model, epochs=1)
+        assert int(model.optimizer.iterations) == updates
+        small.assert_same_bits(model.get_weights(), averages)
+        keras_avg.assign_average_vars(model)
+        small.fit(model, epochs=1)
+        assert int(model.optimizer.iterations) == 2 * updates
+
+    @sees_compiled_steps
+    def test_in_code_that_goes_past_the_model_is_found_at_the_end_of_fit_each_time(self):
         model = trained()
-        raw = trainable(model)
+        compiled, raw = model.train_function, trainable(model)
         model.optimizer.swap_weights()
+        model.train_function = compiled
 
         for updates in (6, 12):
             with pytest.raises(RuntimeError, match=f"{updates} updates since they were put in"):
@@ -203,24 +225,29 @@ class TestTrainingWhileSwapped:
         model.optimizer.swap_weights()
         small.assert_same_bits(trainable(model), raw)
 
-    @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch sees every step")
-    def test_in_code_compiled_before_is_found_by_a_file(self, tmp_path):
+    @sees_compiled_steps
+    def test_in_code_that_goes_past_the_model_is_found_by_a_file(self, tmp_path):
         model = small.model(SWA(optimizers.Adam(0.01), 0, 2))
         model.train_on_batch(small.X[:8], small.Y[:8])
+        compiled = model.train_function
         model.optimizer.swap_weights()
+        model.train_function = compiled
         model.train_on_batch(small.X[:8], small.Y[:8])
         for _ in range(2):
             with pytest.raises(RuntimeError, match="1 updates since they were put in"):
                 model.save_weights(tmp_path / "mixed.weights.h5")
 
-    @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch sees every step")
+    @sees_compiled_steps
     def test_by_another_wrapper_is_found_at_the_end_of_fit(self):
         model = trained(SWA(optimizers.Adam(0.01), 0, 2))
         first, second = model.optimizer, SWA(optimizers.Adam(0.01), 0, 2)
         model.compile(second, "mse")
         small.fit(model, epochs=1)
-        raw = trainable(model)
+        compiled, raw = model.train_function, trainable(model)
         first.swap_weights()
+        with pytest.raises(RuntimeError, match="averages of 'SWA', so training is refused"):
+            small.fit(model, epochs=1)
+        model.train_function = compiled
         with pytest.raises(RuntimeError, match="trained by 'SWA' while it held the averages of"):
             small.fit(model, epochs=1)
         first.swap_weights()

@@ -476,3 +476,23 @@ class TestBackups:
         assert [int(m.optimizer.iterations) for m in models] == [12, 12]
         assert [m.optimizer.num_snapshots for m in models] == [4, 4]
         small.assert_same_bits(*(m.get_weights() for m in models))
+
+
+class MovesTheClock(keras.callbacks.Callback):
+    """As anything that counts a step which no callback hears of."""
+
+    def __init__(self, at_end_of_epoch):
+        super().__init__()
+        self.at_end_of_epoch = at_end_of_epoch
+
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == self.at_end_of_epoch:
+            self.model.optimizer.inner_optimizer.iterations.assign_add(1)
+
+
+@pytest.mark.parametrize(("epoch", "due"), [(0, 7), (1, 13)])
+def test_a_due_round_that_did_not_take_place_is_never_silent(epoch, due):
+    optimizer = ModelAverage(inner(), interval_steps=due, communicator=Twin())
+    callbacks = [SynchronizeWorkers(), MovesTheClock(epoch)]
+    with pytest.raises(RuntimeError, match=f"was due after step {due} and did not take place"):
+        small.fit(small.model(optimizer), epochs=2, callbacks=callbacks)

@@ -5,9 +5,11 @@ import numpy as np
 import oracles
 import pytest
 import small_training as small
+from fake_workers import Twin
 from keras import optimizers
 
-from keras_avg import SWA, MovingAverage, _backend
+import keras_avg
+from keras_avg import SWA, ModelAverage, MovingAverage, _backend
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="about TensorFlow")
 
@@ -165,3 +167,91 @@ def test_a_schedule_in_place_of_a_constant_rate_does_not_stop_a_checkpoint(tmp_p
     other.optimizer.build(other.trainable_variables)
     tf.train.Checkpoint(model=other, optimizer=other.optimizer).restore(path).expect_partial()
     small.assert_same_bits(other.optimizer.get_weights(), model.optimizer.get_weights())
+
+
+EPOCHS = 3
+
+
+def of_unknown_length():
+    """Data whose end Keras finds by one more step, for which there is no batch."""
+    import tensorflow as tf
+
+    def batches():
+        for start in range(0, len(small.X), small.BATCH_SIZE):
+            batch = slice(start, start + small.BATCH_SIZE)
+            yield small.X[batch], small.Y[batch]
+
+    signature = (tf.TensorSpec((None, 5)), tf.TensorSpec((None, 1)))
+    return tf.data.Dataset.from_generator(batches, output_signature=signature)
+
+
+@pytest.mark.filterwarnings("ignore:.*shuffle=True|Your input ran out of data")
+class TestAStepThatHadNoBatch:
+    """Keras without XLA: the iterator fails, and what does not depend on the batch runs."""
+
+    def fit(self, optimizer, **arguments):
+        model = small.model(optimizer, jit_compile=False)
+        model.fit(of_unknown_length(), epochs=EPOCHS, verbose=0, **arguments)
+        return model
+
+    def test_counts_with_a_bare_optimizer_which_is_why_this_is_tested(self):
+        model = self.fit(optimizers.Adam())
+        assert int(model.optimizer.iterations) == EPOCHS * (small.BATCHES + 1)
+
+    @pytest.mark.parametrize(
+        ("wrapper", "snapshots"),
+        [
+            (lambda inner: SWA(inner, 0, 1), 18),
+            (lambda inner: SWA(inner, 6, 7), 2),
+            (lambda inner: MovingAverage(inner, average_period=7), 2),
+            (lambda inner: ModelAverage(inner, interval_steps=7), 2),
+            (lambda inner: optimizers.LossScaleOptimizer(SWA(inner, 6, 7)), 2),
+        ],
+    )
+    def test_counts_nowhere(self, wrapper, snapshots):
+        model = self.fit(wrapper(optimizers.Adam(0.01)))
+        known = small.fit(small.model(wrapper(optimizers.Adam(0.01))), epochs=EPOCHS)
+        for each in (model, known):
+            (found,) = keras_avg.averaging_optimizers(each)
+            assert found.num_snapshots == snapshots
+            assert int(found.iterations) == EPOCHS * small.BATCHES
+        for ours, theirs in zip(model.get_weights(), known.get_weights(), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)  # XLA rounds otherwise
+
+    def test_counts_nowhere_where_gradients_accumulate(self):
+        inner = optimizers.Adam(0.01, gradient_accumulation_steps=2)
+        model = self.fit(SWA(inner, 0, 1))
+        assert model.optimizer.num_snapshots == EPOCHS * small.BATCHES // 2
+
+    @pytest.mark.parametrize("interval", [2, 7])
+    def test_does_not_take_a_round_of_several_workers_away(self, interval):
+        optimizer = ModelAverage("adam", interval_steps=interval, communicator=Twin())
+        self.fit(optimizer, callbacks=[keras_avg.callbacks.SynchronizeWorkers()])
+        assert optimizer.num_snapshots == EPOCHS * small.BATCHES // interval
+
+
+def test_a_first_trace_that_failed_leaves_an_optimizer_that_can_be_asked_and_used():
+    class FailsOnce(keras.Sequential):
+        has_failed = False
+
+        def train_step(self, data):
+            logs = super().train_step(data)
+            if not self.has_failed:
+                self.has_failed = True
+                raise KeyError("of the user")
+            return logs
+
+    model = FailsOnce(small.model().layers)
+    model.compile(SWA("adam", 0, 1), "mse")
+    optimizer = model.optimizer
+    with pytest.raises(KeyError, match="of the user"):
+        small.fit(model)
+    assert (optimizer.num_snapshots, optimizer.averages_in_model) == (0, False)
+    assert not optimizer.has_average
+    with pytest.raises(ValueError, match="no snapshot yet"):
+        optimizer.swap_weights()
+    assert not any(map(np.any, optimizer.get_weights()[3:9]))
+
+    model.compile(optimizer, "mse")
+    small.fit(model, epochs=1)
+    assert optimizer.num_snapshots == small.BATCHES

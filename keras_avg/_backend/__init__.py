@@ -39,9 +39,14 @@ Each file defines the same names with the same signatures, in the same order:
   only after the loss was. TensorFlow records on a tape, and takes a tensor from the user's in place
   of a loss to call; JAX differentiates functions without effects, so what the loss assigns is kept
   aside and assigned after it.
+* `after(grads)`: context whose effects take place only where the gradients do. TensorFlow runs what
+  does not depend on the batch, such as a counter, in a step that has no batch too: Keras calls one
+  at the end of data of unknown length.
 * `part_of_sum(grad)`: one replica's part of a gradient that is summed over all replicas already. A
   TensorFlow strategy adds them up when the step is taken, whatever they are.
-* `outside_trace()`: context in which variables are made and read, also while a step is traced.
+* `outside_trace(reads)`: context in which variables are made and read, also while a step is traced.
+  On TensorFlow a trace that fails later leaves variables that were made in it without values. If
+  one of `reads`, which are read in it, has no value yet, it has to be the trace after all.
 * `random_state_kept()`: context after which the global generator is as before. On torch every pass
   over data draws from it, and the order of later batches would change.
 * `eager_inference(function)`: `function`, run without gradients and without the compiled copies
@@ -68,6 +73,7 @@ else:
 
 __all__ = [
     "Counter",
+    "after",
     "all_finite",
     "assign_if",
     "assign_quotients",

@@ -187,11 +187,15 @@ class _Effects(keras.StatelessScope):
         super().add_update(update)
 
 
+def after(grads: Sequence[Any]) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext()
+
+
 def part_of_sum(grad: Any) -> Any:
     return grad
 
 
-def outside_trace() -> contextlib.AbstractContextManager:
+def outside_trace(reads: Sequence[Any] = ()) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 

@@ -1,11 +1,16 @@
 """The vocabulary on TensorFlow: a `cond` around assignments, on every replica of a strategy."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
+
+WRITES = re.compile("^Assign|^ResourceApply|^ResourceSparseApply|^ResourceScatter")
+SOURCES = ("Placeholder", "IteratorGetNext", "OptionalGetValue")
+CONDITIONS = ("If", "StatelessIf", "PartitionedCall", "StatefulPartitionedCall", "While")
 
 
 def widest_float() -> str:
@@ -125,6 +130,9 @@ def assign_if(
             lambda: None,
         )
 
+    if tf.distribute.in_cross_replica_context():  # in a strategy's scope, outside of its steps
+        assign_on_each_replica(tf.distribute.get_strategy(), condition)
+        return
     tf.__internal__.distribute.interim.maybe_merge_call(
         assign_on_each_replica, tf.distribute.get_strategy(), condition
     )
@@ -168,13 +176,56 @@ def loss_gradients(
     return variables, tape.gradient(value, _native(variables), output_gradient(value))
 
 
+@contextlib.contextmanager
+def after(grads: Sequence[Any]) -> Iterator[None]:
+    if tf.executing_eagerly():
+        yield
+        return
+    given = [g.values if isinstance(g, tf.IndexedSlices) else g for g in grads if g is not None]
+    given = [tf.convert_to_tensor(grad) for grad in given]
+    if tf.distribute.has_strategy():  # whose replicas build one graph together
+        with tf.control_dependencies(given):
+            yield
+        return
+    # What writes waits, and for the batch itself. If constants and reads waited too, as with
+    # `tf.control_dependencies`, or if anything waited for the gradients' operations, TensorFlow
+    # would no longer simplify the step as it does without a wrapper: other bits.
+    graph = tf.compat.v1.get_default_graph()
+    before = len(graph.get_operations())
+    yield
+    sources = _sources(given)
+    for operation in graph.get_operations()[before:]:
+        if operation.type in CONDITIONS or WRITES.search(operation.type):
+            operation._add_control_inputs(sources)
+
+
+def _sources(tensors: Sequence[tf.Tensor]) -> list[tf.Operation]:
+    """The operations that bring data into a graph and that the tensors depend on."""
+    found, seen, left = [], set(), [tensor.op for tensor in tensors]
+    while left:
+        operation = left.pop()
+        if operation in seen:
+            continue
+        seen.add(operation)
+        left += [tensor.op for tensor in operation.inputs]
+        if operation.type in SOURCES and tf.resource not in [t.dtype for t in operation.outputs]:
+            found.append(operation)
+    return found
+
+
 def part_of_sum(grad: Any) -> Any:
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     return grad if replicas == 1 else tf.math.scalar_mul(1.0 / replicas, grad)
 
 
-def outside_trace() -> contextlib.AbstractContextManager:
-    return tf.init_scope()
+def outside_trace(reads: Sequence[Any] = ()) -> contextlib.AbstractContextManager:
+    if tf.distribute.has_strategy():  # which wants its variables to be made where it says
+        return contextlib.nullcontext()
+    with tf.init_scope():
+        have_values = all(
+            tf.raw_ops.VarIsInitializedOp(resource=variable.handle) for variable in _native(reads)
+        )
+    return tf.init_scope() if have_values else contextlib.nullcontext()
 
 
 def random_state_kept() -> contextlib.AbstractContextManager:

@@ -1,5 +1,6 @@
 """Variables that users add to an optimizer: saved and loaded with it."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import keras
 
 from keras_avg import _backend, _keras_internals
-from keras_avg._optimizers import arguments
+from keras_avg._optimizers import arguments, nesting
 from keras_avg._optimizers.slots import SLOT_KEY, HasSlots, own_slots_of, slots_of
 from keras_avg._optimizers.storage import ADDED, check_attached, depth_suffix
 
 SLOT, WEIGHT = ADDED
 VARIABLE = "variable_"
+# What a file may add by itself: so many copies of the model's variables, or so many numbers.
+COPIES, FEW = 8, 2**16
 
 
 class AddsVariables(HasSlots):
@@ -118,7 +121,7 @@ class AddsVariables(HasSlots):
                 initializer=_copying(initializer),
                 dtype=dtype,
                 aggregation=_lower(aggregation),
-                name=f"{arguments.innermost(self).name}_{name}{depth_suffix(self)}",
+                name=f"{nesting.innermost(self).name}_{name}{depth_suffix(self)}",
             )
             self._keep(f"{WEIGHT}{name}", weight)
         elif tuple(weight.shape) != tuple(shape):
@@ -150,6 +153,19 @@ class AddsVariables(HasSlots):
                 own[name] = variables[int(slot[2])]
         return own
 
+    def _refuse_growth(self, index: Mapping[str, Any]) -> None:
+        """Refuse a file that would make the optimizer larger than the model warrants."""
+        new = {name: index[name].shape for name in index if name not in self._own_variables}
+        elements = sum(map(math.prod, new.values()))
+        of_model = sum(math.prod(v.shape) for v in _keras_internals.built_variables(self))
+        if elements > max(COPIES * of_model, FEW):
+            raise ValueError(
+                f"The state does not fit optimizer '{self.name}': it would add {elements} numbers "
+                f"to those of a model that has {of_model}. Received: {_largest(new)}. None of its "
+                "own variables was changed. If they are yours, call `add_weight` or `add_slot` "
+                "before loading."
+            )
+
     def _add_what_is_stored(self, stored: Mapping[str, Any]) -> None:
         for name in stored.keys() - self._own_variables.keys():
             if slot := SLOT_KEY.fullmatch(name):
@@ -163,6 +179,11 @@ class AddsVariables(HasSlots):
                 f"'{self.name}': they keep those they have.",
                 stacklevel=3,
             )
+
+
+def _largest(shapes: dict[str, tuple[int, ...]]) -> str:
+    largest = sorted(shapes, key=lambda name: -math.prod(shapes[name]))[:3]
+    return ", ".join(f"'{name}' of shape {shapes[name]}" for name in largest)
 
 
 def _place(key: str) -> tuple[Any, ...]:

@@ -10,17 +10,7 @@ from typing import Any
 import keras
 
 from keras_avg import _backend, _keras_internals, distributed
-
-CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
-RATE = ("lr", "learning_rate", "decay")
-INNER_ONLY = (
-    "weight_decay",
-    "use_ema",
-    "ema_momentum",
-    "ema_overwrite_frequency",
-    "loss_scale_factor",
-    "gradient_accumulation_steps",
-)
+from keras_avg._optimizers import nesting
 
 
 def inner_optimizer(identifier: Any, wrapper: str) -> Any:
@@ -46,20 +36,14 @@ def inner_optimizer(identifier: Any, wrapper: str) -> Any:
 
 def refuse_what_must_be_outermost(optimizer: Any, wrapper: str) -> None:
     """Workers meet once a round, with all the averages there are inside."""
-    if getattr(optimizer, "must_be_outermost", False):
-        kind = type(optimizer).__name__
-        raise ValueError(
-            f"{kind} must be the outermost averaging wrapper. Received: a {kind} inside {wrapper}. "
-            f"Nest the other way: {kind}({wrapper}(...)) averages {wrapper}'s averages over the "
-            "workers too."
-        )
-    for inside in (getattr(optimizer, "inner_optimizer", None), *_members(optimizer)):
-        if inside is not None:
-            refuse_what_must_be_outermost(inside, wrapper)
-
-
-def _members(optimizer: Any) -> list[Any]:
-    return list(getattr(optimizer, "optimizers", ()))
+    for each in nesting.walk(optimizer):
+        if getattr(each, "must_be_outermost", False):
+            kind = type(each).__name__
+            raise ValueError(
+                f"{kind} must be the outermost averaging wrapper. Received: a {kind} inside "
+                f"{wrapper}. Nest the other way: {kind}({wrapper}(...)) averages {wrapper}'s "
+                "averages over the workers too."
+            )
 
 
 def outer_optimizer(identifier: Any) -> Any:
@@ -69,7 +53,7 @@ def outer_optimizer(identifier: Any) -> Any:
     if isinstance(identifier, dict):
         identifier = copy.deepcopy(identifier)  # Keras rewrites the config it is given
     optimizer = keras.optimizers.get(identifier)
-    if hasattr(optimizer, "inner_optimizer") or optimizer.gradient_accumulation_steps:
+    if nesting.wraps(optimizer) or optimizer.gradient_accumulation_steps:
         raise ValueError(
             "`outer_optimizer` takes one plain step along center - mean at each round. Received: "
             f"outer_optimizer={optimizer!r}. Pass an optimizer that wraps nothing and accumulates "
@@ -122,13 +106,14 @@ def one_of(argument: str, value: Any, choices: tuple[str, ...]) -> str:
 
 def refuse_accumulating_members(optimizer: Any, wrapper: str) -> None:
     """A MultiOptimizer counts micro-steps, so nobody outside can tell its real updates."""
-    for member in _members(optimizer):
-        if innermost(member).gradient_accumulation_steps:
+    for member in nesting.members(optimizer):
+        accumulated = nesting.innermost(member).gradient_accumulation_steps
+        if accumulated:
             raise ValueError(
                 f"{wrapper} cannot wrap a MultiOptimizer whose members accumulate gradients: its "
                 "`iterations` count micro-steps, not updates. Received: the member "
-                f"{member.name!r} with gradient_accumulation_steps="
-                f"{innermost(member).gradient_accumulation_steps}. Wrap the members instead."
+                f"{member.name!r} with gradient_accumulation_steps={accumulated}. Wrap the members "
+                "instead."
             )
 
 
@@ -151,14 +136,7 @@ def refuse_built_outer_optimizer(optimizer: Any, wrapper: str) -> None:
         )
 
 
-def innermost(optimizer: Any) -> Any:
-    """The optimizer inside all wrappers."""
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    return optimizer
-
-
-def whole_number(argument: str, value: Any, minimum: int) -> int:
+def whole_number(argument: str, value: Any, minimum: int, unit: str = "steps") -> int:
     """An integer that compiled code can compare with steps, which most backends count in int32."""
     try:
         number = operator.index(value)
@@ -166,10 +144,17 @@ def whole_number(argument: str, value: Any, minimum: int) -> int:
         number = None
     if number is None or isinstance(value, bool) or not minimum <= number < 2**31:
         raise ValueError(
-            f"`{argument}` must be an integer >= {minimum} and < 2**31. "
-            f"Received: {argument}={value!r}."
+            f"`{argument}` must be an integer >= {minimum} and < 2**31, in {unit}. "
+            f"Received: {argument}={value!r}.{_in_steps(value) if unit == 'steps' else ''}"
         )
     return number
+
+
+def _in_steps(value: Any) -> str:
+    share = number(value)
+    if not 0.0 < share < 1.0:
+        return ""
+    return f" For a share of the whole run pass int({value!r} * epochs * steps_per_epoch)."
 
 
 def fraction(argument: str, value: Any) -> float:
@@ -225,30 +210,10 @@ def gradient_functions(aggregator: Any, transformers: Any) -> tuple[Callable | N
     return aggregator, list(transformers or ())
 
 
-def split_keywords(wrapper: str, keywords: dict[str, Any]) -> tuple[dict, dict]:
-    """The clipping arguments, and those that set the inner optimizer's rate."""
-    for argument in keywords:
-        if argument in INNER_ONLY:
-            raise ValueError(
-                f"{wrapper} has no `{argument}` of its own: set it on the inner optimizer, as in "
-                f"{wrapper}(keras.optimizers.SGD({argument}=...)). "
-                f"Received: {argument}={keywords[argument]!r}."
-            )
-    unknown = {k: v for k, v in keywords.items() if k not in CLIPPING + RATE}
-    if unknown:
-        raise ValueError(f"Argument(s) not recognized: {unknown}. {wrapper} does not take them.")
-    clipping = {k: v for k, v in keywords.items() if k in CLIPPING}
-    rate = {k: v for k, v in keywords.items() if k in RATE and v is not None}
-    if "lr" in rate and "learning_rate" in rate:
-        raise ValueError(
-            "`lr` and `learning_rate` are one argument. Received: "
-            f"lr={rate['lr']!r}, learning_rate={rate['learning_rate']!r}. Pass one of them."
-        )
-    return clipping, rate
-
-
 def number(value: Any) -> float:
     """A number as a float, NaN for all else."""
+    if isinstance(value, keras.Variable):  # torch warns of `float` of one that is trained
+        value = keras.ops.convert_to_numpy(value)
     try:
         return math.nan if isinstance(value, bool | str) else float(value)
     except (TypeError, ValueError):

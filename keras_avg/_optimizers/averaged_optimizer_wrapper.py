@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_avg import _backend, _keras_internals
-from keras_avg._optimizers import arguments, gradients, rates
+from keras_avg._optimizers import arguments, bindings, gradients, keywords, rates
 from keras_avg._optimizers.added_variables import AddsVariables
 from keras_avg._optimizers.configuration import HasConfig
 from keras_avg._optimizers.files import StoredInFiles
@@ -59,12 +59,17 @@ class AveragedOptimizerWrapper(
             gradient accumulation, those of each micro-step.
         gradient_aggregator: One such function, applied first. Default None: the backend aggregates.
         **kwargs: `clipnorm`, `clipvalue` or `global_clipnorm`: clip the gradients before the inner
-            optimizer sees them. `learning_rate` (or `lr`): set the inner optimizer's. `decay`: make
-            that `InverseTimeDecay(learning_rate, 1, decay)`.
+            optimizer sees them. `learning_rate` (or `lr`): set the inner optimizer's; of a variable
+            the value is taken. `decay`: make that `InverseTimeDecay(learning_rate, 1, decay)`; a
+            wrapper whose rule has a decay of its own does not take it.
+
+    All arguments are read-only once the optimizer is built, because compiled training has taken
+    them in. The learning rate stays settable.
 
     Raises:
         TypeError: If `optimizer` is None, `sequential_update` is not a bool, or this base class
             itself is constructed.
+        AttributeError: If an argument's attribute is set after the optimizer was built.
         ValueError: If an argument is out of range, unknown, or the inner optimizer's; if
             `optimizer` is a `LossScaleOptimizer` (wrap the other way), or a `MultiOptimizer` whose
             members accumulate gradients (wrap the members).
@@ -87,8 +92,8 @@ class AveragedOptimizerWrapper(
         `tfa.optimizers.AveragedOptimizerWrapper` of TensorFlow Addons.
     """
 
-    #: Whether the averages start at the values the variables have before the first update. A rule
-    #: whose first weight is 1 needs no start.
+    #: Whether the averages start at the values the variables have before the first update. If not,
+    #: the first averaging has the weight 1, whatever the rule says.
     average_starts_at_variable = True
 
     #: Whether the variables take their averages' values after an averaging.
@@ -111,7 +116,7 @@ class AveragedOptimizerWrapper(
     ) -> None:
         kind = type(self).__name__
         _refuse_without_rule(type(self))
-        clipping, rate = arguments.split_keywords(kind, kwargs)
+        clipping, rate = keywords.split(type(self), kwargs)
         inner = arguments.inner_optimizer(optimizer, kind)
         sequential_update = arguments.truth("sequential_update", sequential_update)
         average_dtype = arguments.average_dtype(average_dtype)
@@ -161,12 +166,15 @@ class AveragedOptimizerWrapper(
         if self.inner_optimizer.built:
             arguments.refuse_other_variables(self.inner_optimizer, variables, kind)
         elif variables:  # built for none, it could not be built for those that come later
-            self.inner_optimizer.build(variables)
+            with _backend.outside_trace(variables):
+                self.inner_optimizer.build(variables)
         arguments.refuse_accumulating_members(self.inner_optimizer, kind)
         self._clock = _backend.Counter(_keras_internals.step_counter(self))
-        self._add_own_variables(variables)
-        supersede(variables)
+        with _backend.outside_trace():
+            self._add_own_variables(variables)
         super().build(variables)
+        bindings.note_built(self)
+        supersede(self)
 
     def apply(self, grads: list[Any], trainable_variables: list[Any] | None = None) -> None:
         """Let the inner optimizer take a step, then average if it is time.
@@ -186,15 +194,18 @@ class AveragedOptimizerWrapper(
             return
         check_attached([_keras_internals.step_counter(self)])
         variables = self._variables_for(grads, variables)
+        if _backend.concrete(self._swapped.read()) is None:  # in code that is being compiled
+            bindings.note_training_model(self)
         self._refuse_while_in_model("training")
-        grads = gradients.process(self, grads, variables, aggregate)
-        if not aggregate:
-            grads = gradients.parts_of_sums(grads, variables)
-        before = self._clock.read()
-        if self.average_starts_at_variable:
-            _backend.start_averages(self._updates.read(), *self._averages_and_variables())
-        self.inner_optimizer.apply(grads, variables)
-        self._average_after(before)
+        with _backend.after(grads):
+            grads = gradients.process(self, grads, variables, aggregate)
+            if not aggregate:
+                grads = gradients.parts_of_sums(grads, variables)
+            before = self._clock.read()
+            if self.average_starts_at_variable:
+                _backend.start_averages(self._updates.read(), *self._averages_and_variables())
+            self.inner_optimizer.apply(grads, variables)
+            self._average_after(before)
 
     def _variables_for(self, grads: list[Any], variables: list[Any] | None) -> list[Any]:
         if variables is not None:

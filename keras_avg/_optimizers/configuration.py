@@ -7,13 +7,16 @@ from typing import Any
 import keras
 
 from keras_avg import _keras_internals, _registered_functions
-from keras_avg._optimizers import addons_configs
+from keras_avg._optimizers import addons_configs, keywords
 from keras_avg._optimizers.storage import check_attached
+
+PLAIN = (bool, int, float, str)
 
 
 class HasConfig:
     """`get_config` returns every constructor argument; `from_config` leaves its argument alone."""
 
+    built: bool
     inner_optimizer: Any
     sequential_update: bool
     name: str
@@ -24,6 +27,24 @@ class HasConfig:
     clipnorm: float | None
     clipvalue: float | None
     global_clipnorm: float | None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; the hyper-parameters only until the optimizer is built.
+
+        Raises:
+            AttributeError: If it is built. Training that is compiled would not notice the change.
+        """
+        kind: Any = type(self)
+        if vars(self).get("built") and name in keywords.hyper_parameters(kind):
+            before = getattr(self, name, value)
+            if value is not before and not (isinstance(value, PLAIN) and value == before):
+                raise AttributeError(
+                    f"`{name}` of '{self.name}' is read-only once the optimizer is built, because "
+                    f"compiled training has taken it in. Received: {name}={value!r}, and it is "
+                    f"{before!r}. Make a new optimizer and compile the model with it: "
+                    f"{type(self).__name__}.from_config(optimizer.get_config() | {{...}})."
+                )
+        super().__setattr__(name, value)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments to construct the wrapper with again, serializable.

@@ -1,8 +1,8 @@
-"""Finding the wrappers at work in a compiled model."""
+"""Finding the wrappers at work in a model."""
 
-from collections.abc import Iterator
 from typing import Any
 
+from keras_avg._optimizers import bindings, nesting
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 
 
@@ -10,7 +10,8 @@ def averaging_optimizers(model: Any) -> list[AveragedOptimizerWrapper]:
     """The averaging wrappers at work in a compiled model, outermost first.
 
     They are found inside a `LossScaleOptimizer` (which `compile` adds under mixed_float16), among
-    the members of a `MultiOptimizer`, and inside each other.
+    the members of a `MultiOptimizer`, inside each other, and in further attributes of a model that
+    has several optimizers (`gan.generator_optimizer`).
 
     Args:
         model: A compiled `keras.Model`.
@@ -25,24 +26,36 @@ def averaging_optimizers(model: Any) -> list[AveragedOptimizerWrapper]:
     swa, moving_average = keras_avg.averaging_optimizers(model)
     ```
     """
-    return list(_wrappers(getattr(model, "optimizer", None)))
+    return [
+        each
+        for optimizer in nesting.optimizers_of(model)
+        for each in nesting.walk(optimizer)
+        if isinstance(each, AveragedOptimizerWrapper)
+    ]
 
 
-def with_snapshot(optimizer: Any) -> list[AveragedOptimizerWrapper]:
+def wrappers_of(model: Any) -> list[AveragedOptimizerWrapper]:
+    """The wrappers that keep averages of a model's variables, outermost first.
+
+    Those that it was compiled with; if it was not compiled, as in a loop of one's own, those that
+    were built for its variables.
+
+    Raises:
+        ValueError: If a wrapper was built for another model.
+    """
+    found = averaging_optimizers(model)
+    for wrapper in found:
+        bindings.note_model(wrapper, model)
+    if found or getattr(model, "optimizer", None) is not None:
+        return found
+    over = bindings.wrappers_over(getattr(model, "variables", ()))
+    return sorted(over, key=nesting.depth, reverse=True)
+
+
+def with_snapshot(wrappers: list[AveragedOptimizerWrapper]) -> list[AveragedOptimizerWrapper]:
     """Of wrappers over the same variables, the outermost that has a snapshot."""
-    if isinstance(optimizer, AveragedOptimizerWrapper) and optimizer.has_average:
-        return [optimizer]
-    return [found for inside in _inside(optimizer) for found in with_snapshot(inside)]
-
-
-def _wrappers(optimizer: Any) -> Iterator[AveragedOptimizerWrapper]:
-    if isinstance(optimizer, AveragedOptimizerWrapper):
-        yield optimizer
-    for inside in _inside(optimizer):
-        yield from _wrappers(inside)
-
-
-def _inside(optimizer: Any) -> list[Any]:
-    if hasattr(optimizer, "inner_optimizer"):
-        return [optimizer.inner_optimizer]
-    return list(getattr(optimizer, "optimizers", ()))
+    chosen: list[AveragedOptimizerWrapper] = []
+    for wrapper in wrappers:
+        if wrapper.has_average and not any(nesting.is_inside(wrapper, outer) for outer in chosen):
+            chosen.append(wrapper)
+    return chosen

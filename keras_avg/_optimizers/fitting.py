@@ -19,7 +19,8 @@ def check_fit(name: str, variables: dict[str, Any], values: Mapping[str, Any]) -
     for key, variable in variables.items():
         if key not in values:
             _refuse(name, f"it has a variable '{key}'. Received: {sorted(values)}.")
-        shape = tuple(np.shape(values[key]))
+        value = values[key]
+        shape = tuple(value.shape if hasattr(value, "shape") else np.shape(value))
         if shape != tuple(variable.shape):
             _refuse(
                 name,

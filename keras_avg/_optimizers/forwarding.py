@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from keras_avg import _backend, _keras_internals
-from keras_avg._optimizers import arguments
+from keras_avg._optimizers import nesting, rates
 from keras_avg._optimizers.storage import check_attached
 
 
@@ -34,7 +34,7 @@ class ForwardsToInnerOptimizer:
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
         check_attached([_keras_internals.step_counter(self.inner_optimizer)])
-        self.inner_optimizer.learning_rate = learning_rate
+        self.inner_optimizer.learning_rate = rates.without_owner(learning_rate)
 
     @property
     def lr(self) -> Any:
@@ -90,6 +90,6 @@ class ForwardsToInnerOptimizer:
             self._refuse_training_under_another()
         with self.raw_weights():  # Keras' own average (`use_ema`) goes there
             self.inner_optimizer.finalize_variable_values(var_list)
-            if getattr(arguments.innermost(self), "use_ema", False):
+            if getattr(nesting.innermost(self), "use_ema", False):
                 # On JAX it and the variables would share buffers, which the next `fit` refuses.
                 _backend.assign_quotients(var_list, 1.0, var_list)

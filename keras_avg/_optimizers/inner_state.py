@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_avg import _backend, _keras_internals
+from keras_avg._optimizers import nesting
 
 
 class HasInnerState:
@@ -22,7 +23,7 @@ class HasInnerState:
         """The slots, each with the variable that it is kept beside."""
         return [
             pair
-            for optimizer in _leaves(self)
+            for optimizer in nesting.leaves(self)
             for pair in self._slots(optimizer, _keras_internals.built_variables(optimizer))
         ]
 
@@ -43,7 +44,7 @@ class HasInnerState:
         """
         slots = []
         with _backend.outside_trace():
-            for optimizer in _leaves(self):
+            for optimizer in nesting.leaves(self):
                 new = type(optimizer).from_config(optimizer.get_config())
                 built = _keras_internals.built_variables(optimizer)
                 like = [_keras_internals.variable_like(v, np.inf) for v in built]
@@ -58,24 +59,6 @@ class HasInnerState:
             else:
                 initial = ops.convert_to_tensor(initial, slot.dtype)
                 slot.assign(_backend.copy(ops.broadcast_to(initial, slot.shape)))
-
-
-def optimizers_inside(optimizer: Any) -> list[Any]:
-    """All that an optimizer wraps, at any depth; of a MultiOptimizer its members."""
-    if hasattr(optimizer, "inner_optimizer"):
-        inside = [optimizer.inner_optimizer]
-    else:
-        inside = list(getattr(optimizer, "optimizers", ()))
-    found = []
-    for each in inside:
-        if hasattr(each, "inner_optimizer") or not hasattr(each, "optimizers"):
-            found.append(each)
-        found += optimizers_inside(each)
-    return found
-
-
-def _leaves(optimizer: Any) -> list[Any]:
-    return [o for o in optimizers_inside(optimizer) if not hasattr(o, "inner_optimizer")]
 
 
 def _shortest(slot: np.ndarray) -> Any:

@@ -9,8 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_avg import _backend, _keras_internals
-from keras_avg._optimizers import nested_averages
-from keras_avg._optimizers.inner_state import optimizers_inside
+from keras_avg._optimizers import nested_averages, nesting
 from keras_avg._optimizers.minimizing import variables_in
 from keras_avg._optimizers.storage import check_attached
 from keras_avg.distributed._weighted_sum import PRESENT, weighted_sum
@@ -211,7 +210,7 @@ class MeetsWorkers:
         return (digits @ 16 ** np.arange(DIGITS)).T.tolist()
 
     def _wrappers_inside(self) -> list[Any]:
-        return [o for o in optimizers_inside(self) if hasattr(o, "inner_optimizer")]
+        return [o for o in nesting.workers_inside(self) if nesting.wraps(o)]
 
     def _slots_in_use(self) -> list[Any]:
         """The inner optimizer's slots but for those that are zero on every worker.

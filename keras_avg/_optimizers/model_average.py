@@ -6,9 +6,9 @@ import keras
 from keras import ops
 
 from keras_avg import _backend, _keras_internals
-from keras_avg._optimizers import arguments
+from keras_avg._optimizers import arguments, nesting
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
-from keras_avg._optimizers.inner_state import HasInnerState, optimizers_inside
+from keras_avg._optimizers.inner_state import HasInnerState
 from keras_avg._optimizers.meeting import MeetsWorkers
 
 
@@ -115,7 +115,7 @@ class ModelAverage(MeetsWorkers, HasInnerState, AveragedOptimizerWrapper):
         outer = arguments.outer_optimizer(outer_optimizer)
         communicator = arguments.communicator(communicator, num_worker, is_chief)
         super().__init__(optimizer, sequential_update, name, **kwargs)
-        arguments.names_apart(outer, [self, *optimizers_inside(self)])
+        arguments.names_apart(outer, [self, *nesting.workers_inside(self)])
         self.interval_steps = interval
         self.start_step = start
         self.inner_state = inner_state

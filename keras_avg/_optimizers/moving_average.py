@@ -46,11 +46,11 @@ class MovingAverage(AveragedOptimizerWrapper):
         average_period: Integer in [1, 2**31), in steps. Default 1.
         **kwargs: `average_dtype`, `skip_nonfinite`, `gradient_transformers`,
             `gradient_aggregator`, `clipnorm`, `clipvalue`, `global_clipnorm`, `learning_rate`,
-            `lr`, `decay`: see `AveragedOptimizerWrapper`.
+            `lr`: see `AveragedOptimizerWrapper`. Not `decay`, which could mean either decay.
 
     Raises:
-        TypeError: If `optimizer` is None, `sequential_update` is not a bool, or `num_updates` not
-            an integer.
+        TypeError: If `optimizer` is None, `sequential_update` is not a bool, `num_updates` not an
+            integer, or `decay` is given.
         ValueError: If an argument is out of range, if `num_updates` is given together with a
             schedule, or as for `AveragedOptimizerWrapper`.
 
@@ -150,6 +150,13 @@ def _tensor(weight: Any) -> Any:
 
 
 def _decay(value: Any) -> Any:
+    if callable(value) and not isinstance(value, LearningRateSchedule):
+        raise ValueError(
+            "`average_decay` must be a number in the range [0, 1], or a LearningRateSchedule for a "
+            f"decay that depends on the step. Received: average_decay={value!r}. Put the function "
+            "into a subclass of keras.optimizers.schedules.LearningRateSchedule: its "
+            "`__call__(step)` gives the decay."
+        )
     if not isinstance(value, LearningRateSchedule):
         return arguments.fraction("average_decay", value)
     first = arguments.number(value(ops.convert_to_tensor(0)))  # NaN inside compiled code
@@ -169,7 +176,7 @@ def _capped(decay: Any, num_updates: Any) -> Any:
             f"`num_updates` must be an integer or None. Received: num_updates={num_updates!r}. For "
             "a decay that warms up while training, use dynamic_decay=True."
         )
-    num_updates = arguments.whole_number("num_updates", num_updates, minimum=0)
+    num_updates = arguments.whole_number("num_updates", num_updates, minimum=0, unit="updates")
     if isinstance(decay, LearningRateSchedule):
         raise ValueError(
             "`num_updates` caps a constant decay, once. Received: "

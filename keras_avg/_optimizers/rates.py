@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_avg import _keras_internals
+from keras_avg import _backend, _keras_internals
 from keras_avg._optimizers import arguments
 
 
@@ -42,12 +42,19 @@ def _non_negative(argument: str, value: Any) -> float:
 
 
 def _checked_rate(value: Any) -> Any:
-    is_schedule = isinstance(value, keras.optimizers.schedules.LearningRateSchedule)
-    if not (
-        value is None or is_schedule or callable(value) or math.isfinite(arguments.number(value))
-    ):
+    if value is None or callable(value):  # schedules are
+        return value
+    number = arguments.number(value)
+    if not math.isfinite(number):
         raise ValueError(
             "`learning_rate` (`lr`) must be a finite number, a schedule or a function without "
             f"arguments. Received: {value!r}."
         )
-    return value
+    return number  # not somebody's variable, whose buffer is not ours
+
+
+def without_owner(rate: Any) -> Any:
+    """A rate to assign: of a variable or a tensor, the value, in a buffer of its own."""
+    if callable(rate) or isinstance(rate, numbers.Real):
+        return rate
+    return _backend.copy(keras.ops.convert_to_tensor(rate))

@@ -1,5 +1,6 @@
 """Where the raw values are while a model holds averages."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ class RawValues:
         self.updates = updates
         self.statistics = statistics or {}
         self.updates_told_of = updates  # the count about which an error was raised last
+        self.updates_of_others: dict[int, int] = {}  # over the same variables, at that time
         self._places: list[int] = []  # of bound statistics, in their order
 
     def add_statistics(self, model: Any, variables: list[Any]) -> None:
@@ -77,6 +79,11 @@ class RawValues:
         self.variables = self.variables + variables
         self.tensors = self.tensors + tensors
 
+    def _places_in(self, model: Any) -> list[int | None]:
+        places = {id(variable): place for place, variable in enumerate(model.variables)}
+        statistics = self.variables[len(self.variables) - len(self._places) :]
+        return [places.get(id(variable)) for variable in statistics]
+
     def put_back(self) -> None:
         for variable, tensor in zip(self.variables, self.tensors, strict=True):
             variable.assign(tensor)
@@ -88,13 +95,26 @@ class RawValues:
             variable.assign(self.tensors[i])
             self.tensors[i] = held
 
-    def arrays(self) -> dict[str, Any]:
-        """What goes into a file."""
+    def arrays(self, model: Any = None, without: Collection[int] = ()) -> dict[str, Any]:
+        """What goes into a file.
+
+        Args:
+            model: The model that is saved, among whose variables statistics have their places.
+                None: it is not known, and is taken for the one that they were computed with.
+            without: The places of raw values to leave out, because the model no longer has the
+                variables.
+        """
         values = [ops.convert_to_numpy(tensor) for tensor in self.tensors]
         of_weights = len(values) - len(self._places)
-        bound = dict(zip(self._places, values[of_weights:], strict=True))
+        raw = [value for i, value in enumerate(values[:of_weights]) if i not in without]
+        places = self._places if model is None else self._places_in(model)
+        bound = {
+            place: value
+            for place, value in zip(places, values[of_weights:], strict=True)
+            if place is not None  # of a part that the model does not have
+        }
         return {
             SWAPPED: np.asarray(self.updates),
-            **{f"{RAW}{i}": value for i, value in enumerate(values[:of_weights])},
+            **{f"{RAW}{i}": value for i, value in enumerate(raw)},
             **{f"{STATISTIC}{i:05}": value for i, value in (bound | self.statistics).items()},
         }

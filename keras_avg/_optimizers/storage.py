@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_avg import _backend, _keras_internals
-from keras_avg._optimizers import arguments, fitting
+from keras_avg._optimizers import fitting, nesting
 from keras_avg._optimizers.raw_values import RawValues
 
 AVERAGE = "average_"  # what the names of averages in a file begin with
@@ -49,7 +49,7 @@ class StoresOwnVariables:
             shape=(),
             dtype="int",
             aggregation="only_first_replica",
-            name=f"{arguments.innermost(self).name}_{name}{depth_suffix(self)}",
+            name=f"{nesting.innermost(self).name}_{name}{depth_suffix(self)}",
         )
 
     def _add_average(self, variable: Any) -> Any:
@@ -83,7 +83,8 @@ class StoresOwnVariables:
             ValueError: If the optimizer has not been built, or the number or a shape of the arrays
                 is not that of the variables.
         """
-        if not self.built or not _keras_internals.built_variables(self):
+        built_for_some = self.built and _keras_internals.built_variables(self)
+        if not built_for_some and len(weights) != len(self.variables):
             # Keras' loader of legacy `.h5` files builds every optimizer for no variables.
             self.built = False
             raise ValueError(
@@ -103,15 +104,8 @@ class StoresOwnVariables:
 
 def depth_suffix(wrapper: Any) -> str:
     """What tells the variables of nested wrappers apart."""
-    depth = _depth(wrapper)
+    depth = nesting.depth(wrapper)
     return f"_{depth}" if depth > 1 else ""
-
-
-def _depth(optimizer: Any) -> int:
-    """How many wrappers deep: 0 for an optimizer that wraps nothing."""
-    if hasattr(optimizer, "inner_optimizer"):
-        return 1 + _depth(optimizer.inner_optimizer)
-    return max(map(_depth, getattr(optimizer, "optimizers", ())), default=0)
 
 
 def check_attached(variables: Any) -> None:

@@ -22,6 +22,10 @@ class SWA(AveragedOptimizerWrapper):
     so that the average is the arithmetic mean of all snapshots. After `T` updates there are none if
     `T <= start_averaging`, else `(T - 1 - start_averaging) // average_period + 1` of them.
 
+    `start_averaging` counts the optimizer's `iterations`, so those of a loaded optimizer too. Step 0
+    is the first: to take the last step of each epoch, or cycle, of `k` steps after `n` of them, pass
+    `start_averaging=n * k - 1` and `average_period=k`. (`n * k` takes the first step of the next.)
+
     Use `SWA` for one average over the late, wide part of a run, and `MovingAverage` for one that
     follows training and forgets. Keras' own `use_ema` is a `MovingAverage` that begins with the
     weights after the first step, in the variables' dtype.
@@ -31,8 +35,8 @@ class SWA(AveragedOptimizerWrapper):
 
     Args:
         optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
-        start_averaging: Integer in [0, 2**31), in steps. The first snapshot is taken after this
-            update, the first of which is 0. Default 0.
+        start_averaging: Integer in [0, 2**31), in steps, not epochs. The first snapshot is taken
+            after this update, the first of which is 0. Default 0.
         average_period: Integer in [1, 2**31), in steps, between snapshots; with a cyclical learning
             rate the length of a cycle. Default 10.
         name: String. Default `"SWA"`.
@@ -51,10 +55,11 @@ class SWA(AveragedOptimizerWrapper):
     Example:
 
     ```python
-    optimizer = keras_avg.SWA("sgd", start_averaging=750, average_period=10)
+    steps = len(x) // 32  # of an epoch
+    optimizer = keras_avg.SWA("sgd", start_averaging=15 * steps - 1, average_period=steps)
     model.compile(optimizer=optimizer, loss="mse")
-    model.fit(x, y, epochs=20)
-    model.optimizer.assign_average_vars(model.variables)
+    model.fit(x, y, batch_size=32, epochs=20)
+    keras_avg.assign_average_vars(model)
     ```
 
     Reference:

@@ -8,6 +8,7 @@ from typing import Any
 from keras import ops
 
 from keras_avg import _backend, _keras_internals
+from keras_avg._optimizers import bindings, nesting, train_guard
 from keras_avg._optimizers.averages import HasAverages
 from keras_avg._optimizers.raw_values import RawValues
 from keras_avg._optimizers.storage import check_attached
@@ -102,16 +103,34 @@ class SwapsWeights(HasAverages):
             raw.exchange()
             self._assign_averages()
 
+    def keep_averages(self) -> None:
+        """End a swap with the averages in the model for good; the raw values are gone.
+
+        Training goes on from the averages.
+
+        Raises:
+            RuntimeError: If the averages are not in the model.
+        """
+        self._check_built("keep_averages")
+        if not self.averages_in_model:
+            raise RuntimeError(
+                f"The model does not hold the averages of '{self.name}'. Use "
+                "`assign_average_vars(model.variables)`, which puts them in for good."
+            )
+        self._hold(None)
+        self._swapped.advance(-1)
+
     def _put_averages_in(self) -> None:
         if not self.has_average:
             raise ValueError(
                 f"'{self.name}' has taken no snapshot yet: there are no averages to put into the "
                 f"model. Received: {self._updates_so_far()} updates so far. Train on, or let "
-                "averaging start earlier."
+                f"averaging start earlier.{self._without_averages()}"
             )
         _, variables = self._averages_and_variables()
         _refuse_second_swap(self, variables)
         raw = RawValues(variables, [_backend.copy(v) for v in variables], self._updates_so_far())
+        raw.updates_of_others = self._updates_of_others()
         try:
             self._assign_averages()
         except BaseException:
@@ -141,8 +160,28 @@ class SwapsWeights(HasAverages):
         self._raw = raw
         if raw is None:
             _WRAPPERS_IN_A_MODEL.discard(self)
+            train_guard.open_again(self._models_concerned(), id(self))
         else:
             _WRAPPERS_IN_A_MODEL.add(self)
+            train_guard.close(self._models_concerned(), id(self), self._refuse_compiled_training)
+
+    def _models_concerned(self) -> list[Any]:
+        """The models of all wrappers over the variables, as far as they are known."""
+        return bindings.models_of(bindings.wrappers_over(_keras_internals.built_variables(self)))
+
+    def _updates_of_others(self) -> dict[int, int]:
+        """How many updates other wrappers over the same variables have done, by their ids."""
+        return {
+            id(other): other._updates_so_far()
+            for other in bindings.wrappers_over(_keras_internals.built_variables(self))
+            if other is not self
+            and not _keras_internals.is_purged(_keras_internals.step_counter(other))
+        }
+
+    def _refuse_compiled_training(self) -> None:
+        self._notice_restored_state()
+        if self._raw is not None and self in _WRAPPERS_IN_A_MODEL:
+            raise _refusal(self, "training")
 
     def _known_in_model(self) -> bool:
         """What the state says, where it can be read; what Python knows, while code is compiled."""
@@ -164,7 +203,8 @@ class SwapsWeights(HasAverages):
                 f"The state of '{self.name}' says that the model holds the averages, but the raw "
                 "weights are not there: it was copied while swapped and restored by a route that "
                 "does not carry them. Load a `.keras` or `.weights.h5` file, which holds both, or "
-                "a copy taken while the raw weights were in the model."
+                "a copy taken while the raw weights were in the model; or go on from the averages: "
+                f"`keras_avg.assign_average_vars(model)`.{self._without_averages()}"
             )
         return self._raw
 
@@ -181,8 +221,10 @@ class SwapsWeights(HasAverages):
         )
 
     def _refuse_training_under_another(self) -> None:
-        for other in _holding(self._averages_and_variables()[1]):
-            if not (_is_inside(self, other) or _is_inside(other, self)):
+        for other in holding(self._averages_and_variables()[1]):
+            related = nesting.is_inside(self, other) or nesting.is_inside(other, self)
+            before = other._raw.updates_of_others.get(id(self), 0)
+            if not related and self._updates_so_far() != before:
                 raise RuntimeError(
                     f"The model was trained by '{self.name}' while it held the averages of "
                     f"'{other.name}', in code compiled before. The raw weights from before are "
@@ -195,34 +237,37 @@ class SwapsWeights(HasAverages):
             self._raw_or_refuse()
             raise _refusal(self, what)
         if _WRAPPERS_IN_A_MODEL:
-            for other in _holding(self._averages_and_variables()[1]):
+            for other in holding(self._averages_and_variables()[1]):
                 raise _refusal(other, what)
 
     def _updates_so_far(self) -> int:
         return int(ops.convert_to_numpy(self.iterations))
 
 
-def _is_inside(inner: Any, outer: Any) -> bool:
-    """Whether an optimizer is another, or is at work inside it."""
-    if inner is outer:
-        return True
-    inside = [outer.inner_optimizer] if hasattr(outer, "inner_optimizer") else []
-    inside = inside or list(getattr(outer, "optimizers", ()))
-    return any(_is_inside(inner, each) for each in inside)
-
-
-def supersede(variables: list[Any]) -> None:
+def supersede(wrapper: Any) -> None:
     """Let a new optimizer have variables that hold another's averages: they are its start.
 
     So it is when a model is compiled anew after `SwapAverageWeights` left the averages in it. The
-    other keeps its raw values, but is no longer in the way.
+    other keeps its raw values, but is no longer in the way. Another model that shares some of the
+    variables is another matter: what it trains would be undone by the first one's next swap.
     """
-    for other in _holding(variables):
-        _WRAPPERS_IN_A_MODEL.discard(other)
+    for other in holding(_keras_internals.built_variables(wrapper)):
+        if _train_the_same_model(wrapper, other):
+            _WRAPPERS_IN_A_MODEL.discard(other)
+
+
+def _train_the_same_model(wrapper: Any, other: Any) -> bool:
+    ours, theirs = bindings.models_of([wrapper]), bindings.models_of([other])
+    if ours and theirs:
+        return any(model is another for model in ours for another in theirs)
+    built = _keras_internals.built_variables
+    return all(_keras_internals.variable_index(other, v) is not None for v in built(wrapper)) or (
+        all(_keras_internals.variable_index(wrapper, v) is not None for v in built(other))
+    )
 
 
 def _refuse_second_swap(wrapper: Any, variables: list[Any]) -> None:
-    for other in _holding(variables):
+    for other in holding(variables):
         raise RuntimeError(
             f"The model holds the averages of '{other.name}' already. Received: swap_weights() "
             f"of '{wrapper.name}'. Swap the first back before."
@@ -231,20 +276,21 @@ def _refuse_second_swap(wrapper: Any, variables: list[Any]) -> None:
 
 def _refusal(holder: Any, what: str) -> RuntimeError:
     return RuntimeError(
-        f"The model holds the averages of '{holder.name}', so {what} is refused. Call its "
-        "`swap_weights()` to put the raw weights back first."
+        f"The model holds the averages of '{holder.name}', so {what} is refused. To put the raw "
+        "weights back, call `keras_avg.swap_weights(model)`. To go on from the averages, call "
+        "`keras_avg.assign_average_vars(model)`, or compile the model anew. (A model that shares "
+        f"layers with it waits too: `model` is the one that '{holder.name}' trains.)"
     )
 
 
-def _holding(variables: list[Any]) -> list[Any]:
+def holding(variables: list[Any]) -> list[Any]:
     """The wrappers whose averages are in some of the variables."""
     for wrapper in list(_WRAPPERS_IN_A_MODEL):
         wrapper._notice_restored_state()
-    ours = {id(variable) for variable in variables}
     return [
         wrapper
         for wrapper in list(_WRAPPERS_IN_A_MODEL)
-        if any(id(variable) in ours for variable in wrapper._raw.variables)
+        if any(_keras_internals.variable_index(wrapper, v) is not None for v in variables)
     ]
 
 
@@ -254,9 +300,20 @@ def bind_statistics(wrapper: Any, model: Any) -> None:
         wrapper._raw.bind_statistics(model)
 
 
-def set_statistics_aside(wrappers: list[Any], model: Any, variables: list[Any]) -> None:
+def set_statistics_aside(model: Any, variables: list[Any]) -> None:
     """Let a wrapper whose averages are in the model, if one is, keep the raw statistics too."""
-    for wrapper in wrappers:
-        if wrapper.averages_in_model and wrapper._raw is not None:
+    for wrapper in holding(model.variables) or _holding_for(variables):
+        if wrapper._raw is not None:
             wrapper._raw.add_statistics(model, variables)
             return
+
+
+def _holding_for(statistics: list[Any]) -> list[Any]:
+    """The wrappers that have averages in a model with these statistics."""
+    ours = {id(variable) for variable in statistics}
+    return [
+        wrapper
+        for wrapper in list(_WRAPPERS_IN_A_MODEL)
+        for model in bindings.models_of([wrapper])
+        if any(id(variable) in ours for variable in model.variables)
+    ]

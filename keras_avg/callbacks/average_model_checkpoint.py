@@ -48,7 +48,7 @@ class AverageModelCheckpoint(keras.callbacks.ModelCheckpoint):
 
     def set_model(self, model: Any) -> None:
         """Called once at the start of training."""
-        if not finding.averaging_optimizers(model):
+        if not finding.wrappers_of(model):
             raise TypeError(
                 "AverageModelCheckpoint is only used when training with MovingAverage or "
                 "StochasticAverage, or another averaging wrapper of keras_avg. Received: "
@@ -79,15 +79,15 @@ class _SavesAverages:
     def _averages(self) -> contextlib.ExitStack:
         """Context in which the model holds the averages."""
         stack = contextlib.ExitStack()
-        wrappers = finding.averaging_optimizers(self._model)
+        wrappers = finding.wrappers_of(self._model)
         if any(wrapper.averages_in_model for wrapper in wrappers):
             return stack
-        chosen = finding.with_snapshot(self._model.optimizer)
+        chosen = finding.with_snapshot(wrappers)
         if not chosen and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 "AverageModelCheckpoint saves raw weights until there is a first snapshot. "
-                f"Received: none yet, after {int(wrappers[0].iterations)} updates.",
+                f"Received: none yet, after {wrappers[0]._updates_so_far()} updates.",
                 stacklevel=2,
             )
         for wrapper in chosen:

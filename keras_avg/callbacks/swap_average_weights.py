@@ -4,11 +4,17 @@ import warnings
 from typing import Any
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_avg import _backend, _keras_internals
-from keras_avg._optimizers import finding, swapping
+from keras_avg._optimizers import bindings, finding, nesting, swapping
 from keras_avg.batch_norm import refuse_one_pass_data, statistics, update_batch_norm
 from keras_avg.callbacks.synchronize_workers import keep_company
+from keras_avg.distributed import LocalCommunicator
+
+LONELY = LocalCommunicator()
+LOOK_AHEAD = 2**22  # steps, of which the beginning of training looks for one that is due
 
 
 class SwapAverageWeights(keras.callbacks.Callback):
@@ -80,6 +86,8 @@ class SwapAverageWeights(keras.callbacks.Callback):
         self._in_fit = False
         self._validated = False  # in this epoch
         self._has_validated = False  # in this `fit`
+        self._has_begun = False  # this `fit`, with an epoch
+        self._has_warned = False  # in this `fit`, that there will be no snapshot
         self._found_averages: bool | None = None  # by a stand-alone evaluation under way
         self._recomputed: tuple[Any, list[Any]] | None = None  # for which averages, statistics
 
@@ -91,13 +99,16 @@ class SwapAverageWeights(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Go on from the raw weights."""
         self._in_fit, self._found_averages, self._recomputed = True, None, None
-        self._has_validated = False
+        self._has_validated = self._has_begun = self._has_warned = False
         self._take_averages_out()
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Go on from the raw weights; `BackupAndRestore` may have loaded since training began."""
         self._in_fit, self._validated = True, False
         self._take_averages_out()
+        if not self._has_begun:
+            self._has_begun = True
+            self._warn_if_too_short()
 
     def on_test_begin(self, logs: dict | None = None) -> None:
         """Judge the averages."""
@@ -138,32 +149,29 @@ class SwapAverageWeights(keras.callbacks.Callback):
             self._take_averages_out()
         self._put_averages_in()
         self._in_fit = False
-        if not any(wrapper.has_average for wrapper in self._wrappers()):
-            warnings.warn(self._no_snapshot(), stacklevel=2)
+        if not self._has_warned and not any(w.has_average for w in self._wrappers()):
+            warnings.warn(self._no_snapshot("ended", "holds", 0), stacklevel=2)
 
     def _wrappers(self) -> list[Any]:
         """The wrappers whose averages may be put in. `self.model` also syncs JAX' state."""
-        wrappers = finding.averaging_optimizers(self.model)
+        wrappers = finding.wrappers_of(self.model)
+        if self.optimizer is not None and bindings.works_for(self.optimizer, self.model):
+            return [self.optimizer]
         if not wrappers:
             raise ValueError(
                 "SwapAverageWeights needs a model whose optimizer keeps averages. Received: "
                 f"optimizer={getattr(self.model, 'optimizer', None)!r}. Compile the model with an "
                 'optimizer such as keras_avg.SWA("adam").'
             )
-        if self.optimizer is None:
-            return wrappers
-        if not any(wrapper is self.optimizer for wrapper in wrappers):
+        if self.optimizer is not None:
             raise ValueError(
                 "The wrapper given to SwapAverageWeights is not at work in the model. Received: "
                 f"optimizer={self.optimizer!r}, and the model has {wrappers!r}."
             )
-        return [self.optimizer]
+        return wrappers
 
     def _chosen(self) -> list[Any]:
-        wrappers = self._wrappers()
-        if self.optimizer is None:
-            return finding.with_snapshot(self.model.optimizer)
-        return [wrapper for wrapper in wrappers if wrapper.has_average]
+        return finding.with_snapshot(self._wrappers())
 
     def _begin_judging(self) -> None:
         holding = any(wrapper.averages_in_model for wrapper in self._wrappers())
@@ -184,7 +192,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
         for wrapper in chosen:
             wrapper.swap_weights()
         if chosen and self.batch_norm_data is not None:
-            swapping.set_statistics_aside(chosen, self.model, statistics(self.model))
+            swapping.set_statistics_aside(self.model, statistics(self.model))
             self._set_statistics(tuple((w, w.num_snapshots) for w in chosen))
 
     def _set_statistics(self, averages: Any) -> None:
@@ -201,8 +209,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
         return any(w.averages_in_model and w.num_snapshots != number for w, number in averages)
 
     def _take_averages_out(self) -> None:
-        self._wrappers()  # refuses a model without any
-        for wrapper in finding.averaging_optimizers(self.model):
+        for wrapper in [*self._wrappers(), *finding.wrappers_of(self.model)]:
             if wrapper.averages_in_model:
                 swapping.bind_statistics(wrapper, self.model)
                 wrapper.swap_weights()
@@ -218,12 +225,39 @@ class SwapAverageWeights(keras.callbacks.Callback):
             raw = {k.removeprefix("val_"): v for k, v in logs.items() if k.startswith("val_")}
         return {f"val_raw_{name}": value for name, value in raw.items()}
 
-    def _no_snapshot(self) -> str:
+    def _warn_if_too_short(self) -> None:
+        """Say at the beginning that there will be no snapshot, where that is known."""
+        batches = (self.params.get("epochs") or 0) * (self.params.get("steps") or 0)
+        if batches and not any(
+            w.has_average or _will_average(w, batches) for w in self._wrappers()
+        ):
+            self._has_warned = True
+            warnings.warn(self._no_snapshot("will end", "will hold", batches), stacklevel=2)
+
+    def _no_snapshot(self, ends: str, holds: str, batches: int) -> str:
         rules = "; ".join(
-            f"{wrapper.name!r} ({wrapper._rule()}) after {int(wrapper.iterations)} updates"
-            for wrapper in self._wrappers()
+            f"{w.name!r} ({w._rule()}) after "
+            f"{w._updates_so_far() + _updates_in(w, batches)} updates"
+            for w in self._wrappers()
         )
         return (
-            "Training ended without a snapshot, so the model holds the raw weights. Received: "
+            f"Training {ends} without a snapshot, so the model {holds} the raw weights. Received: "
             f"{rules}. Train longer, or let averaging start earlier."
         )
+
+
+def _updates_in(wrapper: Any, batches: int) -> int:
+    return batches // (nesting.innermost(wrapper).gradient_accumulation_steps or 1)
+
+
+def _will_average(wrapper: Any, batches: int) -> bool:
+    """Whether an averaging is due in so many batches; True where the rule does not tell."""
+    if getattr(wrapper, "communicator", LONELY).size > 1:  # other workers may go on for longer
+        return True
+    done = wrapper._updates_so_far()
+    steps = np.arange(done, min(done + _updates_in(wrapper, batches), done + LOOK_AHEAD))
+    try:
+        due = wrapper.is_due(steps)
+        return due is True or bool(np.any(ops.convert_to_numpy(due)))
+    except (TypeError, ValueError, RuntimeError):  # a rule that takes one step at a time
+        return True

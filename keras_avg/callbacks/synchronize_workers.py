@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from keras_avg import _keras_internals
-from keras_avg._optimizers import arguments, finding
+from keras_avg._optimizers import arguments, finding, nesting
 from keras_avg._optimizers.model_average import ModelAverage
 from keras_avg.batch_norm import frozen_batch_norms
 
@@ -83,6 +83,7 @@ class SynchronizeWorkers(keras.callbacks.Callback):
         if self._wrapper is not None:
             self._begin(self.model)
             self._look()
+            self._refuse_missed_round()
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """Go on from a state that another callback has loaded."""
@@ -120,6 +121,8 @@ class SynchronizeWorkers(keras.callbacks.Callback):
             return
         model, wrapper, has_trained = self.model, self._wrapper, self._has_begun
         self._begin(model)  # if there was no epoch left
+        self._look()
+        self._refuse_missed_round()
         with contextlib.ExitStack() as stack:
             for holding in finding.averaging_optimizers(model):
                 stack.enter_context(holding.raw_weights())
@@ -148,9 +151,19 @@ class SynchronizeWorkers(keras.callbacks.Callback):
     def _look(self) -> None:
         self._step, self._executions = self._wrapper._updates_so_far(), 0
 
+    def _refuse_missed_round(self) -> None:
+        met, due = self._wrapper._met_until, self._wrapper.last_due_step(self._step)
+        if met is not None and due > met:
+            raise RuntimeError(
+                f"A round of '{self._wrapper.name}' was due after step {due} and did not take "
+                f"place: the optimizer's `iterations` moved to {self._step} outside of the batches "
+                f"that this callback saw. Received: the last round at step {met}. Train on data "
+                "of known length, or with `jit_compile=True`."
+            )
+
     def _steps_at_most(self) -> int:
         micro_steps = self._executions * self._steps_per_execution
-        accumulated = arguments.innermost(self._wrapper).gradient_accumulation_steps or 1
+        accumulated = nesting.innermost(self._wrapper).gradient_accumulation_steps or 1
         return self._step + -(-micro_steps // accumulated)
 
     def _others(self, model: Any) -> list[Any]:
