@@ -22,9 +22,10 @@ class SWA(AveragedOptimizerWrapper):
     so that the average is the arithmetic mean of all snapshots. After `T` updates there are none if
     `T <= start_averaging`, else `(T - 1 - start_averaging) // average_period + 1` of them.
 
-    `start_averaging` counts the optimizer's `iterations`, so those of a loaded optimizer too. Step 0
-    is the first: to take the last step of each epoch, or cycle, of `k` steps after `n` of them, pass
-    `start_averaging=n * k - 1` and `average_period=k`. (`n * k` takes the first step of the next.)
+    `start_averaging` counts the optimizer's `iterations`, so those of a loaded optimizer too. Step
+    0 is the first. To take the last step of each epoch (or cycle) of `k` steps, from epoch `n` on,
+    pass `start_averaging=n * k - 1` and `average_period=k`. (`n * k` takes the first step of the
+    next epoch.)
 
     Use `SWA` for one average over the late, wide part of a run, and `MovingAverage` for one that
     follows training and forgets. Keras' own `use_ema` is a `MovingAverage` that begins with the

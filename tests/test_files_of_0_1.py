@@ -1,0 +1,51 @@
+"""Files that version 0.1 wrote, on torch, load bit for bit on every backend.
+
+`SWA(MovingAverage(Adam))` after six steps of the small model, with an added slot and an added
+weight: with the raw weights in the model, and swapped with batch-norm statistics of the averages.
+"""
+
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+import small_training as small
+from keras import optimizers
+
+import keras_avg
+
+FILES = pathlib.Path(__file__).parent / "files_of_0_1"
+
+
+def expected(kind):
+    with np.load(FILES / "expected.npz") as arrays:
+        return [arrays[name] for name in sorted(arrays.files) if name.startswith(kind)]
+
+
+def built():
+    inner = keras_avg.MovingAverage(optimizers.Adam(0.01))
+    model = small.model(keras_avg.SWA(inner, 0, 2))
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+@pytest.mark.parametrize("name", ["raw.keras", "raw.weights.h5"])
+def test_a_file_of_raw_weights(name):
+    if name == "raw.keras":
+        model = keras.saving.load_model(FILES / name)
+    else:
+        model = built()
+        model.load_weights(FILES / name)
+    small.assert_same_bits(model.get_weights(), expected("raw"))
+    small.assert_same_bits(model.optimizer.get_weights(), expected("state"))
+    small.fit(model, epochs=1)
+    assert model.optimizer.num_snapshots == 6
+
+
+def test_a_file_of_averages():
+    model = keras.saving.load_model(FILES / "swapped.keras")
+    small.assert_same_bits(model.get_weights(), expected("averaged"))
+    assert model.optimizer.averages_in_model
+    keras_avg.swap_weights(model)
+    small.assert_same_bits(model.get_weights(), expected("raw"))
+    small.assert_same_bits(model.optimizer.get_weights(), expected("state"))
