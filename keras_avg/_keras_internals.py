@@ -9,7 +9,7 @@ import re
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import h5py
@@ -129,12 +129,12 @@ def variable_like(variable: Any, value: float) -> Any:
     Optimizers may go by paths (Muon, by those of embeddings), which Keras makes of where it is.
     """
     new = keras.Variable(np.full(tuple(variable.shape), value), dtype=variable.dtype)
-    new._path = getattr(variable, "path", variable.name)
+    new._path = path_of(variable)
     return new
 
 
 def _flat_path(variable: Any) -> str:
-    return re.sub("[/:]", "_", getattr(variable, "path", variable.name))
+    return re.sub("[/:]", "_", path_of(variable))
 
 
 def slots(optimizer: Any, variable: Any) -> dict[str, Any]:
@@ -187,6 +187,20 @@ def stored_value(variable: Any) -> Any:
     return variable._value if isinstance(variable, keras.Variable) else variable  # `tf.Variable`
 
 
+def check_attached(variables: Iterable[Any]) -> None:
+    """Raise if the JAX trainer holds the values of variables at the moment."""
+    if any(is_purged(variable) for variable in variables):
+        raise RuntimeError(
+            "During `fit` on JAX the variables' values live in the train step, not in the "
+            "variables. Call `model.jax_state_sync()` first."
+        )
+
+
+def path_of(variable: Any) -> str:
+    """A variable's path; the name of a native `tf.Variable`, which has no path."""
+    return getattr(variable, "path", variable.name)
+
+
 def reattach_state(optimizer: Any) -> bool:
     """Give back the values that the JAX trainer took away, if `fit` failed before a first step.
 
@@ -232,25 +246,6 @@ def models_among_callers(name: str) -> Iterator[Any]:
 
 def _is_of_keras(frame: types.FrameType) -> bool:
     return str(frame.f_globals.get("__name__")).startswith("keras.")
-
-
-def is_in_fit(callback: Any) -> bool:
-    """Whether a `fit` that has this callback is under way.
-
-    The list of callbacks is a local variable of `fit`. All threads are searched, because the
-    replicas of a TensorFlow strategy are traced in threads of their own.
-    """
-    for top in sys._current_frames().values():
-        frame: types.FrameType | None = top
-        while frame is not None:
-            if "callbacks" in frame.f_code.co_varnames:  # `f_locals` of every one takes its time
-                listed = frame.f_locals.get("callbacks")
-                if isinstance(listed, keras.callbacks.CallbackList) and any(
-                    each is callback for each in listed.callbacks
-                ):
-                    return True
-            frame = frame.f_back
-    return False
 
 
 def validate_again(model: Any) -> dict[str, float]:

@@ -10,9 +10,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_avg import _backend, _keras_internals
-from keras_avg._optimizers import arguments, swapping
-from keras_avg._optimizers.storage import check_attached
+from keras_avg import _backend, _checks, _keras_internals
+from keras_avg._wrapping import swap
 
 
 def update_batch_norm(
@@ -84,18 +83,18 @@ def update_batch_norm(
         https://arxiv.org/abs/1803.05407, section 3.2.
     """
     if batch_size is not None:
-        batch_size = arguments.whole_number("batch_size", batch_size, minimum=1, unit="samples")
+        batch_size = _checks.whole_number("batch_size", batch_size, minimum=1, unit="samples")
     if steps is not None:
-        steps = arguments.whole_number("steps", steps, minimum=1, unit="batches")
+        steps = _checks.whole_number("steps", steps, minimum=1, unit="batches")
     if verbose not in ("auto", 0, 1, 2):
         raise ValueError(f"`verbose` must be 'auto', 0, 1 or 2. Received: verbose={verbose!r}.")
     if _is_built(model) and not _layers_to_update(model):
         return
-    check_attached(model.variables)
+    _keras_internals.check_attached(model.variables)
     adapter = _adapter(x, batch_size, steps)
     with _backend.random_state_kept(), _keras_internals.batches(adapter) as data:
         pools = _filled_pools(model, _inputs(data, adapter.num_batches, steps, verbose))
-    swapping.set_statistics_aside(model, statistics(model))
+    swap.set_statistics_aside(model, statistics(model))
     for pool in pools:
         pool.assign()
 

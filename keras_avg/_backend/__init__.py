@@ -9,6 +9,8 @@ Each file defines the same names with the same signatures, in the same order:
   that the next step overwrites.
 * `detached(variable)`: what a variable, tensor or NumPy array holds, as a tensor that no gradient
   flows into; not copied.
+* `value(variable, dtype)`: what a variable or tensor holds, as a tensor, in another dtype if one is
+  named; not copied without need.
 * `assign_quotients(sources, divisor, targets, ...)`: gives variables the values of others, of
   tensors or NumPy arrays, over a number; and the variables of each further list those of the one
   before. Each in its own dtype and buffer, and all together, so that a value is still in the cache.
@@ -90,5 +92,6 @@ __all__ = [
     "run_if",
     "scalar",
     "start_averages",
+    "value",
     "widest_float",
 ]

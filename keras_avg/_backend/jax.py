@@ -21,6 +21,15 @@ def detached(variable: Any) -> Any:
     return keras.ops.convert_to_tensor(variable)
 
 
+def value(variable: Any, dtype: Any = None) -> Any:
+    tensor = variable.value if isinstance(variable, keras.Variable) else jnp.asarray(variable)
+    if dtype is None or tensor.dtype == dtype:
+        return tensor
+    # XLA leaves out a rounding to bfloat16 that a cast to float32 follows: an average would be of
+    # what the step computed, not of the variable.
+    return jax.lax.optimization_barrier(tensor).astype(dtype)
+
+
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
     for source, *chain in zip(sources, *targets, strict=True):
         value = source.value if isinstance(source, keras.Variable) else source

@@ -23,6 +23,11 @@ def detached(variable: Any) -> Any:
     return _array(variable)
 
 
+def value(variable: Any, dtype: Any = None) -> Any:
+    array = _array(variable)
+    return array if dtype is None else array.astype(dtype)
+
+
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
     for source, *chain in zip(sources, *targets, strict=True):
         value = _array(source) / divisor

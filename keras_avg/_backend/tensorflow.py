@@ -25,6 +25,11 @@ def detached(variable: Any) -> Any:
     return tf.convert_to_tensor(variable)
 
 
+def value(variable: Any, dtype: Any = None) -> Any:
+    tensor = tf.convert_to_tensor(variable)
+    return tensor if dtype is None else tf.cast(tensor, dtype)
+
+
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
     values = [tf.convert_to_tensor(source) for source in sources]
     # As a tensor: by a constant, TensorFlow would multiply by a rounded reciprocal.

@@ -31,6 +31,11 @@ def detached(variable: Any) -> Any:
     return _tensor(variable).detach()
 
 
+def value(variable: Any, dtype: Any = None) -> Any:
+    tensor = detached(variable)
+    return tensor if dtype is None else tensor.to(_torch_dtype(dtype))
+
+
 @outside_graph
 @torch.no_grad()
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
@@ -203,6 +208,10 @@ def random_state_kept() -> contextlib.AbstractContextManager:
 
 def eager_inference(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.no_grad()(function)
+
+
+def _torch_dtype(dtype: Any) -> torch.dtype:
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
 
 
 def _tensor(variable: Any) -> torch.Tensor:

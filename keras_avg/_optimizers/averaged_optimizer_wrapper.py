@@ -1,33 +1,17 @@
-"""All the machinery of averaging: build, step, clock, averages. The rules are in the wrappers."""
+"""The base of all rules: when an averaging is due, and with which weight."""
 
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_avg import _backend, _keras_internals
-from keras_avg._optimizers import arguments, bindings, gradients, keywords, rates
-from keras_avg._optimizers.added_variables import AddsVariables
-from keras_avg._optimizers.configuration import HasConfig
-from keras_avg._optimizers.files import StoredInFiles
-from keras_avg._optimizers.forwarding import ForwardsToInnerOptimizer
-from keras_avg._optimizers.minimizing import Minimizes
-from keras_avg._optimizers.raw_values import RawValues
-from keras_avg._optimizers.storage import StoresOwnVariables, check_attached
-from keras_avg._optimizers.swapping import SwapsWeights, supersede
+from keras_avg import _backend, _checks, _keras_internals
+from keras_avg._wrapping import arguments
+from keras_avg._wrapping.shows_averages import ShowsAverages
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
-class AveragedOptimizerWrapper(
-    ForwardsToInnerOptimizer,
-    SwapsWeights,
-    StoresOwnVariables,
-    StoredInFiles,
-    AddsVariables,
-    Minimizes,
-    HasConfig,
-    keras.optimizers.Optimizer,
-):
+class AveragedOptimizerWrapper(ShowsAverages):
     """Base of the optimizers that average a model's variables while another optimizer trains them.
 
     After the inner optimizer has taken step `i` (the first is 0), the wrapper asks its rule whether
@@ -40,10 +24,22 @@ class AveragedOptimizerWrapper(
     except where the averages flow back into the variables (`Lookahead`, `ModelAverage`). Averages
     of several kinds are nested: `SWA(MovingAverage("adam"))`.
 
-    A new kind of average is a subclass with two methods, `is_due(step)` and `value_weight(step)`:
-    scalars from an integer step, through `keras.ops`; they run inside compiled code. A subclass may
-    override `average_op` alone; then every step is due. State of its own it adds in `build`, as
-    Keras' optimizers do, by `add_variable` or `add_weight`.
+    A new kind of average is a subclass. Most need two methods, `is_due(step)` and
+    `value_weight(step)`: scalars from an integer step, through `keras.ops`. They run inside
+    compiled code. A subclass may override `average_op` alone; then every step is due.
+
+    Rules that keep more than one average have further hooks, each with a default:
+
+    | hook | says |
+    |---|---|
+    | `stores()` | what is kept beside each variable, and what it begins with |
+    | `before_step()` | what happens before the inner optimizer's step |
+    | `accumulate(due, step)` | what an averaging does |
+    | `averages()` | what the model holds when it is swapped |
+    | `snapshots_so_far` | how many averagings there were, in compiled code too |
+
+    `self.kept["name"]` is a store: it moves by `lerp_if` and `assign_if`. Other state a subclass
+    adds in `build`, as Keras' optimizers do, by `add_variable` or `add_weight`.
 
     Args:
         optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
@@ -114,33 +110,19 @@ class AveragedOptimizerWrapper(
         gradient_aggregator: Any = None,
         **kwargs: Any,
     ) -> None:
-        kind = type(self).__name__
         _refuse_without_rule(type(self))
-        clipping, rate = keywords.split(type(self), kwargs)
-        inner = arguments.inner_optimizer(optimizer, kind)
-        sequential_update = arguments.truth("sequential_update", sequential_update)
-        average_dtype = arguments.average_dtype(average_dtype)
-        skip_nonfinite = arguments.truth("skip_nonfinite", skip_nonfinite)
-        aggregator, transformers = arguments.gradient_functions(
-            gradient_aggregator, gradient_transformers
-        )
-        # A callable rate, so that Keras makes no variable for a rate that is the inner optimizer's.
+        sequential_update = _checks.truth("sequential_update", sequential_update)
+        skip_nonfinite = _checks.truth("skip_nonfinite", skip_nonfinite)
         super().__init__(
-            learning_rate=lambda: self.inner_optimizer.learning_rate,
-            name=arguments.variable_scope_name(name),
-            **clipping,
+            average_dtype=arguments.average_dtype(average_dtype),
+            optimizer=optimizer,
+            name=name,
+            gradient_transformers=gradient_transformers,
+            gradient_aggregator=gradient_aggregator,
+            **kwargs,
         )
-        rates.set_rate(inner, kind, rate)
-        _keras_internals.share_step_counter(self, inner)
-        self.inner_optimizer = inner
         self.sequential_update = sequential_update
-        self.average_dtype = average_dtype
         self.skip_nonfinite = skip_nonfinite
-        self.gradient_aggregator = aggregator
-        self.gradient_transformers = transformers
-        self._own_variables = {}
-        self._raw: RawValues | None = None
-        self._averages: list[Any] = []
 
     def is_due(self, step: Any) -> Any:
         """Whether an averaging follows update `step` (integer scalar, first is 0). Default: always.
@@ -157,117 +139,110 @@ class AveragedOptimizerWrapper(
         """
         raise NotImplementedError(f"{type(self).__name__} does not define `value_weight`.")
 
-    def build(self, variables: list[Any]) -> None:
-        """Make the averages, one for each variable, and build the inner optimizer."""
-        variables = list(variables)
-        if self.built and (not variables or _keras_internals.built_variables(self)):
-            return
-        kind = type(self).__name__
-        if self.inner_optimizer.built:
-            arguments.refuse_other_variables(self.inner_optimizer, variables, kind)
-        elif variables:  # built for none, it could not be built for those that come later
-            with _backend.outside_trace(variables):
-                self.inner_optimizer.build(variables)
-        arguments.refuse_accumulating_members(self.inner_optimizer, kind)
-        self._clock = _backend.Counter(_keras_internals.step_counter(self))
-        with _backend.outside_trace():
-            self._add_own_variables(variables)
-        super().build(variables)
-        bindings.note_built(self)
-        supersede(self)
+    def stores(self) -> dict[str, str]:
+        """What is kept beside each variable: `"average"`, see `average_starts_at_variable`."""
+        return {"average": "variable" if self.average_starts_at_variable else "zeros"}
 
-    def apply(self, grads: list[Any], trainable_variables: list[Any] | None = None) -> None:
-        """Let the inner optimizer take a step, then average if it is time.
+    def before_step(self) -> None:
+        """What to do before the inner optimizer takes a step. Default: nothing.
+
+        What begins with the variables has begun by then. Runs inside compiled code.
+        """
+
+    def accumulate(self, due: Any, step: Any) -> None:
+        """What an averaging does. Default: the average moves towards the variables.
+
+        Called after each step. Nothing may change where `due` does not hold.
 
         Args:
-            grads: List of gradients, as the inner optimizer takes them.
-            trainable_variables: List of the variables they belong to. Default None: those that the
-                optimizer was built with.
+            due: Bool, or a bool scalar: whether an averaging is due, and all variables are finite
+                if that is asked for.
+            step: Integer scalar. The update that was taken; the first is 0.
+        """
+        average = self.kept["average"]
+        if type(self).average_op is AveragedOptimizerWrapper.average_op:
+            average.lerp_if(due, lambda: self._weight(step))
+        else:
+            average.assign_if(due, lambda kept, variable: self.average_op(variable, kept))
+        if self.average_flows_back:
+            average.flow_back_if(due)
+
+    @property
+    def snapshots_so_far(self) -> Any:
+        """How many averagings have been done: an integer scalar, in compiled code too."""
+        return self._snapshots.read()
+
+    def average_op(self, var: Any, average_var: Any) -> Any:
+        """The new value of an average, as if an averaging were due now. Assigns nothing.
+
+        Args:
+            var: The variable, or a tensor in its place.
+            average_var: The average, or a tensor of the same shape.
+
+        Returns:
+            A tensor of the shape and dtype of `average_var`.
 
         Raises:
-            RuntimeError: If the averages are in the model.
+            ValueError: If the optimizer has not been built, so that there is no current weight.
         """
-        self._apply(list(grads), trainable_variables, aggregate=True)
+        self._check_built("average_op")
+        _keras_internals.check_attached([*self.variables, var, average_var])
+        last = _backend.scalar(lambda: ops.maximum(self._clock.updates() - 1, 0))
+        return _backend.lerp([average_var], [var], self._weight(last))[0]
 
-    def _apply(self, grads: list[Any], variables: list[Any] | None, aggregate: bool) -> None:
-        if not grads:
-            return
-        check_attached([_keras_internals.step_counter(self)])
-        variables = self._variables_for(grads, variables)
-        if _backend.concrete(self._swapped.read()) is None:  # in code that is being compiled
-            bindings.note_training_model(self)
-        self._refuse_while_in_model("training")
-        with _backend.after(grads):
-            grads = gradients.process(self, grads, variables, aggregate)
-            if not aggregate:
-                grads = gradients.parts_of_sums(grads, variables)
-            before = self._clock.read()
-            if self.average_starts_at_variable:
-                _backend.start_averages(self._updates.read(), *self._averages_and_variables())
-            self.inner_optimizer.apply(grads, variables)
-            self._average_after(before)
+    def get_config(self) -> dict[str, Any]:
+        """The arguments to construct the wrapper with again, serializable.
 
-    def _variables_for(self, grads: list[Any], variables: list[Any] | None) -> list[Any]:
-        if variables is not None:
-            variables = list(variables)
-            if not self.built or not _keras_internals.built_variables(self):
-                self.build(variables)
-        elif self.built:
-            variables = _keras_internals.built_variables(self)
-        else:
-            raise ValueError(
-                "The first `apply` needs the variables too, to build the optimizer. Received: "
-                f"{len(grads)} gradients and no variables. Pass `trainable_variables`, or call "
-                "`optimizer.build(trainable_variables)` first."
-            )
-        if len(grads) != len(variables):
-            raise ValueError(
-                "Gradients and variables belong together one to one. Received: "
-                f"{len(grads)} gradients for {len(variables)} variables."
-            )
-        return variables
+        Returns:
+            A dict. The rate is not in it: it is part of the inner optimizer's config.
 
-    def _average_after(self, before: Any) -> None:
-        step, after = self._step(before), self._step(self._clock.read_after_step())
-        moved = self._counts_every_step() or step != after
+        Raises:
+            ValueError: If a gradient function is not registered with Keras.
+        """
+        return super().get_config() | {
+            "sequential_update": self.sequential_update,
+            "skip_nonfinite": self.skip_nonfinite,
+        }
+
+    def rule(self) -> str:
+        """The arguments that say when and how much is averaged, as text for messages."""
+        shared = AveragedOptimizerWrapper.get_config(self)
+        own = {name: value for name, value in self.get_config().items() if name not in shared}
+        return ", ".join(f"{name}={value!r}" for name, value in own.items())
+
+    def _before_inner_step(self) -> None:
+        super()._before_inner_step()
+        self.before_step()
+
+    def _after_inner_step(self, step: Any, moved: Any) -> None:
         due = _backend.scalar(lambda: _both(moved, self.is_due(step)))
         if self.skip_nonfinite:
             due = self._due_if_finite(due)
         self._updates.advance(moved)  # first: the step is taken, even if a round of workers fails
-        self._average(due, step)
+        self.accumulate(due, step)
+        self._count_snapshot_if(due)
+
+    def _count_snapshot_if(self, due: Any) -> None:
+        self.count_snapshots(due)
 
     def _due_if_finite(self, due: Any) -> Any:
-        _, variables = self._averages_and_variables()
+        variables = self.averaged_variables
         return _backend.scalar(
             lambda: ops.cond(due, lambda: _backend.all_finite(variables), lambda: _false())
         )
 
-    def _average(self, due: Any, step: Any) -> None:
-        averages, variables = self._averages_and_variables()
-        if self._overrides_average_op():
-            _backend.assign_if(due, averages, variables, self._average_ops)
-        else:
-            _backend.lerp_if(due, averages, variables, lambda: self._weight(step))
-        if self.average_flows_back:
-            _backend.assign_if(due, variables, averages, _copies_of_sources)
-        self._snapshots.advance(due)
+    def _weight(self, step: Any) -> Any:
+        return _backend.scalar(lambda: self._weight_or_start(step))
 
-    def _counts_every_step(self) -> bool:
-        inner = self.inner_optimizer
-        if isinstance(inner, AveragedOptimizerWrapper):
-            leaves_apply = type(inner).apply is AveragedOptimizerWrapper.apply
-            return leaves_apply and inner._counts_every_step()
-        return _keras_internals.counts_every_step(inner)
-
-    def _overrides_average_op(self) -> bool:
-        return type(self).average_op is not AveragedOptimizerWrapper.average_op
-
-    def _average_ops(self, averages: Any, variables: Any) -> list[Any]:
-        return [self.average_op(v, a) for a, v in zip(averages, variables, strict=True)]
-
-
-def _copies_of_sources(targets: Any, sources: Any) -> list[Any]:
-    return [_backend.copy(source) for source in sources]
+    def _weight_or_start(self, step: Any) -> Any:
+        """The rule's weight; 1 while there is no average yet, whatever the rule makes of `step`."""
+        weight = self.value_weight(step)
+        if self.average_starts_at_variable:
+            return weight
+        dtype = _backend.widest_float()
+        # Not `ops.cast`, which takes a Python float through float32.
+        weight = ops.convert_to_tensor(weight, dtype)
+        return ops.where(self.snapshots_so_far == 0, ops.ones((), dtype), weight)
 
 
 def _both(first: Any, second: Any) -> Any:
@@ -283,9 +258,10 @@ def _false() -> Any:
 
 def _refuse_without_rule(kind: type[AveragedOptimizerWrapper]) -> None:
     base = AveragedOptimizerWrapper
-    if kind.value_weight is base.value_weight and kind.average_op is base.average_op:
+    ways = ("value_weight", "average_op", "accumulate")
+    if all(getattr(kind, way) is getattr(base, way) for way in ways):
         raise TypeError(
             f"{kind.__name__} does not say how to average, so it cannot be constructed. Use "
             "keras_avg.SWA or keras_avg.MovingAverage, or a subclass that defines `value_weight` "
-            "(and `is_due`) or `average_op`."
+            "(and `is_due`), `average_op` or `accumulate`."
         )

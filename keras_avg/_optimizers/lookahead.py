@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_avg._optimizers import arguments
+from keras_avg import _checks
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 
 
@@ -68,8 +68,8 @@ class Lookahead(AveragedOptimizerWrapper):
         sequential_update: bool = True,
         **kwargs: Any,
     ) -> None:
-        period = arguments.whole_number("sync_period", sync_period, minimum=1)
-        step_size = arguments.fraction("slow_step_size", slow_step_size)
+        period = _checks.whole_number("sync_period", sync_period, minimum=1)
+        step_size = _checks.fraction("slow_step_size", slow_step_size)
         super().__init__(optimizer, sequential_update, name, **kwargs)
         self.sync_period = period
         self.slow_step_size = step_size

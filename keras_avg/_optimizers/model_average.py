@@ -1,19 +1,24 @@
 """Periodic averaging of the models of several workers."""
 
+import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_avg import _backend, _keras_internals
-from keras_avg._optimizers import arguments, nesting
+from keras_avg import _backend, _checks, _keras_internals
+from keras_avg._keras2.classic_steps import variables_in
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
-from keras_avg._optimizers.inner_state import HasInnerState
-from keras_avg._optimizers.meeting import MeetsWorkers
+from keras_avg._workers import arguments
+from keras_avg._workers.inner_state import InnerState
+from keras_avg._workers.meeting import Meeting
+from keras_avg._workers.rounds import Rounds
+from keras_avg._wrapping import nesting
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
-class ModelAverage(MeetsWorkers, HasInnerState, AveragedOptimizerWrapper):
+class ModelAverage(AveragedOptimizerWrapper):
     """Local steps on each worker, and every `interval_steps` of them the mean over all workers.
 
     A worker is a process with its own copy of the model and its own shard of the data. With step
@@ -109,9 +114,9 @@ class ModelAverage(MeetsWorkers, HasInnerState, AveragedOptimizerWrapper):
         sequential_update: bool = True,
         **kwargs: Any,
     ) -> None:
-        interval = arguments.whole_number("interval_steps", interval_steps, minimum=1)
-        start = arguments.whole_number("start_step", start_step, minimum=0)
-        inner_state = arguments.one_of("inner_state", inner_state, ("keep", "average", "reset"))
+        interval = _checks.whole_number("interval_steps", interval_steps, minimum=1)
+        start = _checks.whole_number("start_step", start_step, minimum=0)
+        inner_state = _checks.one_of("inner_state", inner_state, ("keep", "average", "reset"))
         outer = arguments.outer_optimizer(outer_optimizer)
         communicator = arguments.communicator(communicator, num_worker, is_chief)
         super().__init__(optimizer, sequential_update, name, **kwargs)
@@ -121,6 +126,15 @@ class ModelAverage(MeetsWorkers, HasInnerState, AveragedOptimizerWrapper):
         self.inner_state = inner_state
         self.outer_optimizer = outer
         self.communicator = communicator
+        self._inner = InnerState(self, inner_state)
+        alike = {"inner_state": inner_state, "outer_optimizer": type(outer).__name__}
+        self.meeting = Meeting(
+            self,
+            communicator,
+            Rounds(interval, start),
+            self._inner,
+            {f"{name} (checksum)": zlib.crc32(text.encode()) for name, text in alike.items()},
+        )
 
     # The original counts local steps from 1 and averages after steps k, 2k, 3k, ...:
     #     local_step += 1;  if local_step % interval_steps == 0: average
@@ -141,18 +155,46 @@ class ModelAverage(MeetsWorkers, HasInnerState, AveragedOptimizerWrapper):
 
     def last_due_step(self, step: int) -> int:
         """The last of the steps 1, 2, ... `step` after which a round takes place; 0 if none."""
-        if step <= self.start_step:
-            return step
-        return step - (step - self.start_step) % self.interval_steps
+        return self.meeting.rounds.last_due(step)
 
     def next_due_step(self, step: int) -> int:
         """The first step after `step` (the first of all is 1) after which there is a round."""
-        if step < self.start_step:
-            return step + 1
-        return self.last_due_step(step) + self.interval_steps
+        return self.meeting.rounds.next_due(step)
+
+    def start_together(self, others: Sequence[Any] = ()) -> None:
+        """Once, before the first step: compare the workers, and take the chief's variables.
+
+        Args:
+            others: List of variables (non-trainable ones) to take from the chief too.
+
+        Raises:
+            ValueError: If the optimizer has not been built; or if the workers differ in model,
+                interval or step, on every worker.
+        """
+        self.meeting.start_together(others)
+
+    def no_round_is_missing(self) -> None:
+        """Called when `fit` begins, or a state was loaded in it: rounds count from here."""
+        self.meeting.no_round_is_missing()
+
+    def meet(self, others: Sequence[Any] = (), is_training: bool = True) -> bool:
+        """One round with all workers: mean, center, variables.
+
+        Args:
+            others: List of float variables that take the mean over the workers too.
+            is_training: Bool. False for a worker that has run out of data, and only keeps the
+                others company: its values have no weight.
+
+        Returns:
+            Whether any worker was still training.
+
+        Raises:
+            ValueError: If the optimizer has not been built.
+        """
+        return self.meeting.meet(others, is_training)
 
     @property
-    def variables(self) -> list[Any]:  # type: ignore[override]
+    def variables(self) -> list[Any]:
         """Own variables, the inner optimizer's, then the outer optimizer's."""
         outer = self.outer_optimizer
         return super().variables + (list(outer.variables) if outer else [])
@@ -163,28 +205,29 @@ class ModelAverage(MeetsWorkers, HasInnerState, AveragedOptimizerWrapper):
             return
         arguments.refuse_built_outer_optimizer(self.outer_optimizer, type(self).__name__)
         super().build(variables)
-        centers, _ = self._averages_and_variables()
+        centers = self.kept["average"].kept
         if not centers:  # built for none, it could not be built for those that come later
             return
         if self.outer_optimizer:
             self.outer_optimizer.build(centers)
         if self.inner_state == "reset":
-            self._note_initial_slots()
+            self._inner.note_initial_values()
 
-    def _average(self, due: Any, step: Any) -> None:
-        if self.communicator.size > 1:
-            self._average_over_workers(due)
+    def accumulate(self, due: Any, step: Any) -> None:
+        """A round with the other workers, or by itself if there are none."""
+        if self.meeting.is_of_several:
+            if _backend.concrete(due) and not self.meeting.is_between_batches():
+                self.meeting.meet()
         elif self.outer_optimizer is None and self.inner_state != "reset":
-            super()._average(due, step)
+            super().accumulate(due, step)
         else:
-            _, variables = self._averages_and_variables()
-            changed = [*self._averages_and_variables()[0], *variables, *self.variables]
-            _backend.run_if(due, lambda: self._finish_round(variables, 1.0), changed)
-            self._snapshots.advance(due)
+            variables = self.averaged_variables
+            changed = [*self.kept["average"].kept, *variables, *self.variables]
+            _backend.run_if(due, lambda: self.finish_round(variables, 1.0), changed)
 
-    def _finish_round(self, sums: list[Any], total: float) -> None:
+    def finish_round(self, sums: list[Any], total: float) -> None:
         """Move the center towards the means, which are sums / total; the variables go to it."""
-        centers, variables = self._averages_and_variables()
+        centers, variables = self.kept["average"].kept, self.averaged_variables
         if self.outer_optimizer:
             pairs = zip(centers, sums, strict=True)
             gradients = [center - ops.cast(s, center.dtype) / total for center, s in pairs]
@@ -192,8 +235,21 @@ class ModelAverage(MeetsWorkers, HasInnerState, AveragedOptimizerWrapper):
             _backend.assign_quotients(centers, 1.0, variables)
         else:
             _backend.assign_quotients(sums, total, centers, variables)
-        if self.inner_state == "reset":
-            self._reset_slots()
+        self._inner.reset()
+
+    def has_trained(self) -> bool:
+        """Whether there was an update since the wrapper was made."""
+        return int(self._updates.read()) > 0
+
+    def finalize_variable_values(self, var_list: list[Any]) -> None:
+        """Called by `fit` when training ends.
+
+        Raises:
+            RuntimeError: If a round was missed, in code compiled for `SynchronizeWorkers`.
+        """
+        super().finalize_variable_values(var_list)
+        if not any(map(_keras_internals.is_purged, var_list)):
+            self.meeting.refuse_missed_round()
 
     def get_config(self) -> dict[str, Any]:
         outer = self.outer_optimizer
@@ -203,3 +259,45 @@ class ModelAverage(MeetsWorkers, HasInnerState, AveragedOptimizerWrapper):
             "start_step": self.start_step,
             "inner_state": self.inner_state,
         }
+
+    def _take_step(self, grads: list[Any], variables: list[Any] | None, aggregate: bool) -> None:
+        meeting = self.meeting
+        if grads and meeting.is_of_several:
+            # Asked before `build`: TensorFlow would leave variables of a trace that is refused.
+            compiled = self._is_being_compiled()
+            if (compiled or meeting.met_until is None) and not meeting.is_between_batches():
+                if compiled:
+                    raise meeting.forgotten("the train step is compiled")
+                variables = self._variables_for(grads, variables)
+                meeting.start_together()
+        super()._take_step(grads, variables, aggregate)
+
+    def _before_first_gradients(self, var_list: Any) -> None:
+        if not self.meeting.is_of_several or self._is_being_compiled():
+            return
+        if not callable(var_list):
+            self.build(variables_in(var_list))
+        if _keras_internals.built_variables(self):
+            self.meeting.start_together()
+
+    def _is_being_compiled(self) -> bool:
+        variable = _keras_internals.step_counter(self)
+        _keras_internals.check_attached([variable])
+        if self.built:
+            return self._clock.is_being_compiled()
+        return _backend.concrete(_backend.Counter(variable).read()) is None
+
+    def _after_state_was_set(self) -> None:
+        super()._after_state_was_set()
+        self.meeting.forget()
+
+    def _due_if_finite(self, due: Any) -> Any:
+        # Over workers a round is due for all or none: see `Meeting`.
+        return due if self.meeting.is_of_several else super()._due_if_finite(due)
+
+    def _count_snapshot_if(self, due: Any) -> None:
+        if not self.meeting.is_of_several:  # else the meeting counts
+            super()._count_snapshot_if(due)
+
+    def _parts_on_file(self) -> dict[str, Any]:
+        return super()._parts_on_file() | {"outer_optimizer": self.outer_optimizer}

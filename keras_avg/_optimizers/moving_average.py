@@ -5,8 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_avg import _backend
-from keras_avg._optimizers import arguments
+from keras_avg import _backend, _checks
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 
 LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
@@ -80,11 +79,11 @@ class MovingAverage(AveragedOptimizerWrapper):
         average_period: int = 1,
         **kwargs: Any,
     ) -> None:
-        sequential_update = arguments.truth("sequential_update", sequential_update, "average_decay")
+        sequential_update = _checks.truth("sequential_update", sequential_update, "average_decay")
         average_decay = _capped(_decay(average_decay), num_updates)
-        start_step = arguments.whole_number("start_step", start_step, minimum=0)
-        dynamic_decay = arguments.truth("dynamic_decay", dynamic_decay)
-        average_period = arguments.whole_number("average_period", average_period, minimum=1)
+        start_step = _checks.whole_number("start_step", start_step, minimum=0)
+        dynamic_decay = _checks.truth("dynamic_decay", dynamic_decay)
+        average_period = _checks.whole_number("average_period", average_period, minimum=1)
         super().__init__(optimizer, sequential_update, name, **kwargs)
         self.average_decay = average_decay
         self.num_updates = None if num_updates is None else int(num_updates)
@@ -158,8 +157,8 @@ def _decay(value: Any) -> Any:
             "`__call__(step)` gives the decay."
         )
     if not isinstance(value, LearningRateSchedule):
-        return arguments.fraction("average_decay", value)
-    first = arguments.number(value(ops.convert_to_tensor(0)))  # NaN inside compiled code
+        return _checks.fraction("average_decay", value)
+    first = _checks.number(value(ops.convert_to_tensor(0)))  # NaN inside compiled code
     if first < 0.0 or first > 1.0:
         raise ValueError(
             "`average_decay` must have values in the range [0, 1]. Received: "
@@ -176,7 +175,7 @@ def _capped(decay: Any, num_updates: Any) -> Any:
             f"`num_updates` must be an integer or None. Received: num_updates={num_updates!r}. For "
             "a decay that warms up while training, use dynamic_decay=True."
         )
-    num_updates = arguments.whole_number("num_updates", num_updates, minimum=0, unit="updates")
+    num_updates = _checks.whole_number("num_updates", num_updates, minimum=0, unit="updates")
     if isinstance(decay, LearningRateSchedule):
         raise ValueError(
             "`num_updates` caps a constant decay, once. Received: "

@@ -5,8 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_avg import _backend
-from keras_avg._optimizers import arguments
+from keras_avg import _backend, _checks
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 
 
@@ -79,8 +78,8 @@ class SWA(AveragedOptimizerWrapper):
         sequential_update: bool = True,
         **kwargs: Any,
     ) -> None:
-        start = arguments.whole_number("start_averaging", start_averaging, minimum=0)
-        period = arguments.whole_number("average_period", average_period, minimum=1)
+        start = _checks.whole_number("start_averaging", start_averaging, minimum=0)
+        period = _checks.whole_number("average_period", average_period, minimum=1)
         super().__init__(optimizer, sequential_update, name, **kwargs)
         self.start_averaging = start
         self.average_period = period
@@ -95,7 +94,7 @@ class SWA(AveragedOptimizerWrapper):
         return (since >= 0) & (since % self.average_period == 0)
 
     def value_weight(self, step: Any) -> Any:
-        return 1.0 / ops.cast(self._snapshots.read() + 1, _backend.widest_float())
+        return 1.0 / ops.cast(self.snapshots_so_far + 1, _backend.widest_float())
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {

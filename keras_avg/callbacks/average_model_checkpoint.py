@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_avg._optimizers import finding
+from keras_avg._wrapping import finding
 
 
 class AverageModelCheckpoint(keras.callbacks.ModelCheckpoint):
@@ -87,7 +87,7 @@ class _SavesAverages:
             self._has_warned = True
             warnings.warn(
                 "AverageModelCheckpoint saves raw weights until there is a first snapshot. "
-                f"Received: none yet, after {wrappers[0]._updates_so_far()} updates.",
+                f"Received: none yet, after {wrappers[0].updates_so_far()} updates.",
                 stacklevel=2,
             )
         for wrapper in chosen:

@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_avg import _backend, _keras_internals
-from keras_avg._optimizers import bindings, finding, nesting, swapping
+from keras_avg._wrapping import bindings, finding, nesting, swap
 from keras_avg.batch_norm import refuse_one_pass_data, statistics, update_batch_norm
 from keras_avg.callbacks.synchronize_workers import keep_company
 from keras_avg.distributed import LocalCommunicator
@@ -192,7 +192,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
         for wrapper in chosen:
             wrapper.swap_weights()
         if chosen and self.batch_norm_data is not None:
-            swapping.set_statistics_aside(self.model, statistics(self.model))
+            swap.set_statistics_aside(self.model, statistics(self.model))
             self._set_statistics(tuple((w, w.num_snapshots) for w in chosen))
 
     def _set_statistics(self, averages: Any) -> None:
@@ -211,7 +211,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
     def _take_averages_out(self) -> None:
         for wrapper in [*self._wrappers(), *finding.wrappers_of(self.model)]:
             if wrapper.averages_in_model:
-                swapping.bind_statistics(wrapper, self.model)
+                wrapper.bind_model(self.model)
                 wrapper.swap_weights()
 
     def _raw_logs(self, logs: dict) -> dict:
@@ -236,8 +236,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
 
     def _no_snapshot(self, ends: str, holds: str, batches: int) -> str:
         rules = "; ".join(
-            f"{w.name!r} ({w._rule()}) after "
-            f"{w._updates_so_far() + _updates_in(w, batches)} updates"
+            f"{w.name!r} ({w.rule()}) after {w.updates_so_far() + _updates_in(w, batches)} updates"
             for w in self._wrappers()
         )
         return (
@@ -254,7 +253,7 @@ def _will_average(wrapper: Any, batches: int) -> bool:
     """Whether an averaging is due in so many batches; True where the rule does not tell."""
     if getattr(wrapper, "communicator", LONELY).size > 1:  # other workers may go on for longer
         return True
-    done = wrapper._updates_so_far()
+    done = wrapper.updates_so_far()
     steps = np.arange(done, min(done + _updates_in(wrapper, batches), done + LOOK_AHEAD))
     try:
         due = wrapper.is_due(steps)

@@ -1,13 +1,14 @@
 """Rounds of a ModelAverage between the batches of `fit`."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 
-from keras_avg import _keras_internals
-from keras_avg._optimizers import arguments, finding, nesting
+from keras_avg import _checks, _keras_internals
 from keras_avg._optimizers.model_average import ModelAverage
+from keras_avg._wrapping import finding, nesting, train_function
 from keras_avg.batch_norm import frozen_batch_norms
 
 
@@ -58,25 +59,31 @@ class SynchronizeWorkers(keras.callbacks.Callback):
 
     def __init__(self, average_non_trainable: bool = True) -> None:
         super().__init__()
-        self.average_non_trainable = arguments.truth("average_non_trainable", average_non_trainable)
+        self.average_non_trainable = _checks.truth("average_non_trainable", average_non_trainable)
         self._wrapper: Any = None  # None: one worker, nothing to do
+        self._trained: Any = None  # the model; `self.model` syncs JAX' state each time
+        self._history: Any = None  # of the `fit` that has this callback
         self._step = 0  # updates done, when last looked at
         self._executions = 0  # since then
         self._steps_per_execution = 1
         self._has_begun = False
-        self._is_in_fit = False  # else in a loop that calls it by hand
+        self._is_by_hand = False  # called by a loop of one's own
+        self._is_in_batch = False
+        self._is_in_step = False
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Check that rounds can take place between batches."""
         model = self.model
         wrapper = _model_average(model)
-        self._wrapper = wrapper if wrapper.communicator.size > 1 else None
-        if self._wrapper is not None:
-            self._wrapper._callback = self
-            self._is_in_fit = _keras_internals.is_in_fit(self)
-            self._steps_per_execution = model.steps_per_execution
-            _check_rounds_end_executions(wrapper, model)
-            self._has_begun = False
+        self._wrapper = wrapper if wrapper.meeting.is_of_several else None
+        if self._wrapper is None:
+            return
+        _check_rounds_end_executions(wrapper, model)
+        wrapper.meeting.callback = self
+        self._trained, self._history = model, getattr(model, "history", None)
+        self._is_by_hand = not train_function.watch(model, id(self), self._step_of_fit)
+        self._steps_per_execution = model.steps_per_execution
+        self._has_begun = self._is_in_batch = False
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Begin together, before the first step; others may have loaded weights until now."""
@@ -87,12 +94,16 @@ class SynchronizeWorkers(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """Go on from a state that another callback has loaded."""
-        if self._wrapper is not None and self._wrapper._met_until is None:
+        if self._wrapper is None:
+            return
+        self._is_in_batch = True
+        if self._wrapper.meeting.met_until is None:
             self._wrapper.no_round_is_missing()
             self._look()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Meet the others, if a round is due."""
+        self._is_in_batch = False
         if self._wrapper is None:
             return
         self._executions += 1
@@ -101,7 +112,7 @@ class SynchronizeWorkers(keras.callbacks.Callback):
         model, before = self.model, self._step
         self._look()
         due = self._wrapper.last_due_step(self._step)
-        if due <= before:
+        if due <= max(before, self._wrapper.meeting.met_until or 0):
             return
         if due != self._step:
             raise RuntimeError(
@@ -130,14 +141,31 @@ class SynchronizeWorkers(keras.callbacks.Callback):
                 pass
         if has_trained:  # Keras' own average (`use_ema`) goes into the variables again
             model.optimizer.finalize_variable_values(model.trainable_weights)
-        self._wrapper = None
+        train_function.leave(model, id(self))
+        self._wrapper = self._trained = None
 
     def is_at_work(self) -> bool:
-        """Whether this is going to be called after the batch under way.
+        """Whether this is going to be called after the step under way.
 
-        An exception leaves `fit` without a word to its callbacks, so there a mark would stay.
+        An exception leaves `fit` without a word to its callbacks. So what counts is the train
+        function, which always says when it ends; and a loop of one's own, which calls by hand.
         """
-        return _keras_internals.is_in_fit(self) if self._is_in_fit else self._wrapper is not None
+        in_batch = self._is_by_hand and self._is_in_batch
+        return self.is_in_fit() and (self._is_in_step or in_batch)
+
+    def is_in_fit(self) -> bool:
+        """Whether the last training of the model is the one that has this callback."""
+        if self._wrapper is None:
+            return False
+        return self._is_by_hand or getattr(self._trained, "history", None) is self._history
+
+    @contextlib.contextmanager
+    def _step_of_fit(self) -> Iterator[None]:
+        self._is_in_step = True
+        try:
+            yield
+        finally:
+            self._is_in_step = False
 
     def _begin(self, model: Any) -> None:
         if self._has_begun:
@@ -149,10 +177,10 @@ class SynchronizeWorkers(keras.callbacks.Callback):
         self._has_begun = True
 
     def _look(self) -> None:
-        self._step, self._executions = self._wrapper._updates_so_far(), 0
+        self._step, self._executions = self._wrapper.updates_so_far(), 0
 
     def _refuse_missed_round(self) -> None:
-        met, due = self._wrapper._met_until, self._wrapper.last_due_step(self._step)
+        met, due = self._wrapper.meeting.met_until, self._wrapper.last_due_step(self._step)
         if met is not None and due > met:
             raise RuntimeError(
                 f"A round of '{self._wrapper.name}' was due after step {due} and did not take "
@@ -181,8 +209,8 @@ def _floats(variables: list[Any]) -> list[Any]:
 def keep_company(model: Any) -> None:
     """Let the callback that meets the other workers in the `fit` under way, if any, do it now."""
     for wrapper in finding.averaging_optimizers(model):
-        if isinstance(wrapper, ModelAverage) and wrapper._meets_between_batches():
-            wrapper._callback.keep_company()
+        if isinstance(wrapper, ModelAverage) and wrapper.meeting.is_in_fit():
+            wrapper.meeting.keep_company()
 
 
 def _model_average(model: Any) -> ModelAverage:

@@ -9,8 +9,7 @@ import keras
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
-from keras_avg import _registered_functions
-from keras_avg._optimizers import arguments
+from keras_avg import _checks, _registered_functions
 from keras_avg.schedules import _arguments
 
 
@@ -39,13 +38,13 @@ class _Cyclical(LearningRateSchedule):
         scale_mode: str,
         name: str | None,
     ) -> None:
-        initial = _arguments.rate("initial_learning_rate", initial_learning_rate)
-        maximal = _arguments.rate("maximal_learning_rate", maximal_learning_rate)
+        initial = _checks.non_negative("initial_learning_rate", initial_learning_rate)
+        maximal = _checks.non_negative("maximal_learning_rate", maximal_learning_rate)
         self.initial_learning_rate = initial
         self.maximal_learning_rate = maximal
         self.step_size = _arguments.step_size(step_size)
-        self.scale_mode = _arguments.one_of("scale_mode", scale_mode, ("cycle", "iterations"))
-        self.name = arguments.variable_scope_name(name)
+        self.scale_mode = _checks.one_of("scale_mode", scale_mode, ("cycle", "iterations"))
+        self.name = _checks.scope_name(name)
         self._period = _period(self.step_size)
 
     def __call__(self, step: Any) -> Any:
@@ -312,7 +311,7 @@ class ExponentialCyclicalLearningRate(_Cyclical):
         name: str | None = "ExponentialCyclicalLearningRate",
     ) -> None:
         super().__init__(initial_learning_rate, maximal_learning_rate, step_size, scale_mode, name)
-        if not 0.0 < _arguments.number(gamma) <= 1.0:
+        if not 0.0 < _checks.number(gamma) <= 1.0:
             raise ValueError(
                 "`gamma` must be a number with 0 < gamma <= 1, which the height of the cycle is "
                 f"multiplied by at each step or cycle. Received: gamma={gamma!r}."

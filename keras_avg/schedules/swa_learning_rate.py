@@ -8,8 +8,7 @@ import keras
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
-from keras_avg._optimizers import arguments
-from keras_avg.schedules import _arguments
+from keras_avg import _checks
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
@@ -70,12 +69,10 @@ class SWALearningRate(LearningRateSchedule):
         anneal_strategy: str = "cos",
     ) -> None:
         self.schedule = _schedule(schedule)
-        self.swa_learning_rate = _arguments.rate("swa_learning_rate", swa_learning_rate)
-        self.start_step = arguments.whole_number("start_step", start_step, minimum=0)
-        self.anneal_steps = arguments.whole_number("anneal_steps", anneal_steps, minimum=0)
-        self.anneal_strategy = _arguments.one_of(
-            "anneal_strategy", anneal_strategy, ("cos", "linear")
-        )
+        self.swa_learning_rate = _checks.non_negative("swa_learning_rate", swa_learning_rate)
+        self.start_step = _checks.whole_number("start_step", start_step, minimum=0)
+        self.anneal_steps = _checks.whole_number("anneal_steps", anneal_steps, minimum=0)
+        self.anneal_strategy = _checks.one_of("anneal_strategy", anneal_strategy, ("cos", "linear"))
 
     def __call__(self, step: Any) -> Any:
         """The rate of one step.
@@ -145,9 +142,9 @@ class SWALearningRate(LearningRateSchedule):
 def _schedule(value: Any) -> Any:
     if isinstance(value, LearningRateSchedule):
         return value
-    if math.isnan(_arguments.number(value)):
+    if math.isnan(_checks.number(value)):
         raise ValueError(
             "`schedule` must be a LearningRateSchedule or a number >= 0. "
             f"Received: schedule={value!r}."
         )
-    return _arguments.rate("schedule", value)
+    return _checks.non_negative("schedule", value)

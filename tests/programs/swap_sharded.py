@@ -68,7 +68,7 @@ def main(folder, kind):
     optimizer.swap_weights()
     check_shardings()
     same(values(variables), values(averages))
-    for kept, variable in zip(optimizer._raw.tensors, variables, strict=True):
+    for kept, variable in zip(optimizer._swap.raw.tensors, variables, strict=True):
         assert kept.sharding == variable.value.sharding, "the raw values were gathered"
     trained.save(pathlib.Path(folder) / "swapped.keras")
     optimizer.swap_weights()

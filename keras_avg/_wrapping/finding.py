@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from keras_avg._optimizers import bindings, nesting
-from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from keras_avg._wrapping import bindings, nesting
+from keras_avg._wrapping.shows_averages import ShowsAverages
 
 
-def averaging_optimizers(model: Any) -> list[AveragedOptimizerWrapper]:
+def averaging_optimizers(model: Any) -> list[ShowsAverages]:
     """The averaging wrappers at work in a compiled model, outermost first.
 
     They are found inside a `LossScaleOptimizer` (which `compile` adds under mixed_float16), among
@@ -30,11 +30,11 @@ def averaging_optimizers(model: Any) -> list[AveragedOptimizerWrapper]:
         each
         for optimizer in nesting.optimizers_of(model)
         for each in nesting.walk(optimizer)
-        if isinstance(each, AveragedOptimizerWrapper)
+        if isinstance(each, ShowsAverages)
     ]
 
 
-def wrappers_of(model: Any) -> list[AveragedOptimizerWrapper]:
+def wrappers_of(model: Any) -> list[ShowsAverages]:
     """The wrappers that keep averages of a model's variables, outermost first.
 
     Those that it was compiled with; if it was not compiled, as in a loop of one's own, those that
@@ -52,9 +52,9 @@ def wrappers_of(model: Any) -> list[AveragedOptimizerWrapper]:
     return sorted(over, key=nesting.depth, reverse=True)
 
 
-def with_snapshot(wrappers: list[AveragedOptimizerWrapper]) -> list[AveragedOptimizerWrapper]:
+def with_snapshot(wrappers: list[ShowsAverages]) -> list[ShowsAverages]:
     """Of wrappers over the same variables, the outermost that has a snapshot."""
-    chosen: list[AveragedOptimizerWrapper] = []
+    chosen: list[ShowsAverages] = []
     for wrapper in wrappers:
         if wrapper.has_average and not any(nesting.is_inside(wrapper, outer) for outer in chosen):
             chosen.append(wrapper)

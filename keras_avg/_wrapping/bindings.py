@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from keras_avg import _keras_internals
-from keras_avg._optimizers import nesting
+from keras_avg._wrapping import nesting
 
 # Every wrapper that has been built, and its models. Neither is kept alive.
 _models: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
@@ -73,6 +73,19 @@ def wrappers_over(variables: Iterable[Any]) -> list[Any]:
         for wrapper in list(_models)
         if any(_keras_internals.variable_index(wrapper, v) is not None for v in variables)
     ]
+
+
+def work_for_the_same(wrapper: Any, other: Any) -> bool:
+    """Whether two wrappers train the same model, or as much of it as is known."""
+    ours, theirs = models_of([wrapper]), models_of([other])
+    if ours and theirs:
+        return any(model is another for model in ours for another in theirs)
+    return _has_all(wrapper, other) or _has_all(other, wrapper)
+
+
+def _has_all(wrapper: Any, other: Any) -> bool:
+    variables = _keras_internals.built_variables(other)
+    return all(_keras_internals.variable_index(wrapper, v) is not None for v in variables)
 
 
 def works_for(wrapper: Any, model: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_avg._optimizers import foreign_words
+from keras_avg._wrapping import foreign_words
 
 CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 RATE = ("lr", "learning_rate")

@@ -4,7 +4,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_avg import _backend, _keras_internals
+from keras_avg import _keras_internals
 
 
 def process(wrapper: Any, grads: list[Any], variables: list[Any], aggregate: bool) -> list[Any]:
@@ -45,16 +45,6 @@ def process(wrapper: Any, grads: list[Any], variables: list[Any], aggregate: boo
     for i, grad in zip(chosen, processed, strict=True):
         grads[i] = grad
     return grads
-
-
-def parts_of_sums(grads: list[Any], variables: list[Any]) -> list[Any]:
-    """What one replica gives to gradients that are summed over all replicas already."""
-    return [
-        _backend.part_of_sum(grad)
-        if grad is not None and _keras_internals.is_averageable(variable)
-        else grad
-        for grad, variable in zip(grads, variables, strict=True)
-    ]
 
 
 def _scaled(operation: Any, grad: Any, scale: float | None) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from keras_avg import _keras_internals
-from keras_avg._optimizers import finding, swapping
+from keras_avg._wrapping import finding
 
 
 def swap_weights(model: Any) -> None:
@@ -35,7 +35,7 @@ def swap_weights(model: Any) -> None:
     """
     if holders := _holders(model):
         for wrapper in holders:
-            swapping.bind_statistics(wrapper, model)
+            wrapper.bind_model(model)
             wrapper.swap_weights()
     else:
         _put_in(model)
@@ -132,10 +132,10 @@ def _chosen(model: Any) -> list[Any]:
         )
     chosen = finding.with_snapshot(wrappers)
     if not chosen:
-        updates = ", ".join(f"{w._updates_so_far()} updates of '{w.name}'" for w in wrappers)
+        updates = ", ".join(f"{w.updates_so_far()} updates of '{w.name}'" for w in wrappers)
         raise ValueError(
             f"The model has no averages yet: no snapshot has been taken. Received: {updates}. "
-            f"Train on, or let averaging start earlier.{wrappers[0]._without_averages()}"
+            f"Train on, or let averaging start earlier.{wrappers[0].why_without_averages()}"
         )
     _refuse_several(chosen)
     return chosen

@@ -62,5 +62,11 @@ def _refuse(name: str, difference: str) -> None:
 
 
 def assign(variables: dict[str, Any], values: dict[str, Any]) -> None:
+    """Give variables the values of the same keys, in buffers of their own."""
     for key, variable in variables.items():
-        variable.assign(_backend.copy(ops.convert_to_tensor(values[key], variable.dtype)))
+        variable.assign(_backend.copy(tensor(values[key], variable)))
+
+
+def tensor(value: Any, variable: Any) -> Any:
+    """A value as a tensor in a variable's dtype."""
+    return ops.convert_to_tensor(value, variable.dtype)

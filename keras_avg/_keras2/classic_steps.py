@@ -6,21 +6,14 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_avg import _backend
-from keras_avg._optimizers.storage import check_attached
+from keras_avg import _backend, _keras_internals
 
 
-class Minimizes:
-    """Computes gradients, where Keras 3 leaves that to the trainer, and takes steps."""
+class ClassicSteps(keras.optimizers.Optimizer):
+    """Computes gradients, where Keras 3 leaves that to the trainer, and takes steps.
 
-    built: bool
-    name: str
-    iterations: Any
-    variables: list[Any]
-    apply: Callable[[list[Any], list[Any]], None]
-    scale_loss: Callable[[Any], Any]
-    _apply: Callable[..., None]
-    _refuse_while_in_model: Callable[[str], None]
+    Needs nothing but what every Keras optimizer has.
+    """
 
     def minimize(
         self,
@@ -133,19 +126,26 @@ class Minimizes:
         if experimental_aggregate_gradients:
             self.apply(grads, variables)
         else:
-            self._apply(grads, variables, aggregate=False)
+            self._apply_sums(grads, variables)
         return self.iterations
 
     def _before_first_gradients(self, var_list: Any) -> None:
-        """What a wrapper does to the variables before the first step belongs here."""
+        """For subclasses: what is done to the variables before gradients are computed of them."""
+
+    def _refuse_training(self) -> None:
+        """For subclasses: raise if the variables are not to be trained now."""
+
+    def _apply_sums(self, grads: list[Any], variables: list[Any]) -> None:
+        """For subclasses: take a step from gradients that are summed over all replicas already."""
+        self.apply(parts_of_sums(grads, variables), variables)
 
     def _gradients_of(
         self, loss: Any, var_list: Any, output_gradient: Callable[[Any], Any], tape: Any = None
     ) -> tuple[list[Any], list[Any]]:
         _check_loss(loss, tape)
         if self.built:
-            check_attached(self.variables)
-            self._refuse_while_in_model("training")
+            _keras_internals.check_attached(self.variables)
+            self._refuse_training()
         known = self.built or not callable(var_list)
         variables, grads = _backend.loss_gradients(
             loss,
@@ -161,7 +161,9 @@ class Minimizes:
         self, loss: Any, params: Any, output_gradient: Callable[[Any], Any]
     ) -> tuple[list[Any], list[Any]]:
         variables, grads = self._gradients_of(loss, params, output_gradient)
-        without = [_label(v) for g, v in zip(grads, variables, strict=True) if g is None]
+        without = [
+            _keras_internals.path_of(v) for g, v in zip(grads, variables, strict=True) if g is None
+        ]
         if without:
             raise ValueError(
                 f"The loss has no gradient for the variables {without}: it does not depend on "
@@ -193,7 +195,7 @@ def variables_in(var_list: Any) -> list[Any]:
     others = [thing for thing in found if not hasattr(thing, "assign")]
     if others:
         raise ValueError(f"`var_list` must be a list of variables. Received in it: {others}.")
-    check_attached(found)
+    _keras_internals.check_attached(found)
     return found
 
 
@@ -213,10 +215,17 @@ def _unzipped(grads_and_vars: Iterable[tuple[Any, Any]]) -> tuple[list[Any], lis
     if all(grad is None for grad in grads):
         raise ValueError(
             f"No gradients provided for any variable. Received: {len(pairs)} pairs without a "
-            f"gradient, for {[_label(v) for v in variables]}. Does the loss depend on them?"
+            f"gradient, for {[_keras_internals.path_of(v) for v in variables]}. Does the loss "
+            "depend on them?"
         )
     return grads, variables
 
 
-def _label(variable: Any) -> str:
-    return getattr(variable, "path", variable.name)
+def parts_of_sums(grads: list[Any], variables: list[Any]) -> list[Any]:
+    """What one replica gives to gradients that are summed over all replicas already."""
+    return [
+        _backend.part_of_sum(grad)
+        if grad is not None and _keras_internals.is_averageable(variable)
+        else grad
+        for grad, variable in zip(grads, variables, strict=True)
+    ]

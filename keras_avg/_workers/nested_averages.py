@@ -20,21 +20,21 @@ DIGIT = 4096  # float32 stops counting at 2^24, so counts travel as two of these
 
 def brought(wrapper: Any) -> list[Any]:
     """What a worker brings to a round: whether it has snapshots, how many, and the averages."""
-    count, averages = wrapper.num_snapshots, _averages(wrapper)
+    count, kept = wrapper.num_snapshots, _kept(wrapper)
     numbers = np.array([count > 0, *divmod(count, DIGIT)], "float32")
-    return [numbers, *(averages if count else [ops.zeros(a.shape, a.dtype) for a in averages])]
+    return [numbers, *(kept if count else [ops.zeros(v.shape, v.dtype) for v in kept])]
 
 
 def take(wrapper: Any, sums: Iterator[Any]) -> None:
     """What it goes on with, from the sums of what all have brought."""
     number, high, low = map(float, ops.convert_to_numpy(next(sums)))
-    averages = _averages(wrapper)
-    averages_of_all = list(islice(sums, len(averages)))
+    kept = _kept(wrapper)
+    kept_by_all = list(islice(sums, len(kept)))
     if number:
-        _backend.assign_quotients(averages_of_all, number, averages)
+        _backend.assign_quotients(kept_by_all, number, kept)
         count = round((DIGIT * high + low) / number)
-        wrapper._snapshots.advance(count - wrapper.num_snapshots)
+        wrapper.count_snapshots(count - wrapper.num_snapshots)
 
 
-def _averages(wrapper: Any) -> list[Any]:
-    return [average for average in wrapper._averages if average is not None]
+def _kept(wrapper: Any) -> list[Any]:
+    return [variable for store in wrapper.kept.values() for variable in store.kept]

@@ -6,15 +6,14 @@ from typing import Any
 
 import keras
 
-from keras_avg import _backend, _keras_internals
-from keras_avg._optimizers import arguments
+from keras_avg import _backend, _checks, _keras_internals
 
 
 def set_rate(optimizer: Any, wrapper: str, rate: dict[str, Any]) -> None:
     """Apply `lr`, `learning_rate` and `decay` to the inner optimizer, all or none."""
     if not rate:
         return
-    decay = _non_negative("decay", rate.get("decay", 0.0))
+    decay = _checks.non_negative("decay", rate.get("decay", 0.0))
     given = _checked_rate(rate.get("learning_rate", rate.get("lr")))
     if given is None and not decay:
         return
@@ -34,17 +33,10 @@ def set_rate(optimizer: Any, wrapper: str, rate: dict[str, Any]) -> None:
     _keras_internals.renew_variables(optimizer, _keras_internals.own_variables(optimizer))
 
 
-def _non_negative(argument: str, value: Any) -> float:
-    number = arguments.number(value)
-    if not 0.0 <= number < math.inf:
-        raise ValueError(f"`{argument}` must be a number >= 0. Received: {argument}={value!r}.")
-    return number
-
-
 def _checked_rate(value: Any) -> Any:
     if value is None or callable(value):  # schedules are
         return value
-    number = arguments.number(value)
+    number = _checks.number(value)
     if not math.isfinite(number):
         raise ValueError(
             "`learning_rate` (`lr`) must be a finite number, a schedule or a function without "

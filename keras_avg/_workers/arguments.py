@@ -1,0 +1,70 @@
+"""What ModelAverage's constructor accepts. A check returns the value to keep or says what to do."""
+
+import copy
+from typing import Any
+
+import keras
+
+from keras_avg import distributed
+from keras_avg._wrapping import nesting
+
+
+def outer_optimizer(identifier: Any) -> Any:
+    """The optimizer of the center, or None."""
+    if identifier is None:
+        return None
+    if isinstance(identifier, dict):
+        identifier = copy.deepcopy(identifier)  # Keras rewrites the config it is given
+    optimizer = keras.optimizers.get(identifier)
+    if nesting.wraps(optimizer) or optimizer.gradient_accumulation_steps:
+        raise ValueError(
+            "`outer_optimizer` takes one plain step along center - mean at each round. Received: "
+            f"outer_optimizer={optimizer!r}. Pass an optimizer that wraps nothing and accumulates "
+            "nothing, such as keras.optimizers.SGD(0.7, momentum=0.9, nesterov=True)."
+        )
+    return optimizer
+
+
+def names_apart(outer: Any, others: list[Any]) -> None:
+    """Variables are told apart by their optimizers' names, in Keras' state tree."""
+    if outer is None:
+        return
+    # Older versions of Keras give all optimizers of a class one name, which is then nobody's wish.
+    has_own_name = outer.name.lower() != type(outer).__name__.lower()
+    if any(o is outer or (has_own_name and o.name == outer.name) for o in others):
+        raise ValueError(
+            "`outer_optimizer` must be another optimizer than those inside, of another name. "
+            f"Received: outer_optimizer={outer!r} named '{outer.name}', as one of {others}. Give "
+            "it a name of its own."
+        )
+
+
+def communicator(given: Any, num_worker: Any, is_chief: Any) -> Any:
+    """The communicator to use, which must be what the caller believes."""
+    chosen = distributed.initialize() if given is None else given
+    members = ("rank", "size", "is_chief", "all_reduce_sum")
+    if isinstance(chosen, type) or not all(hasattr(chosen, member) for member in members):
+        raise TypeError(
+            f"`communicator` must have {', '.join(members)} and `barrier`, as a "
+            f"keras_avg.distributed.Communicator. Received: communicator={chosen!r}."
+        )
+    if num_worker is not None and num_worker != chosen.size:
+        raise ValueError(
+            f"There are {chosen.size} workers. Received: num_worker={num_worker!r}. Leave it out, "
+            "or start as many workers by the backend's launcher."
+        )
+    if is_chief is not None and bool(is_chief) != chosen.is_chief:
+        raise ValueError(
+            f"The chief is the worker of rank 0, and this is rank {chosen.rank}. Received: "
+            f"is_chief={is_chief!r}. Leave it out."
+        )
+    return chosen
+
+
+def refuse_built_outer_optimizer(optimizer: Any, wrapper: str) -> None:
+    """It is built for the centers, which are nobody else's."""
+    if optimizer is not None and optimizer.built:
+        raise ValueError(
+            f"{wrapper} needs an outer optimizer of its own, and this was built for other "
+            f"variables. Received: outer_optimizer={optimizer!r}. Pass a new one."
+        )

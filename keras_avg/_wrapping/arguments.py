@@ -1,0 +1,94 @@
+"""What the wrappers' constructors accept. A check returns the value to keep or says what to do."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from keras_avg import _backend, _keras_internals
+from keras_avg._wrapping import nesting
+
+
+def inner_optimizer(identifier: Any, wrapper: str) -> Any:
+    """The optimizer to wrap, from all that `keras.optimizers.get` takes."""
+    if identifier is None:
+        raise TypeError(
+            f"{wrapper} wraps another optimizer, which takes the steps. Received: optimizer=None. "
+            f'Pass a Keras optimizer, its name or its config: {wrapper}("adam").'
+        )
+    if isinstance(identifier, dict):
+        identifier = copy.deepcopy(identifier)  # Keras rewrites the config it is given
+    optimizer = keras.optimizers.get(identifier)
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            f"{wrapper} cannot wrap a LossScaleOptimizer: under mixed_float16 `compile` adds one "
+            f"outside by itself, and the loss would be scaled twice. Received: "
+            f"optimizer={optimizer!r}. Wrap the other way: LossScaleOptimizer({wrapper}(...))."
+        )
+    refuse_accumulating_members(optimizer, wrapper)
+    refuse_what_must_be_outermost(optimizer, wrapper)
+    return optimizer
+
+
+def refuse_what_must_be_outermost(optimizer: Any, wrapper: str) -> None:
+    """Workers meet once a round, with all the averages there are inside."""
+    for each in nesting.walk(optimizer):
+        if getattr(each, "must_be_outermost", False):
+            kind = type(each).__name__
+            raise ValueError(
+                f"{kind} must be the outermost averaging wrapper. Received: a {kind} inside "
+                f"{wrapper}. Nest the other way: {kind}({wrapper}(...)) averages {wrapper}'s "
+                "averages over the workers too."
+            )
+
+
+def refuse_accumulating_members(optimizer: Any, wrapper: str) -> None:
+    """A MultiOptimizer counts micro-steps, so nobody outside can tell its real updates."""
+    for member in nesting.members(optimizer):
+        accumulated = nesting.innermost(member).gradient_accumulation_steps
+        if accumulated:
+            raise ValueError(
+                f"{wrapper} cannot wrap a MultiOptimizer whose members accumulate gradients: its "
+                "`iterations` count micro-steps, not updates. Received: the member "
+                f"{member.name!r} with gradient_accumulation_steps={accumulated}. Wrap the members "
+                "instead."
+            )
+
+
+def refuse_other_variables(optimizer: Any, variables: list[Any], wrapper: str) -> None:
+    """An optimizer that is built already keeps its variables."""
+    unknown = [v for v in variables if _keras_internals.variable_index(optimizer, v) is None]
+    if unknown:
+        raise ValueError(
+            f"{wrapper} wraps an optimizer that was built for other variables. Received: "
+            f"{[getattr(v, 'path', v.name) for v in unknown]}. Wrap a new optimizer."
+        )
+
+
+def average_dtype(value: Any) -> str | None:
+    if value is None:
+        return None
+    dtype = keras.backend.standardize_dtype(value)
+    if not keras.backend.is_float_dtype(dtype):
+        raise ValueError(f"Averages need a float dtype. Received: average_dtype={value!r}.")
+    if dtype == "float64" and _backend.widest_float() != dtype:
+        raise ValueError(
+            "Received: average_dtype='float64', but JAX keeps float64 only when it is told to: "
+            'set `jax.config.update("jax_enable_x64", True)` at the start of the program.'
+        )
+    return dtype
+
+
+def gradient_functions(aggregator: Any, transformers: Any) -> tuple[Callable | None, list]:
+    if aggregator is not None and not callable(aggregator):
+        raise TypeError(
+            "`gradient_aggregator` must be a function of a list of (gradient, variable) pairs. "
+            f"Received: gradient_aggregator={aggregator!r}."
+        )
+    if callable(transformers) or not all(callable(f) for f in transformers or ()):
+        raise TypeError(
+            "`gradient_transformers` must be a list of functions of a list of (gradient, variable) "
+            f"pairs. Received: gradient_transformers={transformers!r}."
+        )
+    return aggregator, list(transformers or ())

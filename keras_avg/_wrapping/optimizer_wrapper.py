@@ -1,0 +1,305 @@
+"""An optimizer around one other: construction, state, config, steps. Nothing of averages."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_avg import _backend, _checks, _keras_internals
+from keras_avg._keras2.classic_steps import parts_of_sums
+from keras_avg._wrapping import (
+    arguments,
+    bindings,
+    configs,
+    fitting,
+    gradients,
+    keywords,
+    rates,
+)
+from keras_avg._wrapping.classic_slots import ClassicSlots
+from keras_avg._wrapping.clock import Clock
+
+
+class OptimizerWrapper(ClassicSlots):
+    """Lets another optimizer take the steps, and does something before and after each.
+
+    Args:
+        optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
+        name: String, or None. Scope of the variables' names.
+        gradient_transformers: List of functions of a list of `(gradient, variable)` pairs, or None.
+        gradient_aggregator: One such function, or None.
+        **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, `learning_rate`, `lr`, `decay`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        name: str | None,
+        gradient_transformers: list | None = None,
+        gradient_aggregator: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        kind = type(self).__name__
+        clipping, rate = keywords.split(type(self), kwargs)
+        inner = arguments.inner_optimizer(optimizer, kind)
+        aggregator, transformers = arguments.gradient_functions(
+            gradient_aggregator, gradient_transformers
+        )
+        # A callable rate, so that Keras makes no variable for a rate that is the inner optimizer's.
+        super().__init__(
+            learning_rate=lambda: self.inner_optimizer.learning_rate,
+            name=_checks.scope_name(name),
+            **clipping,
+        )
+        rates.set_rate(inner, kind, rate)
+        _keras_internals.share_step_counter(self, inner)
+        self.inner_optimizer = inner
+        self.gradient_aggregator = aggregator
+        self.gradient_transformers = transformers
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; the hyper-parameters only until the optimizer is built.
+
+        Raises:
+            AttributeError: If it is built. Training that is compiled would not notice the change.
+        """
+        if vars(self).get("built"):
+            configs.refuse_change(self, name, value)
+        super().__setattr__(name, value)
+
+    # What is the inner optimizer's, under the same names.
+
+    @property
+    def iterations(self) -> Any:
+        """Real updates taken by the inner optimizer; accumulation micro-steps do not count."""
+        _keras_internals.check_attached([_keras_internals.step_counter(self.inner_optimizer)])
+        return self.inner_optimizer.iterations
+
+    def updates_so_far(self) -> int:
+        """`iterations` as a Python number. For use outside compiled code."""
+        return int(ops.convert_to_numpy(self.iterations))
+
+    @property
+    def learning_rate(self) -> Any:
+        """The inner optimizer's learning rate; settable where Keras has it settable."""
+        _keras_internals.check_attached([_keras_internals.step_counter(self.inner_optimizer)])
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        _keras_internals.check_attached([_keras_internals.step_counter(self.inner_optimizer)])
+        self.inner_optimizer.learning_rate = rates.without_owner(learning_rate)
+
+    @property
+    def lr(self) -> Any:
+        """The name `learning_rate` had in Keras 2."""
+        return self.learning_rate
+
+    @lr.setter
+    def lr(self, learning_rate: Any) -> None:
+        self.learning_rate = learning_rate
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """The members of a `MultiOptimizer` inside, whose rates Keras' callbacks set one by one.
+
+        Raises:
+            AttributeError: If the inner optimizer has no members.
+        """
+        return self.inner_optimizer.optimizers
+
+    @property
+    def loss_scale_factor(self) -> float | None:
+        """The inner optimizer's static loss scale."""
+        return self.inner_optimizer.loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, factor: float | None) -> None:
+        # Keras' constructor sets its default before there is an inner optimizer to hand it to.
+        if "inner_optimizer" in self.__dict__:
+            self.inner_optimizer.loss_scale_factor = factor
+
+    def scale_loss(self, loss: Any) -> Any:
+        """Scale `loss` as the inner optimizer does."""
+        return self.inner_optimizer.scale_loss(loss)
+
+    def exclude_from_weight_decay(
+        self, var_list: list[Any] | None = None, var_names: list[str] | None = None
+    ) -> None:
+        """Exclude variables from the inner optimizer's weight decay, before it is built."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    # State, as lists. Files are what a subclass makes of it.
+
+    @property
+    def variables(self) -> list[Any]:
+        """Own variables (counters, what is kept, added ones), then the inner optimizer's."""
+        self._before_state_is_read()
+        return [*self._own_variables.by_name.values(), *self.inner_optimizer.variables]
+
+    @property
+    def weights(self) -> list[Any]:
+        """The name `variables` had in Keras 2."""
+        return self.variables
+
+    def get_weights(self) -> list[np.ndarray]:
+        """The values of `variables` as NumPy arrays, one to one."""
+        _keras_internals.check_attached(self.variables)
+        return [ops.convert_to_numpy(variable) for variable in self.variables]
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Set `variables` from a list of arrays as `get_weights` gives it, all or none.
+
+        Raises:
+            ValueError: If the optimizer has not been built, or the number or a shape of the arrays
+                is not that of the variables.
+        """
+        built_for_some = self.built and _keras_internals.built_variables(self)
+        if not built_for_some and len(weights) != len(self.variables):
+            # Keras' loader of legacy `.h5` files builds every optimizer for no variables.
+            self.built = False
+            raise ValueError(
+                f"You are calling `set_weights()` on '{self.name}', which has no variables to "
+                "set before it is built. Call `optimizer.build(model.trainable_variables)`, or "
+                "take a first step."
+            )
+        _keras_internals.check_attached(self.variables)
+        variables = {str(i): variable for i, variable in enumerate(self.variables)}
+        values = {str(i): weight for i, weight in enumerate(weights)}
+        fitting.check_fit(self.name, variables, values)
+        fitting.check_numbers(self.name, variables, values)
+        fitting.assign(variables, values)
+        self._after_state_was_set()
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments to construct the wrapper with again, serializable.
+
+        Returns:
+            A dict. The rate is not in it: it is part of the inner optimizer's config.
+
+        Raises:
+            ValueError: If a gradient function is not registered with Keras.
+        """
+        _keras_internals.check_attached(self.inner_optimizer.variables)
+        return configs.of_wrapper(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict | None = None) -> Any:
+        """Construct a wrapper from what `get_config` returned, or that of TensorFlow Addons.
+
+        Args:
+            config: Dict. Left as it is.
+            custom_objects: Dict of names to classes and functions that are not registered.
+
+        Returns:
+            A new wrapper, not built.
+
+        Raises:
+            ValueError: If an argument is unknown or out of range, or if the config is of Keras 2
+                and an optimizer or a schedule in it has no counterpart in Keras 3.
+
+        Example:
+
+        ```python
+        inner = {"class_name": "SGD", "config": {"learning_rate": 0.1, "decay": 0.01}}
+        optimizer = keras_avg.SWA.from_config({"optimizer": inner, "average_period": 5})
+        ```
+        """
+        return cls(**configs.arguments_in(config, custom_objects))
+
+    # Steps.
+
+    def build(self, variables: list[Any]) -> None:
+        """Make the optimizer's own variables, and build the inner optimizer."""
+        variables = list(variables)
+        if self.built and (not variables or _keras_internals.built_variables(self)):
+            return
+        kind = type(self).__name__
+        if self.inner_optimizer.built:
+            arguments.refuse_other_variables(self.inner_optimizer, variables, kind)
+        elif variables:  # built for none, it could not be built for those that come later
+            with _backend.outside_trace(variables):
+                self.inner_optimizer.build(variables)
+        arguments.refuse_accumulating_members(self.inner_optimizer, kind)
+        self._clock = Clock(self.inner_optimizer, self._counts_every_step())
+        with _backend.outside_trace():
+            self._make_state(variables)
+        super().build(variables)
+        bindings.note_built(self)
+        self._after_build()
+
+    def apply(self, grads: list[Any], trainable_variables: list[Any] | None = None) -> None:
+        """Let the inner optimizer take a step, then average if it is time.
+
+        Args:
+            grads: List of gradients, as the inner optimizer takes them.
+            trainable_variables: List of the variables they belong to. Default None: those that the
+                optimizer was built with.
+
+        Raises:
+            RuntimeError: If the averages are in the model.
+        """
+        self._take_step(list(grads), trainable_variables, aggregate=True)
+
+    def _apply_sums(self, grads: list[Any], variables: list[Any]) -> None:
+        self._take_step(grads, variables, aggregate=False)
+
+    def _take_step(self, grads: list[Any], variables: list[Any] | None, aggregate: bool) -> None:
+        if not grads:
+            return
+        _keras_internals.check_attached([_keras_internals.step_counter(self)])
+        variables = self._variables_for(grads, variables)
+        if self._clock.is_being_compiled():
+            bindings.note_training_model(self)
+        self._refuse_training()
+        with _backend.after(grads):
+            grads = gradients.process(self, grads, variables, aggregate)
+            if not aggregate:
+                grads = parts_of_sums(grads, variables)
+            before = self._clock.read()
+            self._before_inner_step()
+            self.inner_optimizer.apply(grads, variables)
+            self._after_inner_step(*self._clock.step_since(before))
+
+    def _variables_for(self, grads: list[Any], variables: list[Any] | None) -> list[Any]:
+        if variables is not None:
+            variables = list(variables)
+            if not self.built or not _keras_internals.built_variables(self):
+                self.build(variables)
+        elif self.built:
+            variables = _keras_internals.built_variables(self)
+        else:
+            raise ValueError(
+                "The first `apply` needs the variables too, to build the optimizer. Received: "
+                f"{len(grads)} gradients and no variables. Pass `trainable_variables`, or call "
+                "`optimizer.build(trainable_variables)` first."
+            )
+        if len(grads) != len(variables):
+            raise ValueError(
+                "Gradients and variables belong together one to one. Received: "
+                f"{len(grads)} gradients for {len(variables)} variables."
+            )
+        return variables
+
+    def _counts_every_step(self) -> bool:
+        """Whether each `apply` of the inner optimizer is known to be a real update."""
+        inner = self.inner_optimizer
+        if isinstance(inner, OptimizerWrapper):
+            leaves_apply = type(inner).apply is OptimizerWrapper.apply
+            return leaves_apply and inner._counts_every_step()
+        return _keras_internals.counts_every_step(inner)
+
+    # For subclasses. Each is called above, at the moment that its name says.
+
+    def _make_state(self, variables: list[Any]) -> None: ...
+
+    def _after_build(self) -> None: ...
+
+    def _before_state_is_read(self) -> None: ...
+
+    def _after_state_was_set(self) -> None: ...
+
+    def _before_inner_step(self) -> None: ...
+
+    def _after_inner_step(self, step: Any, moved: Any) -> None: ...

@@ -1,0 +1,200 @@
+"""The variables that a wrapper keeps, beside those of the optimizers inside it."""
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+
+from keras_avg import _backend, _keras_internals
+from keras_avg._wrapping import nesting
+
+SLOT, WEIGHT, VARIABLE = "slot_", "weight_", "variable_"  # what names of added ones begin with
+RESERVED = (SLOT, WEIGHT, VARIABLE, "raw_", "swapped_")
+SLOT_NAME = re.compile(rf"{SLOT}(.+)_(\d+)")
+# What a file may add by itself: so many copies of the model's variables, or so many numbers.
+COPIES, FEW = 8, 2**16
+
+
+class OwnVariables:
+    """Makes, names and lists an optimizer's own variables.
+
+    Their names are those in a file: counters; `average_0`, one of a store beside each model
+    variable, with its number; `slot_x_0` and `weight_x`, which users added; `variable_0`, those of
+    subclasses.
+
+    Args:
+        optimizer: The optimizer that the variables are for.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self.by_name: dict[str, Any] = {}
+        self.stores: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.by_name[name]
+
+    def counter(self, name: str) -> Any:
+        """The integer variable of this name, made if it is not there."""
+        if name not in self.by_name:
+            # The innermost optimizer's name is unique in a program (Keras numbers it), the depth
+            # makes it so among nested wrappers: Keras' state trees want every path once.
+            self.by_name[name] = keras.optimizers.Optimizer.add_variable(
+                self._optimizer,
+                shape=(),
+                dtype="int",
+                aggregation="only_first_replica",
+                name=f"{nesting.innermost(self._optimizer).name}_{name}{self._suffix()}",
+            )
+        return self.by_name[name]
+
+    def add_store(
+        self, store: str, variables: Mapping[int, Any], dtypes: Mapping[int, str]
+    ) -> list:
+        """Make one variable beside each of some model variables: zeros of their shapes.
+
+        An initializer that reads the variable would fail where TensorFlow creates both in the first
+        trace of a `tf.function`, and weights loaded later would not count.
+
+        Args:
+            store: String, the name under which they are kept.
+            variables: Dict of model variables by their numbers.
+            dtypes: Dict of dtypes by the same numbers.
+        """
+        if not store or "/" in store or store.startswith(RESERVED):
+            raise ValueError(
+                "A store needs a name of its own, without '/', that does not begin with one of "
+                f"{RESERVED}. Received: {store!r}."
+            )
+        added = {n: v for n, v in self.by_name.items() if _place(n) != (0,)}
+        made = {
+            f"{store}_{i}": self._beside(variable, store, dtypes[i])
+            for i, variable in variables.items()
+        }
+        first = {n: v for n, v in self.by_name.items() if n not in added}
+        self.by_name = first | made | added
+        self.stores = (*self.stores, store)
+        return list(made.values())
+
+    def add(self, variable: Any) -> None:
+        """Keep one more variable, which a subclass has made. It is saved by its place."""
+        number = sum(name.startswith(VARIABLE) for name in self.by_name)
+        self._keep(f"{VARIABLE}{number}", variable)
+
+    def add_slot(self, number: int, name: str, initializer: Any = "zeros") -> Any:
+        """Keep one more variable beside the model variable of this number."""
+        variable = _keras_internals.built_variables(self._optimizer)[number]
+        dtype = keras.backend.standardize_dtype(variable.dtype)
+        slot = self._beside(variable, name, dtype, _copying(initializer))
+        self._keep(f"{SLOT}{name}_{number}", slot)
+        return slot
+
+    def add_weight(self, name: str, shape: Sequence[int], **how: Any) -> Any:
+        """Keep one more variable of any shape; the one of this name, if it is there."""
+        weight = self.by_name.get(f"{WEIGHT}{name}")
+        if weight is None:
+            how["initializer"] = _copying(how.get("initializer", "zeros"))
+            full_name = f"{nesting.innermost(self._optimizer).name}_{name}{self._suffix()}"
+            weight = keras.optimizers.Optimizer.add_variable(
+                self._optimizer, shape=shape, name=full_name, **how
+            )
+            self._keep(f"{WEIGHT}{name}", weight)
+        elif tuple(weight.shape) != tuple(shape):
+            raise ValueError(
+                f"'{self._optimizer.name}' has a weight {name!r} of shape {tuple(weight.shape)} "
+                f"already. Received: shape={tuple(shape)}. Choose another name."
+            )
+        return weight
+
+    def slots_of(self, number: int) -> dict[str, Any]:
+        """What is kept beside a model variable, by name. None where others have such a slot."""
+        slots = {store: self.by_name.get(f"{store}_{number}") for store in self.stores}
+        for name, added in self.by_name.items():
+            if (found := SLOT_NAME.fullmatch(name)) and int(found[2]) == number:
+                slots[found[1]] = added
+        return slots
+
+    def expected_in(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """What a file must have, by name: added variables only if they are in it.
+
+        For those that are not here yet, what has their shape.
+        """
+        own = {
+            n: v for n, v in self.by_name.items() if n in stored or not n.startswith((SLOT, WEIGHT))
+        }
+        variables = dict(enumerate(_keras_internals.built_variables(self._optimizer)))
+        for name in stored.keys() - own.keys():
+            if name.startswith(WEIGHT):
+                own[name] = stored[name]
+            elif (slot := SLOT_NAME.fullmatch(name)) and int(slot[2]) in variables:
+                own[name] = variables[int(slot[2])]
+        return own
+
+    def refuse_growth(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse a file that would make the optimizer larger than the model warrants."""
+        new = {name: shape for name, shape in shapes.items() if name not in self.by_name}
+        elements = sum(map(math.prod, new.values()))
+        built = _keras_internals.built_variables(self._optimizer)
+        of_model = sum(math.prod(variable.shape) for variable in built)
+        if elements > max(COPIES * of_model, FEW):
+            largest = sorted(new, key=lambda name: -math.prod(new[name]))[:3]
+            raise ValueError(
+                f"The state does not fit optimizer '{self._optimizer.name}': it would add "
+                f"{elements} numbers to those of a model that has {of_model}. Received: "
+                f"{', '.join(f'{name!r} of shape {new[name]}' for name in largest)}. None of its "
+                "own variables was changed. If they are yours, call `add_weight` or `add_slot` "
+                "before loading."
+            )
+
+    def add_what_is_stored(self, stored: Mapping[str, Any]) -> None:
+        """Make the added variables that came with a file; warn of those that it does not have."""
+        for name in stored.keys() - self.by_name.keys():
+            if slot := SLOT_NAME.fullmatch(name):
+                self.add_slot(int(slot[2]), slot[1])
+            else:
+                array = stored[name]
+                dtype = _dtype_here(array.dtype)
+                self.add_weight(name.removeprefix(WEIGHT), array.shape, dtype=dtype)
+        if missing := sorted(self.by_name.keys() - stored.keys()):
+            warnings.warn(
+                f"The file has no values for the variables {missing} that were added to "
+                f"'{self._optimizer.name}': they keep those they have.",
+                stacklevel=3,
+            )
+
+    def _beside(self, variable: Any, name: str, dtype: str, initializer: Any = "zeros") -> Any:
+        return _keras_internals.add_variable_like(
+            self._optimizer, variable, f"{name}{self._suffix()}", dtype, initializer
+        )
+
+    def _suffix(self) -> str:
+        """What tells the variables of nested wrappers apart."""
+        depth = nesting.depth(self._optimizer)
+        return f"_{depth}" if depth > 1 else ""
+
+    def _keep(self, name: str, variable: Any) -> None:
+        # In an order that does not depend on when they were added, so that two optimizers with the
+        # same variables, one of which has them from a file, list them alike.
+        own = self.by_name | {name: variable}
+        self.by_name = {name: own[name] for name in sorted(own, key=_place)}
+
+
+def _place(name: str) -> tuple[Any, ...]:
+    if slot := SLOT_NAME.fullmatch(name):
+        return 1, slot[1], int(slot[2])
+    return (2, name) if name.startswith(WEIGHT) else (0,)  # 0: as they are
+
+
+def _copying(initializer: Any) -> Callable:
+    """An initializer whose values are not somebody else's, as `lambda shape, dtype: var.value`."""
+    initial = keras.initializers.get(initializer)
+    return lambda shape, dtype=None: _backend.copy(initial(shape, dtype=dtype))
+
+
+def _dtype_here(dtype: Any) -> str:
+    # A file from another backend may have 64 bits where JAX has not.
+    name = keras.backend.standardize_dtype(dtype)
+    return name if _backend.widest_float() == "float64" else name.replace("64", "32")

@@ -1,0 +1,452 @@
+"""What users see of averages, and do with them."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_avg import _backend, _keras_internals
+from keras_avg._wrapping import fitting, nesting
+from keras_avg._wrapping.files import StateFile
+from keras_avg._wrapping.optimizer_wrapper import OptimizerWrapper
+from keras_avg._wrapping.store import Store
+from keras_avg._wrapping.swap import Swap, supersede
+
+
+class ShowsAverages(OptimizerWrapper):
+    """Keeps something beside each variable, and shows what it makes of that in the model.
+
+    Args:
+        average_dtype: Dtype of what is kept; None: float32 for low-precision variables, the
+            variable's own for all others.
+        **arguments: As for `OptimizerWrapper`.
+    """
+
+    def __init__(self, average_dtype: str | None, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.average_dtype = average_dtype
+        #: What is kept beside the variables, by the names of `stores()`. Empty before `build`.
+        self.kept: dict[str, Store] = {}
+        self._state_file = StateFile(self, self._own_variables, self._parts_on_file)
+        self._swap: Swap | None = None
+
+    def stores(self) -> dict[str, str]:
+        """What to keep beside each variable. For rules; called once, by `build`.
+
+        Returns:
+            Dict of names, and of what each begins with: `"variable"`, the value just before the
+            first update, or `"zeros"`. Default: one store, `"average"`, that begins with the
+            variable. A store has the variable's shape and sharding, float32 or wider for
+            low-precision variables; it is saved by its name and found by `get_slot`.
+        """
+        return {"average": "variable"}
+
+    def averages(self) -> list[Any]:
+        """What the model holds when the averages are in it. For rules; may run in compiled code.
+
+        Returns:
+            List of tensors, one for each averaged variable, in order, of the variables' shapes.
+            Default: the store `"average"`.
+        """
+        return self.kept["average"].values()
+
+    def assign_average_vars(self, var_list: list[Any]) -> None:
+        """Give the variables the values of their averages; the raw values are gone.
+
+        Args:
+            var_list: List of variables, such as `model.variables`. Those that have no average
+                (batch-normalization statistics) are left alone.
+
+        Raises:
+            ValueError: If none of them has an average, or there is no snapshot yet.
+            RuntimeError: If the averages are in the model already, and the raw values set aside.
+
+        Example:
+
+        ```python
+        model.compile(optimizer=keras_avg.SWA("sgd", start_averaging=100), loss="mse")
+        model.fit(x, y, epochs=10)
+        model.optimizer.assign_average_vars(model.variables)
+        model.save("averaged.keras")
+        ```
+        """
+        swap = self._checked_swap("assign_average_vars")
+        asked = {_keras_internals.variable_index(self, variable) for variable in var_list} - {None}
+        if not any(_keras_internals.variable_index(self, v) in asked for v in swap.variables):
+            raise ValueError(
+                f"None of the variables has an average in '{self.name}': nothing can be assigned. "
+                f"Received: {[_keras_internals.path_of(v) for v in var_list]}. Pass the variables "
+                "that the optimizer trains, such as `model.variables`."
+            )
+        self._refuse_without_snapshot("to assign")
+        swap.refuse_while_in("assigning them for good")
+        pairs = [
+            (variable, _backend.copy(average))
+            for variable, average in zip(swap.variables, self.averages(), strict=True)
+            if _keras_internals.variable_index(self, variable) in asked
+        ]
+        for variable, average in pairs:
+            self.assign(variable, average)
+
+    def swap_weights(self) -> None:
+        """Exchange the raw and the averaged values in the model; twice gives every raw bit back.
+
+        The averages stay in the optimizer, untouched. A model that is saved while swapped holds the
+        averages, and its file the raw values too. Batch-normalization statistics that
+        `keras_avg.update_batch_norm` computes meanwhile go out with the averages.
+
+        Raises:
+            ValueError: If there is no snapshot yet.
+            RuntimeError: If the model was trained while the averages were in it, if another wrapper
+                has its averages in the same variables, or if the raw values were lost on the way
+                (by `set_weights`, Orbax or `tf.train.Checkpoint` of a copy taken while swapped).
+
+        Example:
+
+        ```python
+        model.optimizer.swap_weights()
+        print(model.evaluate(x, y))  # of the averages
+        model.optimizer.swap_weights()
+        ```
+        """
+        swap = self._checked_swap("swap_weights")
+        _keras_internals.check_attached([*self._own_variables.by_name.values(), *swap.variables])
+        if swap.is_in():
+            swap.put_back()
+        else:
+            self._refuse_without_snapshot("to put into the model")
+            swap.put_in(self.averages)
+
+    @contextlib.contextmanager
+    def average_weights(self) -> Iterator[None]:
+        """Context in which the model holds the averages; outside what it held before.
+
+        Batch-normalization statistics that `keras_avg.update_batch_norm` computes in it for the
+        averages go out with them.
+
+        Example:
+
+        ```python
+        with model.optimizer.average_weights():
+            keras_avg.update_batch_norm(model, x)
+            model.export("averaged")
+        ```
+        """
+        if self._swap is not None and self.averages_in_model:
+            self._swap.raw_or_refuse()
+            yield
+            return
+        self.swap_weights()
+        try:
+            yield
+        finally:
+            if self.averages_in_model:
+                self.swap_weights()
+
+    def raw_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Context in which the model holds the raw weights; outside what it held before.
+
+        Raw weights, averages and iterations may change in it.
+        """
+        if self._swap is None:
+            return contextlib.nullcontext()
+        return self._swap.raw_again(self.averages)
+
+    def keep_averages(self) -> None:
+        """End a swap with the averages in the model for good; the raw values are gone.
+
+        Training goes on from the averages.
+
+        Raises:
+            RuntimeError: If the averages are not in the model.
+        """
+        swap = self._checked_swap("keep_averages")
+        if not self.averages_in_model:
+            raise RuntimeError(
+                f"The model does not hold the averages of '{self.name}'. Use "
+                "`assign_average_vars(model.variables)`, which puts them in for good."
+            )
+        swap.end()
+
+    def bind_model(self, model: Any) -> None:
+        """Say which model was loaded with the averages in it, so that `swap_weights` may follow.
+
+        Where batch-normalization statistics of the raw weights came with the file, this says where
+        they belong. `keras_avg.swap_weights(model)` and the callbacks do it by themselves.
+
+        Args:
+            model: A `keras.Model`.
+
+        Raises:
+            ValueError: If the statistics do not fit the model.
+        """
+        if self._swap is not None and self._swap.raw is not None:
+            self._swap.raw.bind_statistics(model)
+
+    @property
+    def averages_in_model(self) -> bool:
+        """Whether the model holds the averages at the moment. For use outside compiled code."""
+        if self._swap is None:
+            return False
+        _keras_internals.check_attached(self._own_variables.by_name.values())
+        return self._swap.is_in()
+
+    @property
+    def num_snapshots(self) -> int:
+        """How many averagings have been done. For use outside compiled code."""
+        if not self.built:
+            return 0
+        _keras_internals.check_attached(self._own_variables.by_name.values())
+        return int(self._snapshots.read())
+
+    def count_snapshots(self, number: Any) -> None:
+        """Add to the number of snapshots: an integer or a bool, or a scalar of such a dtype."""
+        self._snapshots.advance(number)
+
+    @property
+    def has_average(self) -> bool:
+        """Whether there has been a snapshot. For use outside compiled code."""
+        return self.num_snapshots > 0
+
+    @property
+    def averaged_variables(self) -> list[Any]:
+        """The model's variables that have an average, in order. Empty before `build`."""
+        return [] if self._swap is None else list(self._swap.variables)
+
+    def why_without_averages(self) -> str:
+        """A sentence, if a file that was loaded should have had averages and had none; else ""."""
+        return self._state_file.why_without_averages()
+
+    def stateless_average(
+        self,
+        optimizer_variables: list[Any],
+        trainable_variables: list[Any] | None = None,
+        optimizer: Any = None,
+    ) -> list[Any]:
+        """The averages out of a list of values for `variables`; jittable.
+
+        Args:
+            optimizer_variables: List of tensors, one for each of `variables`, as
+                `stateless_apply` takes and returns it.
+            trainable_variables: List of tensors, the raw values, one for each variable that the
+                optimizer was built with. If given, they are what this returns before the first
+                snapshot, in the averages' dtype. Default None: before the first snapshot the
+                averages are returned as they are stored, which for `SWA` is zeros.
+            optimizer: A wrapper inside this one, whose averages are wanted. The lists are those of
+                this optimizer. Default None: this wrapper.
+
+        Returns:
+            List of tensors, one for each variable that has an average, in order.
+
+        Raises:
+            ValueError: If a list does not have the right length, or `optimizer` is not inside.
+
+        Example:
+
+        ```python
+        trainable, state = optimizer.stateless_apply(state, gradients, trainable)
+        averages = optimizer.stateless_average(state, trainable)
+        ```
+        """
+        wrapper = optimizer or self
+        state = self._state_of(wrapper, optimizer_variables)
+        built = _keras_internals.built_variables(self)
+        if trainable_variables is not None and len(trainable_variables) != len(built):
+            raise ValueError(
+                f"'{self.name}' was built for {len(built)} variables. Received: a list of "
+                f"{len(trainable_variables)}. Pass one value for each of them, in order."
+            )
+        pairs = zip(built, trainable_variables or (), strict=False)
+        raw = [(v, value) for v, value in pairs if isinstance(v, keras.Variable)]
+        with keras.StatelessScope([*state, *raw]):
+            averages = wrapper.averages()
+            if trainable_variables is None:
+                return averages
+            is_there = wrapper._snapshots.read() > 0
+            return [
+                ops.where(is_there, average, _backend.value(variable, average.dtype))
+                for variable, average in zip(wrapper._swap.variables, averages, strict=True)
+            ]
+
+    def stateless_num_snapshots(self, optimizer_variables: list[Any], optimizer: Any = None) -> Any:
+        """How many averagings have been done, out of a list of values for `variables`; jittable.
+
+        Args:
+            optimizer_variables: List of tensors, one for each of `variables`, as
+                `stateless_apply` takes and returns it.
+            optimizer: A wrapper inside this one, whose number is wanted. Default None: this one.
+
+        Returns:
+            Integer scalar tensor.
+
+        Raises:
+            ValueError: If the list does not have the right length, or `optimizer` is not inside.
+
+        Example:
+
+        ```python
+        if optimizer.stateless_num_snapshots(state) > 0:
+            averages = optimizer.stateless_average(state)
+        ```
+        """
+        wrapper = optimizer or self
+        state = self._state_of(wrapper, optimizer_variables)
+        counter = wrapper._own_variables.by_name["snapshots"]
+        return next(ops.convert_to_tensor(value) for v, value in state if v is counter)
+
+    def _state_of(self, wrapper: Any, values: list[Any]) -> list[tuple[Any, Any]]:
+        """Variables and their values, which must be those of this wrapper and what is inside it."""
+        variables = self.variables
+        if len(values) != len(variables):
+            raise ValueError(
+                f"'{self.name}' has {len(variables)} variables. Received: a list of "
+                f"{len(values)}. Pass one value for each of `optimizer.variables`."
+            )
+        _keras_internals.check_attached(values)
+        if not (isinstance(wrapper, ShowsAverages) and nesting.is_inside(wrapper, self)):
+            raise ValueError(
+                f"The averages of {wrapper!r} are not in the state of '{self.name}'. Pass as "
+                "`optimizer` an averaging wrapper inside it."
+            )
+        return list(zip(variables, values, strict=True))
+
+    def shadow_copy(self, variables: Iterable[Any]) -> None:
+        """Make the averages before training begins, with the values of the variables.
+
+        `assign_average_vars` and `swap_weights` still wait for the first snapshot.
+
+        Args:
+            variables: List of variables, such as `model.variables`. Those that are not trainable
+                are left out.
+
+        Raises:
+            ValueError: If the optimizer was built with others.
+        """
+        variables = [v for v in variables if getattr(v, "trainable", True)]
+        for variable in variables if self.built else ():
+            self._built_variable(variable)
+        self.build(variables)
+        _keras_internals.check_attached(self.variables)
+        for store in self.kept.values():
+            store.start(self._updates.read())
+
+    @property
+    def has_shadow_copy(self) -> bool:
+        """Whether the averages are made."""
+        return self.built
+
+    def save_own_variables(self, store: MutableMapping[str, Any]) -> None:
+        """Write the wrapper's own variables, and the raw values if the averages are in the model.
+
+        Keras writes the inner optimizer's. Averages that would not fit the saved model are left
+        out, and the file says why: if the model's variables were replaced (as by `quantize`), or if
+        a layer stores something else than its variables (as LoRA, merged into the kernel).
+
+        Raises:
+            RuntimeError: If the raw values should be there and are not, or if they and the rest
+                of the state are of different updates.
+        """
+        _keras_internals.check_attached(self._own_variables.by_name.values())
+        if self._swap is not None:
+            self._state_file.save(store, self._swap)
+
+    def load_own_variables(self, store: Mapping[str, Any]) -> None:
+        """Read the wrapper's own variables, all or none.
+
+        The file's index is checked first: nothing is read of what does not fit.
+
+        Raises:
+            ValueError: If the stored state is not one of a wrapper like this one.
+        """
+        _keras_internals.check_attached(self.variables)
+        self._state_file.load(store, self._swap)
+        self._after_state_was_set()
+
+    def check_file(self, store: Mapping[str, Any]) -> None:
+        """Refuse a file whose part for this optimizer does not fit. Reads nothing but its index.
+
+        Raises:
+            ValueError: If the stored state is not one of a wrapper like this one.
+        """
+        self._state_file.check(store, self._swap)
+
+    def finalize_variable_values(self, var_list: list[Any]) -> None:
+        """Called by `fit` when training ends.
+
+        Raises:
+            RuntimeError: If the averages were in the model while it was trained, in code compiled
+                before they were put in.
+        """
+        if not _keras_internals.reattach_state(self):
+            return  # `fit` is already raising; do not replace its error
+        if self._swap is not None:
+            if self.averages_in_model:
+                self._swap.refuse_training_meanwhile()
+            self._swap.refuse_training_under_another()
+        with self.raw_weights():  # Keras' own average (`use_ema`) goes there
+            self.inner_optimizer.finalize_variable_values(var_list)
+            if getattr(nesting.innermost(self), "use_ema", False):
+                # On JAX it and the variables would share buffers, which the next `fit` refuses.
+                _backend.assign_quotients(var_list, 1.0, var_list)
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"average_dtype": self.average_dtype}
+
+    def _make_state(self, variables: list[Any]) -> None:
+        names = ("updates", "snapshots", "averages_in_model")
+        updates, snapshots, flag = map(self._own_variables.counter, names)
+        self._updates, self._snapshots = _backend.Counter(updates), _backend.Counter(snapshots)
+        averaged = {i: v for i, v in enumerate(variables) if _keras_internals.is_averageable(v)}
+        dtypes = {i: self.average_dtype or _wide_enough(v) for i, v in averaged.items()}
+        kept = {s: self._own_variables.add_store(s, averaged, dtypes) for s in self.stores()}
+        self.kept = {s: Store(own, list(averaged.values())) for s, own in kept.items()}
+        self._swap = Swap(self, list(averaged.values()), flag, self.updates_so_far)
+
+    def _after_build(self) -> None:
+        supersede(self)
+
+    def _before_state_is_read(self) -> None:
+        # JAX' trainer asks for the variables before it takes the values away.
+        if self._swap is not None:
+            self._swap.notice_restored_state()
+
+    def _after_state_was_set(self) -> None:
+        if self._swap is not None and not self.averages_in_model:
+            self._swap.hold(None)
+
+    def _before_inner_step(self) -> None:
+        """Start what begins with the variables, at the first update."""
+        starts = self.stores()
+        begin = [store for name, store in self.kept.items() if starts[name] == "variable"]
+        if begin:
+            kept = [v for store in begin for v in store.kept]
+            variables = [v for store in begin for v in store.variables]
+            _backend.start_averages(self._updates.read(), kept, variables)
+
+    def _refuse_training(self) -> None:
+        if self._swap is not None:
+            self._swap.refuse_while_in("training")
+
+    def _parts_on_file(self) -> dict[str, Any]:
+        """The optimizers that Keras saves inside this one, by the attributes they are in."""
+        return {"inner_optimizer": self.inner_optimizer}
+
+    def _refuse_without_snapshot(self, what_for: str) -> None:
+        if not self.has_average:
+            raise ValueError(
+                f"'{self.name}' has taken no snapshot yet: there are no averages {what_for}. "
+                f"Received: {self.updates_so_far()} updates so far. Train on, or let averaging "
+                f"start earlier.{self.why_without_averages()}"
+            )
+
+    def _checked_swap(self, member: str) -> Swap:
+        self._check_built(member)
+        assert self._swap is not None
+        return self._swap
+
+
+def _wide_enough(variable: Any) -> str:
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    return "float32" if dtype in fitting.LOW_PRECISION else dtype

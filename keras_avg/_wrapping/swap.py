@@ -1,0 +1,272 @@
+"""The turns that averages and raw values take in a model's variables."""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from keras import ops
+
+from keras_avg import _backend, _keras_internals
+from keras_avg._wrapping import bindings, nesting, train_function
+from keras_avg._wrapping.raw_values import RawValues
+
+Values = Callable[[], Sequence[Any]]  # what to show, as tensors
+
+# Swaps whose averages are in a model. They are not kept alive: a model whose optimizer is gone
+# simply holds averages.
+_under_way: "weakref.WeakSet[Swap]" = weakref.WeakSet()
+
+
+class Swap:
+    """Exact exchanges: what is shown stays where it is, raw values are set aside and put back.
+
+    It knows nothing of averages. It is handed functions of the values to show.
+
+    Args:
+        owner: The wrapper whose averages are shown: its name, and the models it works for.
+        variables: List of the model's variables that it shows something in.
+        flag: Integer variable: whether the model holds what is shown. It is part of the state.
+        updates: Function without arguments: how many updates have been done, an integer.
+    """
+
+    def __init__(
+        self, owner: Any, variables: Sequence[Any], flag: Any, updates: Callable[[], int]
+    ) -> None:
+        self._owner = owner
+        self._flag = flag
+        self._counter = _backend.Counter(flag)
+        self._updates = updates
+        self.variables = list(variables)
+        self.raw: RawValues | None = None
+        self.why_raw_values_are_lost = ""  # a sentence, if a file says so
+
+    def is_in(self) -> bool:
+        """Whether the state says that the model holds what is shown."""
+        self.notice_restored_state()
+        return bool(_backend.concrete(self._counter.read()))
+
+    def put_in(self, values: Values) -> None:
+        """Set the raw values aside and show others.
+
+        Raises:
+            RuntimeError: If some of the variables hold the averages of another wrapper.
+        """
+        for other in holding(self.variables):
+            raise RuntimeError(
+                f"The model holds the averages of '{other._owner.name}' already. Received: "
+                f"swap_weights() of '{self._owner.name}'. Swap the first back before."
+            )
+        copies = [_backend.copy(variable) for variable in self.variables]
+        raw = RawValues(self.variables, copies, self._updates())
+        raw.updates_of_others = self._updates_of_others()
+        try:
+            self.show(values)
+        except BaseException:
+            raw.put_back()
+            raise
+        self._counter.advance(1)
+        # Must come last: a thread that sees the raw values without the flag would conclude that a
+        # state was restored, and drop them.
+        self.hold(raw)
+
+    def put_back(self) -> None:
+        """Give the raw values back.
+
+        Raises:
+            RuntimeError: If they are lost, or if the model was trained meanwhile.
+        """
+        raw = self.raw_or_refuse()
+        self.refuse_training_meanwhile()
+        if raw.statistics:
+            raise RuntimeError(
+                f"What '{self._owner.name}' was loaded from holds batch-normalization statistics "
+                "of the raw weights, and the optimizer does not know the model. Call "
+                "`keras_avg.swap_weights(model)`, or let keras_avg.callbacks.SwapAverageWeights "
+                "swap back, in `fit`."
+            )
+        raw.put_back()
+        self.end()
+
+    def end(self) -> None:
+        """End the swap with what is in the model; the raw values are gone."""
+        self.hold(None)
+        self.why_raw_values_are_lost = ""
+        self._counter.advance(-1)
+
+    def show(self, values: Values) -> None:
+        """Give the variables the values to show, in buffers of their own."""
+        for variable, value in zip(self.variables, values(), strict=True):
+            self._owner.assign(variable, _backend.copy(value))  # casts; a `tf.Variable` does not
+
+    @contextlib.contextmanager
+    def raw_again(self, values: Values) -> Iterator[None]:
+        """Context in which the model holds the raw values, whatever it holds outside.
+
+        Raw values, averages and counters may change in it.
+        """
+        if not self.is_in():
+            yield
+            return
+        raw = self.raw_or_refuse()
+        raw.exchange()
+        try:
+            yield
+        finally:
+            # Computed before the exchange: it may derive from the variables.
+            shown = [_backend.copy(value) for value in values()]
+            raw.exchange()
+            self.show(lambda: shown)
+
+    def hold(self, raw: RawValues | None) -> None:
+        """Keep raw values for as long as they are not in the model; None: they are in it."""
+        self.raw = raw
+        models = bindings.models_of(bindings.wrappers_over(self.variables))
+        if raw is None:
+            _under_way.discard(self)
+            for model in models:
+                train_function.leave(model, id(self))
+        else:
+            _under_way.add(self)
+            refuse = _refusing(self)
+            for model in models:  # one that is not compiled yet is refused by its first trace
+                train_function.watch(model, id(self), refuse)
+
+    def notice_restored_state(self) -> None:
+        """A state from outside the swap, restored over it by whatever route, has ended it."""
+        if self.raw is None:
+            return
+        flag = _keras_internals.stored_value(self._flag)
+        if flag is not None and _backend.concrete(flag) == 0:
+            self.hold(None)
+
+    def raw_or_refuse(self) -> RawValues:
+        """The raw values, which must be there."""
+        if self.raw is None:
+            raise RuntimeError(
+                f"The state of '{self._owner.name}' says that the model holds the averages, but "
+                "the raw weights are not there: it was copied while swapped and restored by a "
+                "route that does not carry them. Load a `.keras` or `.weights.h5` file, which "
+                "holds both, or a copy taken while the raw weights were in the model; or go on "
+                "from the averages: `keras_avg.assign_average_vars(model)`."
+                f"{self.why_raw_values_are_lost}"
+            )
+        return self.raw
+
+    def refuse_while_in(self, what: str) -> None:
+        """Refuse to do something to variables that hold averages, of this wrapper or another."""
+        self.notice_restored_state()
+        # What the state says, where it can be read; what Python knows, while code is compiled.
+        flag = _backend.concrete(self._counter.read())
+        if self.raw is not None if flag is None else bool(flag):
+            self.raw_or_refuse()
+            raise self._refusal(what)
+        if _under_way:
+            for other in holding(self.variables):
+                raise other._refusal(what)
+
+    def refuse_compiled_training(self) -> None:
+        """Refuse train steps that were compiled before the swap; called before each."""
+        self.notice_restored_state()
+        if self in _under_way:
+            raise self._refusal("training")
+
+    def refuse_training_meanwhile(self, even_if_told: bool = False) -> None:
+        """Refuse to go on if updates were made since the swap, in code that cannot see it."""
+        raw, now = self.raw_or_refuse(), self._updates()
+        if now == raw.updates or (now == raw.updates_told_of and not even_if_told):
+            return
+        raw.updates_told_of = now
+        raise RuntimeError(
+            f"The model was trained, or another state restored, while it held the averages of "
+            f"'{self._owner.name}'. Received: {now - raw.updates} updates since they were put in. "
+            f"The raw weights of update {raw.updates} are kept: `swap_weights()` now puts them "
+            "back; those updates are lost."
+        )
+
+    def refuse_training_under_another(self) -> None:
+        """Refuse to go on if this wrapper has trained what holds another's averages."""
+        for other in holding(self.variables):
+            related = nesting.is_inside(self._owner, other._owner) or nesting.is_inside(
+                other._owner, self._owner
+            )
+            before = other.raw.updates_of_others.get(id(self._owner), 0) if other.raw else 0
+            if not related and self._updates() != before:
+                raise RuntimeError(
+                    f"The model was trained by '{self._owner.name}' while it held the averages of "
+                    f"'{other._owner.name}', in code compiled before. The raw weights from before "
+                    f"are kept: `swap_weights()` of '{other._owner.name}' puts them back; what was "
+                    "trained since is lost."
+                )
+
+    def _updates_of_others(self) -> dict[int, int]:
+        """How many updates other wrappers over the same variables have done, by their ids."""
+        return {
+            id(other): int(ops.convert_to_numpy(other.iterations))
+            for other in bindings.wrappers_over(self.variables)
+            if other is not self._owner
+            and not _keras_internals.is_purged(_keras_internals.step_counter(other))
+        }
+
+    def _refusal(self, what: str) -> RuntimeError:
+        name = self._owner.name
+        return RuntimeError(
+            f"The model holds the averages of '{name}', so {what} is refused. To put the raw "
+            "weights back, call `keras_avg.swap_weights(model)`. To go on from the averages, call "
+            "`keras_avg.assign_average_vars(model)`, or compile the model anew. (A model that "
+            f"shares layers with it waits too: `model` is the one that '{name}' trains.)"
+        )
+
+
+def _refusing(swap: Swap) -> Callable[[], contextlib.AbstractContextManager]:
+    """A context that no train step enters while the swap lasts; it does not keep the swap alive."""
+    weakly = weakref.ref(swap)
+
+    def refuse() -> contextlib.AbstractContextManager:
+        if (alive := weakly()) is not None:
+            alive.refuse_compiled_training()
+        return contextlib.nullcontext()
+
+    return refuse
+
+
+def holding(variables: Sequence[Any]) -> list[Swap]:
+    """The swaps whose averages are in some of the variables."""
+    for swap in list(_under_way):
+        swap.notice_restored_state()
+    return [
+        swap
+        for swap in list(_under_way)
+        if any(_keras_internals.variable_index(swap._owner, v) is not None for v in variables)
+    ]
+
+
+def supersede(wrapper: Any) -> None:
+    """Let a new optimizer have variables that hold another's averages: they are its start.
+
+    So it is when a model is compiled anew after `SwapAverageWeights` left the averages in it. The
+    other keeps its raw values, but is no longer in the way. Another model that shares some of the
+    variables is another matter: what it trains would be undone by the first one's next swap.
+    """
+    for other in holding(_keras_internals.built_variables(wrapper)):
+        if bindings.work_for_the_same(wrapper, other._owner):
+            _under_way.discard(other)
+
+
+def set_statistics_aside(model: Any, variables: Sequence[Any]) -> None:
+    """Let a swap that has averages in the model, if there is one, keep the raw statistics too."""
+    for swap in holding(model.variables) or _holding_for(variables):
+        if swap.raw is not None:
+            swap.raw.add_statistics(model, list(variables))
+            return
+
+
+def _holding_for(statistics: Sequence[Any]) -> list[Swap]:
+    """The swaps that have averages in a model with these statistics."""
+    ours = {id(variable) for variable in statistics}
+    return [
+        swap
+        for swap in list(_under_way)
+        for model in bindings.models_of([swap._owner])
+        if any(id(variable) in ours for variable in model.variables)
+    ]
