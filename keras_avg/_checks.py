@@ -71,9 +71,8 @@ def one_of(argument: str, value: Any, choices: Sequence[str]) -> str:
     """One of several strings."""
     if isinstance(value, str) and value in choices:
         return value
-    raise ValueError(
-        f"`{argument}` must be one of {tuple(choices)}. Received: {argument}={value!r}."
-    )
+    allowed = " or ".join(repr(choice) for choice in choices)
+    raise ValueError(f"`{argument}` must be {allowed}. Received: {argument}={value!r}.")
 
 
 def scope_name(value: Any) -> str | None:

@@ -1,7 +1,13 @@
-"""Two doors: frameworks come in through `_backend/`, Keras' private names through one file."""
+"""Two doors, and one direction.
+
+Frameworks come in through `_backend/`, Keras' private names through one file. Folders import what
+is below them, and each class of a wrapper's line uses what is above it.
+"""
 
 import ast
+import inspect
 import pathlib
+import textwrap
 
 import keras
 import pytest
@@ -92,9 +98,127 @@ def test_every_backend_has_the_same_functions_in_the_same_order(folder, loading_
     assert all(functions == described["jax"] for functions in described.values())
 
 
+# What stands on what: a folder imports from those behind it only.
+ORDER = [
+    "__init__",
+    "callbacks",
+    "batch_norm",
+    "_optimizers",
+    "_workers",
+    "_wrapping",
+    "_keras2",
+    "schedules",
+    "distributed",
+    "_registered_functions",
+    "_checks",
+    "_backend",
+    "_keras_internals",
+]
+
+
+def part_of(path):
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def wrong_way_imports(path):
+    """Imports of a part that stands above the file's own."""
+    own = ORDER.index(part_of(path))
+    for line, name in imported(ast.parse(path.read_text())):
+        parts = name.split(".")
+        is_ours = parts[0] == "keras_avg" and len(parts) > 1 and parts[1] in ORDER
+        if is_ours and ORDER.index(parts[1]) < own:
+            yield line, name
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_imports_point_one_way(path):
+    found = list(wrong_way_imports(path))
+    assert not found, f"{path}: {found}. What both need belongs into the lower of the two."
+
+
+WRAPPERS = [
+    thing
+    for name in keras_avg.__all__
+    if inspect.isclass(thing := getattr(keras_avg, name))
+    and issubclass(thing, keras_avg.AveragedOptimizerWrapper)
+    and thing is not keras_avg.AveragedOptimizerWrapper
+]
+LONGEST_LINE = 6  # classes of ours: a rule, its base, and what that stands on
+
+
+def line_of(wrapper):
+    return [kind for kind in wrapper.__mro__ if kind.__module__.startswith("keras_avg")]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapper_is_the_end_of_one_short_line(wrapper):
+    line = line_of(wrapper)
+    assert len(line) <= LONGEST_LINE, line
+    for kind in line:
+        ours = [base for base in kind.__bases__ if base.__module__.startswith("keras_avg")]
+        assert len(ours) <= 1, f"{kind} has several bases. Parts are objects, not bases."
+
+
+def used_and_defined(kind):
+    """Attributes of `self` that a class names, and those that it defines."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+    for node in tree.body:
+        targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+        if isinstance(node, ast.Assign) or (isinstance(node, ast.AnnAssign) and node.value):
+            defined |= {t.id for t in targets if isinstance(t, ast.Name)}
+    used = set()
+    for node in ast.walk(tree):
+        is_of_self = isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "self"
+        if is_of_self:
+            (defined if isinstance(node.ctx, ast.Store) else used).add(node.attr)
+    return used, defined
+
+
+def defined_by_keras():
+    optimizer = keras.optimizers.SGD(1.0)
+    optimizer.build([keras.Variable([1.0])])
+    return set(dir(optimizer))
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_no_class_names_what_is_defined_only_further_down(wrapper):
+    known = defined_by_keras()
+    for kind in reversed(line_of(wrapper)):
+        used, defined = used_and_defined(kind)
+        known |= defined
+        missing = used - known
+        assert not missing, f"{kind.__name__} uses {missing}. Define it there, or in a part."
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_no_class_declares_what_it_does_not_set(path):
+    for tree in ast.walk(ast.parse(path.read_text())):
+        bases = {getattr(base, "id", "") for base in getattr(tree, "bases", ())}
+        if not isinstance(tree, ast.ClassDef) or bases & {"NamedTuple", "Protocol"}:
+            continue
+        declared = {n.target.id for n in tree.body if isinstance(n, ast.AnnAssign) and not n.value}
+        stored = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        }
+        if path.parent.name != "distributed":  # a subclass of Communicator sets rank and size
+            assert declared <= stored, f"{path}: {tree.name} declares {declared - stored}."
+
+
 def test_the_searches_find_what_they_look_for():
     source = "import jax.numpy\nfrom keras.src import ops\nx._tracker = 1\n"
     tree = ast.parse(source)
     assert framework_imports(tree) == [(1, "jax.numpy")]
     found = {name for _, name in keras_internals(tree, private_names_of_keras())}
     assert found >= {"keras.src", "._tracker"}
+    assert used_and_defined(LooksDown) == ({"above", "below"}, {"look", "above"})
+
+
+class LooksDown:
+    above = 1
+
+    def look(self):
+        return self.above + self.below

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import small_training as small
 from keras import ops, optimizers
+from rules import MeanByStep
 
-from keras_avg import SWA, AveragedOptimizerWrapper, MovingAverage
+from keras_avg import SWA, MovingAverage
 
 cannot_apply = pytest.mark.skipif(
     keras.backend.backend() == "tensorflow", reason="Keras has no stateless_apply on TensorFlow"
@@ -91,21 +92,12 @@ def test_what_does_not_fit_is_refused():
         optimizer.stateless_average(state, trainable[:1])
 
 
-class Mean(AveragedOptimizerWrapper):
-    """Weighs by the step, which is not 0 at first around an optimizer that has stepped before."""
-
-    average_starts_at_variable = False
-
-    def value_weight(self, step):
-        return 1.0 / (ops.cast(step, "float32") + 1)
-
-
-class Constant(Mean):
+class Constant(MeanByStep):
     def value_weight(self, step):
         return 0.25
 
 
-@pytest.mark.parametrize("rule", [Mean, Constant])
+@pytest.mark.parametrize("rule", [MeanByStep, Constant])
 def test_the_first_average_is_the_value_whatever_the_rule_makes_of_the_step(rule):
     variable, inner = keras.Variable([1.0, 3.0]), optimizers.SGD(1.0)
     inner.build([variable])

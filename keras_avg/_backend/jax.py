@@ -100,7 +100,9 @@ def assign_if(
     if isinstance(condition, jax.core.Tracer):
         values = jax.lax.cond(condition, changed, lambda: [target.value for target in targets])
     elif condition:
-        values = changed()
+        # Two variables must not share a buffer, which a train step could not donate twice.
+        taken = {id(value(variable)) for variable in (*targets, *sources)}
+        values = [jnp.array(v, copy=True) if id(v) in taken else v for v in changed()]
     else:
         return
     for target, value in zip(targets, values, strict=True):

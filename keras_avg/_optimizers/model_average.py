@@ -116,7 +116,7 @@ class ModelAverage(AveragedOptimizerWrapper):
     ) -> None:
         interval = _checks.whole_number("interval_steps", interval_steps, minimum=1)
         start = _checks.whole_number("start_step", start_step, minimum=0)
-        inner_state = _checks.one_of("inner_state", inner_state, ("keep", "average", "reset"))
+        inner_state = arguments.inner_state(inner_state)
         outer = arguments.outer_optimizer(outer_optimizer)
         communicator = arguments.communicator(communicator, num_worker, is_chief)
         super().__init__(optimizer, sequential_update, name, **kwargs)

@@ -8,6 +8,18 @@ import keras
 from keras_avg import distributed
 from keras_avg._wrapping import nesting
 
+INNER_STATES = ("keep", "average", "reset")
+
+
+def inner_state(value: Any) -> str:
+    """What becomes of the inner optimizers' slots at a round."""
+    if isinstance(value, str) and value in INNER_STATES:
+        return value
+    raise ValueError(
+        f"`inner_state` must be one of {INNER_STATES}: what becomes of momenta at a round. "
+        f"Received: inner_state={value!r}."
+    )
+
 
 def outer_optimizer(identifier: Any) -> Any:
     """The optimizer of the center, or None."""

@@ -35,8 +35,11 @@ class Center(Protocol):
     """The wrapper whose variables the workers share."""
 
     name: str
-    averaged_variables: list[Any]
     skip_nonfinite: bool
+
+    @property
+    def averaged_variables(self) -> list[Any]:
+        """The variables that the workers share."""
 
     def updates_so_far(self) -> int:
         """How many updates this worker has done."""

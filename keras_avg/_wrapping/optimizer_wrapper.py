@@ -16,6 +16,7 @@ from keras_avg._wrapping import (
     gradients,
     keywords,
     rates,
+    train_function,
 )
 from keras_avg._wrapping.classic_slots import ClassicSlots
 from keras_avg._wrapping.clock import Clock
@@ -31,6 +32,8 @@ class OptimizerWrapper(ClassicSlots):
         gradient_aggregator: One such function, or None.
         **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, `learning_rate`, `lr`, `decay`.
     """
+
+    inner_optimizer: Any
 
     def __init__(
         self,
@@ -252,7 +255,9 @@ class OptimizerWrapper(ClassicSlots):
         variables = self._variables_for(grads, variables)
         if self._clock.is_being_compiled():
             bindings.note_training_model(self)
-        self._refuse_training()
+            self._refuse_compiled_training()
+        else:
+            self._refuse_training()
         with _backend.after(grads):
             grads = gradients.process(self, grads, variables, aggregate)
             if not aggregate:
@@ -261,6 +266,15 @@ class OptimizerWrapper(ClassicSlots):
             self._before_inner_step()
             self.inner_optimizer.apply(grads, variables)
             self._after_inner_step(*self._clock.step_since(before))
+
+    def _refuse_compiled_training(self) -> None:
+        try:
+            self._refuse_training()
+        except RuntimeError:
+            # TensorFlow cannot trace the same function again after a trace that failed.
+            for model in bindings.models_of([self]):
+                train_function.forget(model)
+            raise
 
     def _variables_for(self, grads: list[Any], variables: list[Any] | None) -> list[Any]:
         if variables is not None:

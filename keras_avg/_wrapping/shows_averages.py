@@ -250,7 +250,7 @@ class ShowsAverages(OptimizerWrapper):
         averages = optimizer.stateless_average(state, trainable)
         ```
         """
-        wrapper = optimizer or self
+        wrapper: Any = optimizer or self
         state = self._state_of(wrapper, optimizer_variables)
         built = _keras_internals.built_variables(self)
         if trainable_variables is not None and len(trainable_variables) != len(built):
@@ -267,7 +267,7 @@ class ShowsAverages(OptimizerWrapper):
             is_there = wrapper._snapshots.read() > 0
             return [
                 ops.where(is_there, average, _backend.value(variable, average.dtype))
-                for variable, average in zip(wrapper._swap.variables, averages, strict=True)
+                for variable, average in zip(wrapper.averaged_variables, averages, strict=True)
             ]
 
     def stateless_num_snapshots(self, optimizer_variables: list[Any], optimizer: Any = None) -> Any:
@@ -291,7 +291,7 @@ class ShowsAverages(OptimizerWrapper):
             averages = optimizer.stateless_average(state)
         ```
         """
-        wrapper = optimizer or self
+        wrapper: Any = optimizer or self
         state = self._state_of(wrapper, optimizer_variables)
         counter = wrapper._own_variables.by_name["snapshots"]
         return next(ops.convert_to_tensor(value) for v, value in state if v is counter)
@@ -413,8 +413,8 @@ class ShowsAverages(OptimizerWrapper):
             self._swap.notice_restored_state()
 
     def _after_state_was_set(self) -> None:
-        if self._swap is not None and not self.averages_in_model:
-            self._swap.hold(None)
+        if self._swap is not None:
+            self._swap.note_state()
 
     def _before_inner_step(self) -> None:
         """Start what begins with the variables, at the first update."""

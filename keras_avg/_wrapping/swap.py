@@ -39,6 +39,7 @@ class Swap:
         self._updates = updates
         self.variables = list(variables)
         self.raw: RawValues | None = None
+        self._is_raw_lost = False  # as far as Python was told
         self.why_raw_values_are_lost = ""  # a sentence, if a file says so
 
     def is_in(self) -> bool:
@@ -120,7 +121,7 @@ class Swap:
 
     def hold(self, raw: RawValues | None) -> None:
         """Keep raw values for as long as they are not in the model; None: they are in it."""
-        self.raw = raw
+        self.raw, self._is_raw_lost = raw, False
         models = bindings.models_of(bindings.wrappers_over(self.variables))
         if raw is None:
             _under_way.discard(self)
@@ -131,6 +132,13 @@ class Swap:
             refuse = _refusing(self)
             for model in models:  # one that is not compiled yet is refused by its first trace
                 train_function.watch(model, id(self), refuse)
+
+    def note_state(self) -> None:
+        """A state was set as a whole: the raw values are in the model, aside, or lost."""
+        is_in = self.is_in()
+        if not is_in:
+            self.hold(None)
+        self._is_raw_lost = is_in and self.raw is None
 
     def notice_restored_state(self) -> None:
         """A state from outside the swap, restored over it by whatever route, has ended it."""
@@ -158,7 +166,7 @@ class Swap:
         self.notice_restored_state()
         # What the state says, where it can be read; what Python knows, while code is compiled.
         flag = _backend.concrete(self._counter.read())
-        if self.raw is not None if flag is None else bool(flag):
+        if flag or (flag is None and (self.raw is not None or self._is_raw_lost)):
             self.raw_or_refuse()
             raise self._refusal(what)
         if _under_way:

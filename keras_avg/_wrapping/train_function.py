@@ -58,3 +58,9 @@ def leave(model: Any, key: Any) -> None:
         function.contexts.pop(key, None)
         if not function.contexts:
             model.train_function = function.function
+
+
+def forget(model: Any) -> None:
+    """Let a model make its train function anew the next time."""
+    if getattr(model, "train_function", None) is not None:
+        model.train_function = None
