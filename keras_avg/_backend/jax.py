@@ -94,19 +94,19 @@ def assign_if(
     new_values: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]],
 ) -> None:
     def changed() -> list[Any]:
-        values = new_values(targets, sources)
-        return [jnp.asarray(v, t.dtype) for t, v in zip(targets, values, strict=True)]
+        pairs = zip(targets, new_values(targets, sources), strict=True)
+        return [jnp.asarray(new, target.dtype) for target, new in pairs]
 
     if isinstance(condition, jax.core.Tracer):
-        values = jax.lax.cond(condition, changed, lambda: [target.value for target in targets])
+        results = jax.lax.cond(condition, changed, lambda: [target.value for target in targets])
     elif condition:
         # Two variables must not share a buffer, which a train step could not donate twice.
         taken = {id(value(variable)) for variable in (*targets, *sources)}
-        values = [jnp.array(v, copy=True) if id(v) in taken else v for v in changed()]
+        results = [jnp.array(v, copy=True) if id(v) in taken else v for v in changed()]
     else:
         return
-    for target, value in zip(targets, values, strict=True):
-        target.assign(value)
+    for target, result in zip(targets, results, strict=True):
+        target.assign(result)
 
 
 def run_if(condition: Any, function: Callable[[], None], variables: Sequence[Any]) -> None:
