@@ -1,10 +1,10 @@
-"""What CI runs: `nox` for all of it, `nox --list` for the parts."""
+"""What CI runs: `nox`, then `nox -s thorough`. `nox --list` shows the parts."""
 
 import re
 
 import nox
 
-nox.options.sessions = ["lint", "tests", "integration", "min", "across"]
+nox.options.sessions = ["lint", "tests", "integration"]
 nox.options.default_venv_backend = "virtualenv"
 
 KERAS = "3.15.1"
@@ -25,6 +25,7 @@ LOADERS = ["openvino==2026.*"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 OLDEST_KERAS = re.fullmatch(r"keras>=([\d.]+)", PROJECT["dependencies"][0])[1]
+THOROUGH = ("-m", "thorough")
 
 
 @nox.session
@@ -42,21 +43,41 @@ each_backend = nox.parametrize("backend", list(FRAMEWORKS), ids=list(FRAMEWORKS)
 @nox.session
 @each_backend
 def tests(session, backend):
-    """The tests on one backend, with no other framework installed."""
-    run_tests(session, backend, KERAS, "tests", env=compiled_once(session))
+    """The quick tests on one backend, with no other framework installed."""
+    prepare(session, backend)
+    run_tests(session, backend, "tests")
 
 
 @nox.session
 @each_backend
 def integration(session, backend):
-    """What takes several processes: Keras' own tests, and workers of one job."""
-    run_tests(session, backend, KERAS, "integration_tests", f"--ignore={ACROSS}")
+    """The quick tests that take several processes: workers of one job."""
+    prepare(session, backend)
+    run_tests(session, backend, "integration_tests", f"--ignore={ACROSS}")
 
 
-@nox.session(name="min")
-def min_keras(session):
-    """The tests on the oldest Keras that pyproject.toml admits."""
-    run_tests(session, "torch", OLDEST_KERAS, "tests")  # where they take the least time
+@nox.session
+def thorough(session):
+    """All that the quick tests leave out: see CONTRIBUTING.md. Takes about half an hour."""
+    for backend in FRAMEWORKS:
+        session.notify(f"rest({backend})")
+    session.notify("oldest")
+    session.notify("across")
+
+
+@nox.session
+@each_backend
+def rest(session, backend):
+    """The thorough tests on one backend."""
+    prepare(session, backend)
+    run_tests(session, backend, *THOROUGH, "tests", "integration_tests", f"--ignore={ACROSS}")
+
+
+@nox.session
+def oldest(session):
+    """The quick tests on the oldest Keras that pyproject.toml admits."""
+    prepare(session, "torch", f"keras=={OLDEST_KERAS}")  # where they take the least time
+    run_tests(session, "torch", "tests")
 
 
 @nox.session
@@ -64,7 +85,15 @@ def across(session):
     """What is written on one backend is read on all others, which takes all of them."""
     needs = [f"keras=={KERAS}", *FRAMEWORKS.values(), *LOADERS]
     session.install(".", *needs, *tools("pytest"))
-    session.run("pytest", ACROSS, *session.posargs, env=environment("jax"))
+    session.run("pytest", "-m", "", ACROSS, *session.posargs, env=environment("jax"))
+
+
+@nox.session
+@each_backend
+def next(session, backend):
+    """The quick tests on the next Keras. A failure here is news, not a verdict."""
+    prepare(session, backend, "keras-nightly")
+    run_tests(session, backend, "tests")
 
 
 @nox.session
@@ -75,12 +104,21 @@ def quickstart(session):
     session.run("python", "examples/quickstart.py", env=environment(backend))
 
 
-def run_tests(session, backend, keras, *what, env=None):
-    """Runs the tests on the installed wheel: `pytest` leaves the working folder out of the path."""
-    needs = [f"keras=={keras}", FRAMEWORKS[backend], *BESIDE[backend]]
+def prepare(session, backend, keras=f"keras=={KERAS}"):
+    """Installs the wheel, one framework and what the tests need."""
+    needs = [FRAMEWORKS[backend], *BESIDE[backend]]
     session.install(".", *needs, *tools("pytest", "pytest-xdist", "hypothesis"))
+    if keras.startswith("keras-nightly"):  # in the place of the release, under the same name
+        session.run("pip", "uninstall", "-q", "-y", "keras")
+        session.install("--pre", "--no-deps", "--force-reinstall", keras)
+    else:
+        session.install(keras)
     expect_no_framework_but(session, backend)
-    env = environment(backend) | (env or {})
+
+
+def run_tests(session, backend, *what):
+    """Runs the tests on the installed wheel: `pytest` leaves the working folder out of the path."""
+    env = environment(backend) | (compiled_once(session) if backend == "jax" else {})
     session.run("pytest", "-n", "2", *what, *session.posargs, env=env)
 
 
@@ -100,7 +138,7 @@ def environment(backend):
 def compiled_once(session):
     """On JAX most of the time would go into compiling the same small programs for each model."""
     return {
-        "JAX_COMPILATION_CACHE_DIR": f"{session.virtualenv.location}/compiled",
+        "JAX_COMPILATION_CACHE_DIR": f"{session.virtualenv.location}/../compiled",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }

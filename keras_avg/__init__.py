@@ -1,6 +1,6 @@
 """Weight averaging for Keras 3, on TensorFlow, JAX and PyTorch."""
 
-from keras_avg import callbacks, distributed, schedules
+from keras_avg import callbacks, decays, distributed, schedules
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 from keras_avg._optimizers.lookahead import Lookahead
 from keras_avg._optimizers.model_average import ModelAverage
@@ -20,6 +20,7 @@ __all__ = [
     "average_weights",
     "averaging_optimizers",
     "callbacks",
+    "decays",
     "distributed",
     "schedules",
     "swap_weights",

@@ -204,9 +204,10 @@ def path_of(variable: Any) -> str:
 def reattach_state(optimizer: Any) -> bool:
     """Give back the values that the JAX trainer took away, if `fit` failed before a first step.
 
-    An error while the train step is traced (training that is refused, a wrong shape) would leave
-    the variables of model and optimizer without values: Keras restores the state of the last step
-    done, and there is none. Until the error has left `fit` they stand in a local variable there.
+    Keras 3.13 to 3.15. An error while the train step is traced (training that is refused, a wrong
+    shape) would leave the variables of model and optimizer without values: Keras restores the state
+    of the last step, and there was none. Until the error has left `fit`, the values are in a local
+    variable there. `tests/test_jax.py` fails when Keras restores them by itself: then this goes.
 
     Returns:
         Whether the variables have values now.

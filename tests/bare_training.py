@@ -8,15 +8,14 @@ import keras
 import numpy as np
 import small_training as small
 from keras import ops
-from test_wrapper_contract import AVERAGE_TOLERANCE, WRAPPERS, chain
+from test_wrapper_contract import AVERAGE_TOLERANCE
+from wrappers import NEST, WRAPPERS, chain, shown
 
 import keras_avg
 
-NEST = "SWA of MovingAverage"  # both kinds of average at once
-
 
 def wrapped(optimizer, wrapper=NEST):
-    return WRAPPERS[wrapper][0](optimizer)
+    return WRAPPERS[wrapper].make(optimizer)
 
 
 class Trajectories(keras.callbacks.Callback):
@@ -74,14 +73,15 @@ def assert_same_training(model, bare):
 
 def assert_averages(model, trajectories, wrapper=NEST, tolerance=AVERAGE_TOLERANCE):
     wrappers, _ = chain(outermost(model))
-    averaged = 0
-    for optimizer, oracle in zip(wrappers, WRAPPERS[wrapper][1], strict=True):
-        for variable, values in zip(model.trainable_variables, trajectories, strict=True):
-            average = optimizer.get_slot(variable, "average")
-            if average is not None:
-                assert_close(small.numpy(average), oracle(values), tolerance)
-                averaged += 1
-    assert averaged > 0
+    by_variable = {
+        id(variable): values
+        for variable, values in zip(model.trainable_variables, trajectories, strict=True)
+    }
+    for optimizer, oracle in zip(wrappers, WRAPPERS[wrapper].shown, strict=True):
+        averages = shown(optimizer)
+        assert averages
+        for variable, average in zip(optimizer.averaged_variables, averages, strict=True):
+            assert_close(average, oracle(by_variable[id(variable)]), tolerance)
 
 
 def assert_close(average, expected, tolerance=AVERAGE_TOLERANCE):

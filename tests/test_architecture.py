@@ -107,6 +107,7 @@ ORDER = [
     "_workers",
     "_wrapping",
     "_keras2",
+    "decays",
     "schedules",
     "distributed",
     "_registered_functions",

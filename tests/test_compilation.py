@@ -7,7 +7,7 @@ import keras
 import pytest
 import small_training as small
 from keras import ops
-from test_wrapper_contract import INNER
+from wrappers import INNER
 
 BACKEND = keras.backend.backend()
 STEPS = 8

@@ -22,6 +22,7 @@ def names_and_strings(file):
     """Functions and classes of a test file, and all that may name a parameter in it."""
     nodes = list(ast.walk(ast.parse(path_of(file).read_text())))
     defined = {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    nodes += ast.walk(ast.parse((HERE / "wrappers.py").read_text()))  # the contract's parameters
     strings = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     return defined, defined | strings
 

@@ -114,3 +114,30 @@ def test_a_functional_loop_averages_the_values_it_is_given():
     np.testing.assert_allclose(average, [0.5 * (0.5 * 4 + 0.5 * 3) + 0.5 * 2])
     assert small.numpy(variable)[0] == 0.0
     assert step._cache_size() == 1
+
+
+class TestAnErrorBeforeTheFirstStep:
+    """Keras takes the values away before it traces the step, and restores those of the last one."""
+
+    def fail(self, optimizer):
+        class Fails(keras.Sequential):
+            def train_step(self, *args):
+                raise KeyError("in the trace")
+
+        model = Fails(small.model().layers)
+        model.compile(optimizer, "mse")
+        weights = model.get_weights()
+        with pytest.raises(KeyError, match="in the trace"):
+            small.fit(model)
+        return model, weights
+
+    def test_leaves_a_bare_optimizers_model_without_values_which_is_why_reattach_state_is_there(
+        self,
+    ):
+        model, _ = self.fail("sgd")
+        assert all(variable._value is None for variable in model.trainable_variables)
+
+    def test_leaves_a_wrappers_model_as_it_was(self):
+        model, weights = self.fail(SWA("sgd"))
+        small.assert_same_bits(model.get_weights(), weights)
+        assert model.optimizer.num_snapshots == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small_training as small
 from keras import optimizers
-from test_wrapper_contract import INNER, each_wrapper
+from wrappers import INNER, each_wrapper
 
 from keras_avg import MovingAverage
 

@@ -10,10 +10,17 @@ import pytest
 
 import keras_avg
 import keras_avg.callbacks
+import keras_avg.decays
 import keras_avg.distributed
 import keras_avg.schedules
 
-MODULES = [keras_avg, keras_avg.callbacks, keras_avg.distributed, keras_avg.schedules]
+MODULES = [
+    keras_avg,
+    keras_avg.callbacks,
+    keras_avg.decays,
+    keras_avg.distributed,
+    keras_avg.schedules,
+]
 PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name)
     for module in MODULES

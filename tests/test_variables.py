@@ -7,7 +7,7 @@ import oracles
 import pytest
 import small_training as small
 from keras import layers, optimizers
-from test_wrapper_contract import INNER, chain, swa_of_variables, warm_moving_average
+from wrappers import INNER, chain, swa_of_variables, warm_moving_average
 
 from keras_avg import SWA, MovingAverage
 

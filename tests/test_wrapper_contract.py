@@ -1,96 +1,22 @@
 """Every wrapper around every kind of inner optimizer keeps the same promises.
 
-A new wrapper is admitted with one row in `WRAPPERS`: how to make it, and what its averages are,
-by an oracle, from the trajectory of a variable.
+A new wrapper is admitted with one row in `wrappers.py`.
 """
 
 import keras
 import numpy as np
-import oracles
 import pytest
 import small_training as small
-from keras import optimizers
+from wrappers import INNER, TRANSPARENT, WRAPPERS, chain, each_wrapper, product, shown, wrapped
 
-from keras_avg import SWA, Lookahead, ModelAverage, MovingAverage
+import keras_avg
 
 STEPS = 11
 # Rounding of a float32 average, relative to 1 + |average|, over a dozen averagings.
 AVERAGE_TOLERANCE = 1e-6
 
 
-def warm_up(updates):
-    return [min(0.9, (1 + s) / (10 + s)) for s in range(updates)]
-
-
-def last_synchronized(trajectory):
-    """With a step size of 1, and with one worker, what flows back is what was there."""
-    return trajectory[(len(trajectory) - 1) // 3 * 3]
-
-
-def swa_of_variables(trajectory):
-    return oracles.swa(trajectory, start=1, period=2)
-
-
-def warm_moving_average(trajectory):
-    return oracles.moving_average(trajectory, warm_up(len(trajectory) - 1))
-
-
-WRAPPERS = {
-    "SWA": (
-        lambda inner: SWA(inner, start_averaging=1, average_period=2),
-        [swa_of_variables],
-    ),
-    "MovingAverage": (
-        lambda inner: MovingAverage(inner, average_decay=0.9, dynamic_decay=True),
-        [warm_moving_average],
-    ),
-    "SWA of MovingAverage": (
-        lambda inner: SWA(MovingAverage(inner, average_decay=0.9, dynamic_decay=True), 1, 2),
-        [swa_of_variables, warm_moving_average],
-    ),
-    "Lookahead": (
-        lambda inner: Lookahead(inner, sync_period=3, slow_step_size=1.0),
-        [last_synchronized],
-    ),
-    "ModelAverage": (
-        lambda inner: ModelAverage(inner, interval_steps=3),
-        [last_synchronized],
-    ),
-}
-
-INNER = {
-    "nesterov": lambda: optimizers.SGD(0.05, momentum=0.9, nesterov=True),
-    "adam": lambda: optimizers.Adam(0.01),
-    "adamw": lambda: optimizers.AdamW(0.01, weight_decay=0.1),
-    "adafactor": lambda: optimizers.Adafactor(0.01),
-    "muon": lambda: optimizers.Muon(0.01),
-    "lion": lambda: optimizers.Lion(0.01),
-    "ftrl": lambda: optimizers.Ftrl(0.05),
-    "clipping": lambda: optimizers.Adam(0.01, global_clipnorm=0.5),
-    "weight decay": lambda: optimizers.SGD(0.05, weight_decay=0.1),
-    "accumulation": lambda: optimizers.Adam(0.01, gradient_accumulation_steps=2),
-    "loss scale": lambda: optimizers.Adam(0.01, loss_scale_factor=1024.0),
-    "schedule": lambda: optimizers.SGD(optimizers.schedules.CosineDecay(0.1, 8)),
-}
-
-each_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
-each_inner = pytest.mark.parametrize("inner", INNER)
-
-
-def wrapped(wrapper, inner):
-    return WRAPPERS[wrapper][0](INNER[inner]())
-
-
-def chain(optimizer):
-    """The wrappers of a nest, outermost first, and the optimizer inside."""
-    links = [optimizer]
-    while hasattr(links[-1], "inner_optimizer"):
-        links.append(links[-1].inner_optimizer)
-    return links[:-1], links[-1]
-
-
-@each_inner
-@each_wrapper
+@product(TRANSPARENT)
 def test_training_is_that_of_the_inner_optimizer_bit_for_bit(wrapper, inner):
     plain = small.fit(small.model(INNER[inner]()))
     averaged = small.fit(small.model(wrapped(wrapper, inner)))
@@ -103,8 +29,7 @@ def test_training_is_that_of_the_inner_optimizer_bit_for_bit(wrapper, inner):
     )
 
 
-@each_inner
-@each_wrapper
+@product()
 def test_averages_are_those_of_the_oracle(wrapper, inner, record_property):
     model = small.model(wrapped(wrapper, inner))
     wrappers, innermost = chain(model.optimizer)
@@ -114,18 +39,16 @@ def test_averages_are_those_of_the_oracle(wrapper, inner, record_property):
 
     assert int(model.optimizer.iterations) == STEPS
     largest = 0.0
-    for optimizer, oracle in zip(wrappers, WRAPPERS[wrapper][1], strict=True):
-        for variable, values in zip(model.trainable_variables, trajectories, strict=True):
+    for optimizer, oracle in zip(wrappers, WRAPPERS[wrapper].shown, strict=True):
+        for average, values in zip(shown(optimizer), trajectories, strict=True):
             expected = oracle(values[::accumulated])
-            average = small.numpy(optimizer.get_slot(variable, "average"))
             deviation = np.max(np.abs(average - expected) / (1 + np.abs(expected)))
             largest = max(largest, float(deviation))
     record_property("largest_deviation", largest)
     assert largest <= AVERAGE_TOLERANCE
 
 
-@each_inner
-@each_wrapper
+@product()
 def test_a_loaded_model_trains_on_as_if_it_had_never_stopped(wrapper, inner, tmp_path):
     # Five batches an epoch: with two micro-steps an update the file is written in mid-accumulation.
     model = small.fit(small.model(wrapped(wrapper, inner)), epochs=1, steps_per_epoch=5)
@@ -161,8 +84,7 @@ def test_the_train_step_is_traced_as_often_as_without_the_wrapper(wrapper, inner
     assert traces["wrapped"] == traces["plain"]
 
 
-@each_inner
-@each_wrapper
+@product()
 def test_a_config_makes_the_same_optimizer_again(wrapper, inner):
     optimizer = wrapped(wrapper, inner)
     config = optimizer.get_config()
@@ -180,11 +102,10 @@ def test_a_config_makes_the_same_optimizer_again(wrapper, inner):
 def test_a_snapshot_takes_place_after_every_real_update_that_is_due(wrapper):
     model = small.model(wrapped(wrapper, "accumulation"))
     wrappers, _ = chain(model.optimizer)
-    expected = {SWA: 3, MovingAverage: 6, Lookahead: 2, ModelAverage: 2}  # of updates 0..5
 
     small.fit(model)  # twelve micro-steps
 
-    assert [w.num_snapshots for w in wrappers] == [expected[type(w)] for w in wrappers]
+    assert [w.num_snapshots for w in wrappers] == WRAPPERS[wrapper].snapshots
     assert all(w.has_average for w in wrappers)
 
 
@@ -196,3 +117,66 @@ def test_paths_of_all_variables_are_unique(wrapper):
 
     assert len(set(paths)) == len(paths)
     model.get_state_tree()
+
+
+@pytest.mark.parametrize("policy", ["float32", "bfloat16"])
+@each_wrapper
+def test_averages_are_swapped_in_and_every_bit_comes_back(wrapper, policy, dtype_policy, tmp_path):
+    dtype_policy(policy)
+    model = small.fit(small.model(wrapped(wrapper, "nesterov")))
+    wrappers, _ = chain(model.optimizer)
+    raw, state = model.get_weights(), model.optimizer.get_weights()
+    for optimizer in wrappers:
+        averages = shown(optimizer)
+        optimizer.swap_weights()
+        for variable, average in zip(model.trainable_variables, averages, strict=True):
+            value = small.numpy(variable)
+            np.testing.assert_array_equal(value, average.astype(value.dtype))
+        model.save_weights(tmp_path / "swapped.weights.h5")
+        optimizer.swap_weights()
+        small.assert_same_bits(model.get_weights(), raw)
+        small.assert_same_bits(model.optimizer.get_weights(), state)
+    model.load_weights(tmp_path / "swapped.weights.h5")
+    keras_avg.swap_weights(model)
+    small.assert_same_bits(model.get_weights(), raw)
+    small.assert_same_bits(model.optimizer.get_weights(), state)
+
+
+@each_wrapper
+def test_what_is_kept_of_low_precision_variables_is_float32(wrapper, dtype_policy):
+    dtype_policy("bfloat16")
+    model = small.model(wrapped(wrapper, "nesterov"))
+    trajectories = small.trajectories(model, steps=6)
+    wrappers, _ = chain(model.optimizer)
+    for optimizer, oracle in zip(wrappers, WRAPPERS[wrapper].shown, strict=True):
+        kept = [variable for store in optimizer.kept.values() for variable in store.kept]
+        assert {keras.backend.standardize_dtype(variable.dtype) for variable in kept} == {"float32"}
+        for average, values in zip(shown(optimizer), trajectories, strict=True):
+            expected = oracle([value.astype("float64") for value in values])
+            deviation = np.abs(average.astype("float64") - expected) / (1 + np.abs(expected))
+            assert np.max(deviation) <= AVERAGE_TOLERANCE
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@each_wrapper
+def test_a_non_finite_variable_stays_out_if_that_is_asked_for(wrapper, bad):
+    inner = keras.optimizers.SGD(0.5)
+    optimizer = WRAPPERS[wrapper].make(inner, skip_nonfinite=True)
+    variable = keras.Variable([1.0, 2.0])
+    small.apply(optimizer, [variable], [[0.1, 0.2]], times=4)
+    before, snapshots = shown(optimizer), optimizer.num_snapshots
+    small.apply(optimizer, [variable], [[bad, 0.0]], times=4)
+    assert not np.all(np.isfinite(small.numpy(variable)))
+    small.assert_same_bits(shown(optimizer), before)
+    assert optimizer.num_snapshots == snapshots
+
+
+@each_wrapper
+def test_steps_by_hand_and_compiled_steps_take_turns(wrapper):
+    """No buffer is shared, which a compiled JAX step could not donate twice."""
+    model = small.model(wrapped(wrapper, "adam"))
+    ones = [np.ones(v.shape) for v in model.trainable_variables]
+    for _ in range(2):
+        small.apply(model.optimizer, model.trainable_variables, ones, times=3)
+        small.fit(model, epochs=1)
+    assert int(model.optimizer.iterations) == 2 * (3 + small.BATCHES)

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_avg import _backend, _checks
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from keras_avg.decays import Decay
 
 LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
 
@@ -23,6 +24,9 @@ class MovingAverage(AveragedOptimizerWrapper):
     `i < start_step` (the average is then the variable itself), else `average_decay`, else, with
     `dynamic_decay` and `s = i - start_step`, `min(average_decay, (1 + s) / (10 + s))`.
 
+    A `keras_avg.decays.Decay` gives `1 - decay(i)` itself, exactly: a half-life, a share of the run
+    so far, or a warm-up. Several averages at once are nested.
+
     With `average_period=k` an averaging takes place only when `(i + 1) % k == 0`, with
     `decay(i) ** k`: the half-life, counted in steps, stays what was asked for.
 
@@ -34,9 +38,10 @@ class MovingAverage(AveragedOptimizerWrapper):
     Args:
         optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
         sequential_update: Bool. See `AveragedOptimizerWrapper`.
-        average_decay: Float in [0, 1], or a `keras.optimizers.schedules.LearningRateSchedule` whose
-            value at step `i` is the decay (the momentum ramps of BYOL and DINO). Only the value at
-            step 0 is checked: the others must be in [0, 1] too. Default 0.99.
+        average_decay: Float in [0, 1]; a `keras_avg.decays.Decay`; or a
+            `keras.optimizers.schedules.LearningRateSchedule` whose value at step `i` is the decay
+            (the momentum ramps of BYOL and DINO). Of a schedule only the value at step 0 is
+            checked: the others must be in [0, 1] too. Default 0.99.
         num_updates: Integer in [0, 2**31) or None. If given, `average_decay` becomes, once,
             `min(average_decay, (1 + num_updates) / (10 + num_updates))`.
         name: String. Default `"MovingAverage"`.
@@ -50,8 +55,9 @@ class MovingAverage(AveragedOptimizerWrapper):
     Raises:
         TypeError: If `optimizer` is None, `sequential_update` is not a bool, `num_updates` not an
             integer, or `decay` is given.
-        ValueError: If an argument is out of range, if `num_updates` is given together with a
-            schedule, or as for `AveragedOptimizerWrapper`.
+        ValueError: If an argument is out of range; if `num_updates` is given together with a
+            schedule or a `Decay`, or `dynamic_decay` with a `Decay`; or as for
+            `AveragedOptimizerWrapper`.
 
     Example:
 
@@ -82,7 +88,7 @@ class MovingAverage(AveragedOptimizerWrapper):
         sequential_update = _checks.truth("sequential_update", sequential_update, "average_decay")
         average_decay = _capped(_decay(average_decay), num_updates)
         start_step = _checks.whole_number("start_step", start_step, minimum=0)
-        dynamic_decay = _checks.truth("dynamic_decay", dynamic_decay)
+        dynamic_decay = _dynamic(dynamic_decay, average_decay)
         average_period = _checks.whole_number("average_period", average_period, minimum=1)
         super().__init__(optimizer, sequential_update, name, **kwargs)
         self.average_decay = average_decay
@@ -110,6 +116,9 @@ class MovingAverage(AveragedOptimizerWrapper):
         return ops.where(step < self.start_step, ops.ones((), dtype), _tensor(weight))
 
     def _weight_over_period(self, step: Any) -> Any:
+        if isinstance(self.average_decay, Decay):
+            updates = ops.maximum(step + 1 - self.start_step, 1)
+            return self.average_decay.value_weight(updates, self.average_period)
         if isinstance(self.average_decay, float) and not self.dynamic_decay:
             return 1.0 - self.average_decay**self.average_period
         weight = self._weight_of_one_step(step)
@@ -132,7 +141,7 @@ class MovingAverage(AveragedOptimizerWrapper):
 
     def get_config(self) -> dict[str, Any]:
         decay = self.average_decay
-        if isinstance(decay, LearningRateSchedule):
+        if not isinstance(decay, float):
             decay = keras.saving.serialize_keras_object(decay)
         return super().get_config() | {
             "average_decay": decay,
@@ -148,13 +157,25 @@ def _tensor(weight: Any) -> Any:
     return ops.convert_to_tensor(weight, _backend.widest_float())
 
 
+def _dynamic(dynamic_decay: Any, decay: Any) -> bool:
+    if _checks.truth("dynamic_decay", dynamic_decay) and isinstance(decay, Decay):
+        raise ValueError(
+            "A `Decay` says by itself how it warms up. Received: dynamic_decay=True and "
+            f"average_decay={decay!r}. Leave `dynamic_decay` out, or use "
+            "keras_avg.decays.PowerWarmup."
+        )
+    return dynamic_decay
+
+
 def _decay(value: Any) -> Any:
+    if isinstance(value, Decay):
+        return value
     if callable(value) and not isinstance(value, LearningRateSchedule):
         raise ValueError(
-            "`average_decay` must be a number in the range [0, 1], or a LearningRateSchedule for a "
-            f"decay that depends on the step. Received: average_decay={value!r}. Put the function "
-            "into a subclass of keras.optimizers.schedules.LearningRateSchedule: its "
-            "`__call__(step)` gives the decay."
+            "`average_decay` must be a number in the range [0, 1], a keras_avg.decays.Decay, or a "
+            "LearningRateSchedule for a decay that depends on the step. Received: "
+            f"average_decay={value!r}. Put the function into a subclass of "
+            "keras.optimizers.schedules.LearningRateSchedule: its `__call__(step)` gives the decay."
         )
     if not isinstance(value, LearningRateSchedule):
         return _checks.fraction("average_decay", value)
@@ -176,7 +197,7 @@ def _capped(decay: Any, num_updates: Any) -> Any:
             "a decay that warms up while training, use dynamic_decay=True."
         )
     num_updates = _checks.whole_number("num_updates", num_updates, minimum=0, unit="updates")
-    if isinstance(decay, LearningRateSchedule):
+    if not isinstance(decay, float):
         raise ValueError(
             "`num_updates` caps a constant decay, once. Received: "
             f"num_updates={num_updates} and average_decay={decay!r}. Leave one of them out."

@@ -13,7 +13,7 @@ import tensorflow as tf
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import bare_training
 import small_training as small
-from test_wrapper_contract import chain
+from wrappers import chain
 
 # Two replicas sum half a batch each: rounding of float32 gradients, over twelve steps.
 TOLERANCE = 1e-4

@@ -16,7 +16,7 @@ import jax
 import keras
 import numpy as np
 import small_training as small
-from test_wrapper_contract import chain
+from wrappers import chain
 
 # Four devices sum a quarter of a batch each: rounding of float32 gradients, over twelve steps.
 TOLERANCE = 1e-4

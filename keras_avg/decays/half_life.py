@@ -1,0 +1,52 @@
+"""A constant decay, given by its half-life."""
+
+import math
+from typing import Any
+
+import keras
+
+from keras_avg import _checks
+from keras_avg.decays.decay import Decay
+
+
+@keras.saving.register_keras_serializable(package="keras_avg")
+class HalfLife(Decay):
+    """A constant decay: after so many steps, what was in the average has half its weight.
+
+        weight = 1 - 2 ** (-period / steps)
+
+    Args:
+        steps: Number > 0, in steps. Need not be whole.
+
+    Raises:
+        ValueError: If `steps` is not a finite number > 0.
+
+    Example:
+
+    ```python
+    optimizer = keras_avg.MovingAverage("adam", average_decay=keras_avg.decays.HalfLife(500))
+    ```
+
+    Reference:
+        Karras et al., Analyzing and Improving the Image Quality of StyleGAN,
+        https://arxiv.org/abs/1912.04958, whose averages are given by their half-life.
+    """
+
+    def __init__(self, steps: float) -> None:
+        number = _checks.number(steps)
+        if not 0.0 < number < math.inf:
+            raise ValueError(
+                f"`steps`, the half-life, must be a finite number > 0, in steps. Received: "
+                f"steps={steps!r}."
+            )
+        self.steps = number
+
+    # A decay d forgets half of the average in h steps where d ** h = 1 / 2. A period of k steps
+    # then keeps  d ** k = 2 ** (-k / h)  of it. The weight  1 - 2 ** (-k / h)  is a small
+    # difference, so it is computed as  -expm1(-k * ln 2 / h),  in Python floats.
+
+    def value_weight(self, t: Any, period: int) -> float:
+        return -math.expm1(-period * math.log(2.0) / self.steps)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"steps": self.steps}
