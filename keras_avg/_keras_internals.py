@@ -196,6 +196,16 @@ def check_attached(variables: Iterable[Any]) -> None:
         )
 
 
+def refuse_stateless_scope(member: str) -> None:
+    """Refuse to set values in the place of variables where Keras has others in their place."""
+    if in_stateless_scope():
+        raise RuntimeError(
+            f"`{member}` does not work in a function of states, as a compiled JAX step is one. "
+            "Call `model.stateless_call(optimizer.stateless_average(optimizer_variables), "
+            "non_trainable_variables, x)` there."
+        )
+
+
 def path_of(variable: Any) -> str:
     """A variable's path; the name of a native `tf.Variable`, which has no path."""
     return getattr(variable, "path", variable.name)

@@ -151,6 +151,8 @@ def test_what_is_kept_of_low_precision_variables_is_float32(wrapper, dtype_polic
     for optimizer, oracle in zip(wrappers, WRAPPERS[wrapper].shown, strict=True):
         kept = [variable for store in optimizer.kept.values() for variable in store.kept]
         assert {keras.backend.standardize_dtype(variable.dtype) for variable in kept} == {"float32"}
+        if not WRAPPERS[wrapper].is_transparent:
+            continue  # what is kept cannot be told from variables that are rounded to bfloat16
         for average, values in zip(shown(optimizer), trajectories, strict=True):
             expected = oracle([value.astype("float64") for value in values])
             deviation = np.abs(average.astype("float64") - expected) / (1 + np.abs(expected))

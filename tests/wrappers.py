@@ -13,7 +13,17 @@ import oracles
 import pytest
 from keras import optimizers
 
-from keras_avg import SWA, Lookahead, ModelAverage, MovingAverage
+from keras_avg import (
+    BEMA,
+    LAWA,
+    SWA,
+    SWAG,
+    Lookahead,
+    ModelAverage,
+    MovingAverage,
+    PrimalAverage,
+    ScheduleFree,
+)
 
 
 class Row(NamedTuple):
@@ -76,6 +86,29 @@ WRAPPERS = {
         lambda inner, **kw: ModelAverage(inner, interval_steps=3, **kw),
         [last_synchronized],
         [2],
+    ),
+    "LAWA": Row(
+        lambda inner, **kw: LAWA(inner, 2, 1, 2, **kw),
+        [lambda trajectory: oracles.latest(trajectory, window=2, start=1, period=2)],
+        [3],
+    ),
+    "SWAG": Row(
+        lambda inner, **kw: SWAG(inner, 1, 2, rank=2, **kw),
+        [swa_of_variables],
+        [3],
+    ),
+    "BEMA": Row(BEMA, [oracles.bema], [6]),
+    "ScheduleFree": Row(
+        ScheduleFree,
+        [lambda y: oracles.between(y, 0.9, 1.0 / np.arange(1, len(y)))],
+        [6],
+        is_transparent=False,
+    ),
+    "PrimalAverage": Row(
+        lambda inner, **kw: PrimalAverage(inner, average_decay=0.9, **kw),
+        [lambda y: oracles.between(y, 0.7, [0.1] * (len(y) - 1))],
+        [6],
+        is_transparent=False,
     ),
 }
 

@@ -31,6 +31,9 @@ Each file defines the same names with the same signatures, in the same order:
   returns values, TensorFlow one around the assignments, torch a Python `if`.
 * `run_if(condition, function, variables)`: runs a function that assigns to these variables, where
   the condition holds.
+* `put_if(condition, place, rings, sources, new_values)`: assigns `new_values(sources)` to one of
+  several lists of variables, where the condition holds: that of the integer `place`. The others are
+  not touched.
 * `lerp_if(condition, averages, variables, weight)`: the same for `lerp`, with `weight()`; a
   multi-tensor update in place where the framework has one.
 * `start_averages(updates, averages, variables)`: gives the averages the variables' values if there
@@ -88,6 +91,7 @@ __all__ = [
     "loss_gradients",
     "outside_trace",
     "part_of_sum",
+    "put_if",
     "random_state_kept",
     "run_if",
     "scalar",

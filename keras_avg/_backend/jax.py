@@ -109,6 +109,37 @@ def assign_if(
         target.assign(result)
 
 
+def put_if(
+    condition: Any,
+    place: Any,
+    rings: Sequence[Sequence[Any]],
+    sources: Sequence[Any],
+    new_values: Callable[[Sequence[Any]], Sequence[Any]],
+) -> None:
+    def changed(ring: Sequence[Any]) -> list[Any]:
+        pairs = zip(ring, new_values(sources), strict=True)
+        return [jnp.asarray(new, target.dtype) for target, new in pairs]
+
+    if not isinstance(condition, jax.core.Tracer):
+        if condition:
+            ring = rings[int(place)]
+            for target, result in zip(ring, changed(ring), strict=True):
+                target.assign(jnp.array(result, copy=True))
+        return
+
+    def kept() -> list[list[Any]]:
+        return [[target.value for target in ring] for ring in rings]
+
+    def put_in(i: int) -> Callable[[], list[list[Any]]]:
+        return lambda: [changed(ring) if i == j else kept()[j] for j, ring in enumerate(rings)]
+
+    branches = [put_in(i) for i in range(len(rings))]
+    results = jax.lax.cond(condition, lambda: jax.lax.switch(place, branches), kept)
+    for ring, values in zip(rings, results, strict=True):
+        for target, result in zip(ring, values, strict=True):
+            target.assign(result)
+
+
 def run_if(condition: Any, function: Callable[[], None], variables: Sequence[Any]) -> None:
     if not isinstance(condition, jax.core.Tracer):
         if condition:

@@ -88,6 +88,18 @@ def assign_if(
         target.assign(value)
 
 
+def put_if(
+    condition: Any,
+    place: Any,
+    rings: Sequence[Sequence[Any]],
+    sources: Sequence[Any],
+    new_values: Callable[[Sequence[Any]], Sequence[Any]],
+) -> None:
+    if condition:
+        for target, result in zip(rings[int(place)], new_values(sources), strict=True):
+            target.assign(result)
+
+
 def run_if(condition: Any, function: Callable[[], None], variables: Sequence[Any]) -> None:
     if condition:
         function()

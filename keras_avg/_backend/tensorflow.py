@@ -111,6 +111,9 @@ def assign_if(
 
     if not targets:
         return
+    if condition is True and not tf.distribute.has_strategy():
+        assign(targets, sources)
+        return
     condition = tf.convert_to_tensor(condition)
     if not tf.distribute.has_strategy():
         tf.cond(condition, lambda: assign(targets, sources), lambda: None)
@@ -141,6 +144,30 @@ def assign_if(
     tf.__internal__.distribute.interim.maybe_merge_call(
         assign_on_each_replica, tf.distribute.get_strategy(), condition
     )
+
+
+def put_if(
+    condition: Any,
+    place: Any,
+    rings: Sequence[Sequence[Any]],
+    sources: Sequence[Any],
+    new_values: Callable[[Sequence[Any]], Sequence[Any]],
+) -> None:
+    if tf.distribute.has_strategy():  # whose conditions are outside of its replicas, one by one
+        for i, ring in enumerate(rings):
+            here = tf.logical_and(condition, tf.equal(place, i))
+            assign_if(here, ring, sources, lambda targets, s: new_values(s))
+        return
+
+    def put(ring: Sequence[Any]) -> None:
+        for target, new in zip(ring, new_values(sources), strict=True):
+            target.assign(tf.cast(new, target.dtype))
+
+    def put_in_place() -> None:
+        branches = [lambda ring=ring: put(ring) for ring in rings]
+        tf.switch_case(tf.cast(place, "int32"), branches)
+
+    tf.cond(tf.convert_to_tensor(condition), put_in_place, lambda: None)
 
 
 def run_if(condition: Any, function: Callable[[], None], variables: Sequence[Any]) -> None:

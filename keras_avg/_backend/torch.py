@@ -148,6 +148,20 @@ def assign_if(
 
 @outside_graph
 @torch.no_grad()
+def put_if(
+    condition: Any,
+    place: Any,
+    rings: Sequence[Sequence[Any]],
+    sources: Sequence[Any],
+    new_values: Callable[[Sequence[Any]], Sequence[Any]],
+) -> None:
+    if condition:
+        for target, result in zip(rings[place], new_values(sources), strict=True):
+            _tensor(target).copy_(result)
+
+
+@outside_graph
+@torch.no_grad()
 def run_if(condition: Any, function: Callable[[], None], variables: Sequence[Any]) -> None:
     if condition:
         function()

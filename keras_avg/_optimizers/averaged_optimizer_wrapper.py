@@ -54,6 +54,9 @@ class AveragedOptimizerWrapper(ShowsAverages):
             return such a list, applied in order before clipping. They see unscaled gradients; with
             gradient accumulation, those of each micro-step.
         gradient_aggregator: One such function, applied first. Default None: the backend aggregates.
+        exclude: List of regular expressions, searched in the variables' paths (a native variable's
+            name). A variable that matches has no average: it costs nothing, and holds its raw
+            value in both copies. Default None.
         **kwargs: `clipnorm`, `clipvalue` or `global_clipnorm`: clip the gradients before the inner
             optimizer sees them. `learning_rate` (or `lr`): set the inner optimizer's; of a variable
             the value is taken. `decay`: make that `InverseTimeDecay(learning_rate, 1, decay)`; a
@@ -68,7 +71,8 @@ class AveragedOptimizerWrapper(ShowsAverages):
         AttributeError: If an argument's attribute is set after the optimizer was built.
         ValueError: If an argument is out of range, unknown, or the inner optimizer's; if
             `optimizer` is a `LossScaleOptimizer` (wrap the other way), or a `MultiOptimizer` whose
-            members accumulate gradients (wrap the members).
+            members accumulate gradients (wrap the members). When built, if a pattern of `exclude`
+            matches no variable, or all variables are excluded.
 
     Example:
 
@@ -108,6 +112,7 @@ class AveragedOptimizerWrapper(ShowsAverages):
         skip_nonfinite: bool = False,
         gradient_transformers: list | None = None,
         gradient_aggregator: Any = None,
+        exclude: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         _refuse_without_rule(type(self))
@@ -115,6 +120,7 @@ class AveragedOptimizerWrapper(ShowsAverages):
         skip_nonfinite = _checks.truth("skip_nonfinite", skip_nonfinite)
         super().__init__(
             average_dtype=arguments.average_dtype(average_dtype),
+            exclude=arguments.patterns("exclude", exclude),
             optimizer=optimizer,
             name=name,
             gradient_transformers=gradient_transformers,

@@ -37,6 +37,7 @@ class Lookahead(AveragedOptimizerWrapper):
             infinite.
         gradient_transformers: List of functions of a list of `(gradient, variable)` pairs.
         gradient_aggregator: One such function, applied first.
+        exclude: List of regular expressions. Variables whose paths match have no average.
         **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, `learning_rate`, `lr`, `decay`.
 
     Raises:

@@ -68,6 +68,7 @@ class ModelAverage(AveragedOptimizerWrapper):
         skip_nonfinite: Bool. If True, a worker with NaN or infinite weights adds nothing to a mean.
         gradient_transformers: List of functions of a list of `(gradient, variable)` pairs.
         gradient_aggregator: One such function, applied first.
+        exclude: List of regular expressions. Variables whose paths match have no average.
         **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, `learning_rate`, `lr`, `decay`.
 
     Raises:

@@ -49,8 +49,9 @@ class MovingAverage(AveragedOptimizerWrapper):
         dynamic_decay: Bool. Whether the decay warms up. Default False.
         average_period: Integer in [1, 2**31), in steps. Default 1.
         **kwargs: `average_dtype`, `skip_nonfinite`, `gradient_transformers`,
-            `gradient_aggregator`, `clipnorm`, `clipvalue`, `global_clipnorm`, `learning_rate`,
-            `lr`: see `AveragedOptimizerWrapper`. Not `decay`, which could mean either decay.
+            `gradient_aggregator`, `exclude`, `clipnorm`, `clipvalue`, `global_clipnorm`,
+            `learning_rate`, `lr`: see `AveragedOptimizerWrapper`. Not `decay`, which could mean
+            either decay.
 
     Raises:
         TypeError: If `optimizer` is None, `sequential_update` is not a bool, `num_updates` not an

@@ -5,12 +5,12 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_avg import _backend, _checks
-from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from keras_avg import _backend
+from keras_avg._optimizers.snapshots_at_intervals import SnapshotsAtIntervals
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
-class SWA(AveragedOptimizerWrapper):
+class SWA(SnapshotsAtIntervals):
     """Stochastic Weight Averaging: the mean of the weights at regular steps of training.
 
     With step `i` counted from 0, a snapshot is taken after update `i` when `i >= start_averaging`
@@ -45,6 +45,7 @@ class SWA(AveragedOptimizerWrapper):
         skip_nonfinite: Bool. Whether snapshots with NaN or infinite elements are skipped.
         gradient_transformers: List of functions of a list of `(gradient, variable)` pairs.
         gradient_aggregator: One such function, applied first.
+        exclude: List of regular expressions. Variables whose paths match have no average.
         **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, `learning_rate`, `lr`, `decay`.
 
     Raises:
@@ -78,26 +79,19 @@ class SWA(AveragedOptimizerWrapper):
         sequential_update: bool = True,
         **kwargs: Any,
     ) -> None:
-        start = _checks.whole_number("start_averaging", start_averaging, minimum=0)
-        period = _checks.whole_number("average_period", average_period, minimum=1)
-        super().__init__(optimizer, sequential_update, name, **kwargs)
-        self.start_averaging = start
-        self.average_period = period
+        super().__init__(
+            optimizer,
+            start_averaging,
+            average_period,
+            name,
+            sequential_update=sequential_update,
+            **kwargs,
+        )
 
     # Algorithm 1 writes  w_swa <- (w_swa * n + w) / (n + 1)  at the end of each cycle. Multiplying
     # a long-lived average by n costs a rounding error that grows with n; the same line, as
     #     w_swa + (w - w_swa) / (n + 1)
     # is a step of weight 1 / (n + 1), and n = 0 makes the first snapshot the average itself.
 
-    def is_due(self, step: Any) -> Any:
-        since = step - self.start_averaging
-        return (since >= 0) & (since % self.average_period == 0)
-
     def value_weight(self, step: Any) -> Any:
         return 1.0 / ops.cast(self.snapshots_so_far + 1, _backend.widest_float())
-
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {
-            "start_averaging": self.start_averaging,
-            "average_period": self.average_period,
-        }

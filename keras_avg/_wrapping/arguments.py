@@ -1,6 +1,7 @@
 """What the wrappers' constructors accept. A check returns the value to keep or says what to do."""
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -92,3 +93,45 @@ def gradient_functions(aggregator: Any, transformers: Any) -> tuple[Callable | N
             f"pairs. Received: gradient_transformers={transformers!r}."
         )
     return aggregator, list(transformers or ())
+
+
+def patterns(argument: str, value: Any) -> list[str] | None:
+    """A list of regular expressions, or None."""
+    if value is None:
+        return None
+    if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+        raise TypeError(
+            f"`{argument}` must be a list of strings, regular expressions that are searched in "
+            f"the variables' paths. Received: {argument}={value!r}."
+        )
+    for pattern in value:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"`{argument}` must be a list of regular expressions. Received: {pattern!r}, which "
+                f"is none: {error}."
+            ) from error
+    return list(value)
+
+
+def excluded(exclude: list[str] | None, variables: list[Any], name: str) -> set[int]:
+    """The numbers of the variables that have no average, because a pattern matches their path."""
+    if not exclude or not variables:
+        return set()
+    paths = [_keras_internals.path_of(variable) for variable in variables]
+    found: set[int] = set()
+    for pattern in exclude:
+        matches = {i for i, path in enumerate(paths) if re.search(pattern, path)}
+        if not matches:
+            raise ValueError(
+                f"A pattern of `exclude` matches no variable of '{name}'. Received: {pattern!r}, "
+                f"and the variables {paths}."
+            )
+        found |= matches
+    if len(found) == len(variables):
+        raise ValueError(
+            f"`exclude` leaves '{name}' no variable to average. Received: exclude={exclude!r}, and "
+            f"the variables {paths}."
+        )
+    return found

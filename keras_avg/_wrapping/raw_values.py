@@ -81,8 +81,7 @@ class RawValues:
 
     def _places_in(self, model: Any) -> list[int | None]:
         places = {id(variable): place for place, variable in enumerate(model.variables)}
-        statistics = self.variables[len(self.variables) - len(self._places) :]
-        return [places.get(id(variable)) for variable in statistics]
+        return [places.get(id(variable)) for variable in self._statistics()]
 
     def put_back(self) -> None:
         for variable, tensor in zip(self.variables, self.tensors, strict=True):
@@ -94,6 +93,24 @@ class RawValues:
             held = _backend.copy(variable)
             variable.assign(self.tensors[i])
             self.tensors[i] = held
+
+    def mark(self) -> list[Any]:
+        """What the model has now of the statistics whose raw values are set aside."""
+        return [_backend.copy(variable) for variable in self._statistics()]
+
+    def rewind(self, mark: list[Any]) -> None:
+        """Give the model the statistics of a mark; those set aside since then get raw values."""
+        statistics = self._statistics()
+        first = len(self.variables) - len(statistics) + len(mark)
+        for variable, tensor in zip(self.variables[first:], self.tensors[first:], strict=True):
+            variable.assign(tensor)
+        for variable, value in zip(statistics, mark, strict=False):
+            variable.assign(value)
+        self.variables, self.tensors = self.variables[:first], self.tensors[:first]
+        self._places = self._places[: len(mark)]
+
+    def _statistics(self) -> list[Any]:
+        return self.variables[len(self.variables) - len(self._places) :]
 
     def arrays(self, model: Any = None, without: Collection[int] = ()) -> dict[str, Any]:
         """What goes into a file.

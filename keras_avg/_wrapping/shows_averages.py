@@ -1,14 +1,14 @@
 """What users see of averages, and do with them."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_avg import _backend, _keras_internals
-from keras_avg._wrapping import fitting, nesting
+from keras_avg._wrapping import arguments, fitting, nesting
 from keras_avg._wrapping.files import StateFile
 from keras_avg._wrapping.optimizer_wrapper import OptimizerWrapper
 from keras_avg._wrapping.store import Store
@@ -21,12 +21,16 @@ class ShowsAverages(OptimizerWrapper):
     Args:
         average_dtype: Dtype of what is kept; None: float32 for low-precision variables, the
             variable's own for all others.
+        exclude: List of regular expressions. Variables whose paths match keep nothing.
         **arguments: As for `OptimizerWrapper`.
     """
 
-    def __init__(self, average_dtype: str | None, **arguments: Any) -> None:
+    def __init__(
+        self, average_dtype: str | None, exclude: list[str] | None, **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
         self.average_dtype = average_dtype
+        self.exclude = exclude
         #: What is kept beside the variables, by the names of `stores()`. Empty before `build`.
         self.kept: dict[str, Store] = {}
         self._state_file = StateFile(self, self._own_variables, self._parts_on_file)
@@ -89,6 +93,7 @@ class ShowsAverages(OptimizerWrapper):
         ]
         for variable, average in pairs:
             self.assign(variable, average)
+        self._after_averages_were_assigned()
 
     def swap_weights(self) -> None:
         """Exchange the raw and the averaged values in the model; twice gives every raw bit back.
@@ -145,6 +150,63 @@ class ShowsAverages(OptimizerWrapper):
             if self.averages_in_model:
                 self.swap_weights()
 
+    @contextlib.contextmanager
+    def reading_averages(self) -> Iterator[None]:
+        """Context in which all that reads the variables sees the averages. Nothing is swapped.
+
+        So a teacher can be called in the middle of a train step: a mean teacher, BYOL, DINO. No
+        copy is made, and training goes on as if nothing had been read. What is assigned inside
+        (batch-normalization statistics, seeds) is thrown away: call the model with
+        `training=False`.
+
+        On TensorFlow this works in a `tf.function` too, on JAX outside of compiled code. In a
+        compiled JAX step the teacher is a function of the state:
+        `model.stateless_call(optimizer.stateless_average(state), non_trainable, x)`.
+
+        Raises:
+            ValueError: If there is no snapshot yet, where Python sees it; or if a variable is not
+                a Keras variable, so that Keras cannot read another value in its place.
+            RuntimeError: In a compiled JAX step.
+
+        Example:
+
+        ```python
+        with optimizer.reading_averages():
+            targets = model(x, training=False)
+        ```
+        """
+        swap = self._checked_swap("reading_averages")
+        _keras_internals.refuse_stateless_scope("reading_averages")
+        _keras_internals.check_attached([*self._own_variables.by_name.values(), *swap.variables])
+        if _backend.concrete(self._snapshots.read()) == 0:
+            self._refuse_without_snapshot("to read")
+        if native := [v.name for v in swap.variables if not isinstance(v, keras.Variable)]:
+            raise ValueError(
+                f"Only Keras variables can be read with another value in their place. Received: "
+                f"{native}, which are variables of the framework. Use `average_weights()`."
+            )
+        with keras.StatelessScope(list(zip(swap.variables, self.averages(), strict=True))):
+            yield
+
+    @contextlib.contextmanager
+    def showing(self, values: Callable[[], Sequence[Any]]) -> Iterator[None]:
+        """Context in which the model holds other values; outside what it held before.
+
+        For rules that have more to show than one average. Inside, `averages_in_model` is True.
+
+        Args:
+            values: Function without arguments: a list of tensors, one for each averaged variable.
+
+        Raises:
+            ValueError: If there is no snapshot yet.
+            RuntimeError: As for `swap_weights`.
+        """
+        swap = self._checked_swap("showing")
+        _keras_internals.check_attached([*self._own_variables.by_name.values(), *swap.variables])
+        self._refuse_without_snapshot("to show")
+        with swap.showing(values):
+            yield
+
     def raw_weights(self) -> contextlib.AbstractContextManager[None]:
         """Context in which the model holds the raw weights; outside what it held before.
 
@@ -169,6 +231,7 @@ class ShowsAverages(OptimizerWrapper):
                 "`assign_average_vars(model.variables)`, which puts them in for good."
             )
         swap.end()
+        self._after_averages_were_assigned()
 
     def bind_model(self, model: Any) -> None:
         """Say which model was loaded with the averages in it, so that `swap_weights` may follow.
@@ -392,13 +455,21 @@ class ShowsAverages(OptimizerWrapper):
                 _backend.assign_quotients(var_list, 1.0, var_list)
 
     def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"average_dtype": self.average_dtype}
+        return super().get_config() | {
+            "average_dtype": self.average_dtype,
+            "exclude": self.exclude and list(self.exclude),
+        }
 
     def _make_state(self, variables: list[Any]) -> None:
         names = ("updates", "snapshots", "averages_in_model")
         updates, snapshots, flag = map(self._own_variables.counter, names)
         self._updates, self._snapshots = _backend.Counter(updates), _backend.Counter(snapshots)
-        averaged = {i: v for i, v in enumerate(variables) if _keras_internals.is_averageable(v)}
+        excluded = arguments.excluded(self.exclude, variables, self.name)
+        averaged = {
+            i: v
+            for i, v in enumerate(variables)
+            if i not in excluded and _keras_internals.is_averageable(v)
+        }
         dtypes = {i: self.average_dtype or _wide_enough(v) for i, v in averaged.items()}
         kept = {s: self._own_variables.add_store(s, averaged, dtypes) for s in self.stores()}
         self.kept = {s: Store(own, list(averaged.values())) for s, own in kept.items()}
@@ -428,6 +499,9 @@ class ShowsAverages(OptimizerWrapper):
     def _refuse_training(self) -> None:
         if self._swap is not None:
             self._swap.refuse_while_in("training")
+
+    def _after_averages_were_assigned(self) -> None:
+        """For subclasses: training goes on from the averages."""
 
     def _parts_on_file(self) -> dict[str, Any]:
         """The optimizers that Keras saves inside this one, by the attributes they are in."""

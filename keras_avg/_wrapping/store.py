@@ -62,9 +62,70 @@ class Store:
         """Give the variables what is kept beside them."""
         _backend.assign_if(condition, self.variables, self.kept, _copies)
 
+    def show_if(self, condition: Any, value: Callable[..., Any], *others: "Store") -> None:
+        """Compute the variables from what is kept: `variable <- value(kept, *others)`.
+
+        Args:
+            condition: Bool, or a scalar tensor: whether to assign at all.
+            value: Function of tensors in the dtype of what is kept, which gives one of that shape.
+            *others: Further stores of the same rule.
+        """
+        sources = [self.kept, *(other.kept for other in others)]
+
+        def new_values(targets: Sequence[Any], flat: Sequence[Any]) -> list[Any]:
+            count = len(targets)
+            columns = [flat[i * count : (i + 1) * count] for i in range(len(sources))]
+            return [value(*map(_backend.value, row)) for row in zip(*columns, strict=True)]
+
+        _backend.assign_if(condition, self.variables, [v for s in sources for v in s], new_values)
+
+    def copy_from(self, other: "Store") -> None:
+        """Take the values of another store. For use outside compiled code."""
+        for target, source in zip(self.kept, other.kept, strict=True):
+            target.assign(_backend.copy(source))
+
     def start(self, updates: Any) -> None:
         """Take the variables' values if there has been no update yet. Called before the step."""
         _backend.start_averages(updates, self.kept, self.variables)
+
+
+class Ring:
+    """Several stores, of which each new value takes the place of the oldest.
+
+    Args:
+        stores: List of stores over the same variables.
+    """
+
+    def __init__(self, stores: Sequence[Store]) -> None:
+        self.stores = list(stores)
+
+    def put_if(
+        self, condition: Any, count: Any, new_value: Callable[..., Any], *others: Store
+    ) -> None:
+        """Let a new value take the oldest one's place.
+
+        Args:
+            condition: Bool, or a scalar tensor: whether to put at all.
+            count: Integer, or an integer scalar: how many values have been put before.
+            new_value: Function of tensors in the dtype of what is kept: the variable, and what each
+                of `others` keeps beside it. Returns a tensor of that shape.
+            *others: Further stores of the same rule.
+        """
+        if not self.stores:
+            return
+        first = self.stores[0]
+        sources = [first.variables, *(other.kept for other in others)]
+        dtypes = [target.dtype for target in first.kept]
+
+        def new_values(flat: Sequence[Any]) -> list[Any]:
+            number = len(dtypes)
+            columns = [flat[i * number : (i + 1) * number] for i in range(len(sources))]
+            rows = zip(dtypes, zip(*columns, strict=True), strict=True)
+            return [new_value(*(_backend.value(s, dtype) for s in row)) for dtype, row in rows]
+
+        rings = [store.kept for store in self.stores]
+        flat = [variable for source in sources for variable in source]
+        _backend.put_if(condition, count % len(self.stores), rings, flat, new_values)
 
 
 def _copies(targets: Sequence[Any], sources: Sequence[Any]) -> list[Any]:

@@ -101,6 +101,27 @@ class Swap:
             self._owner.assign(variable, _backend.copy(value))  # casts; a `tf.Variable` does not
 
     @contextlib.contextmanager
+    def showing(self, values: Values) -> Iterator[None]:
+        """Context in which the model holds some values, whatever it holds outside."""
+        if not self.is_in():
+            self.put_in(values)
+            try:
+                yield
+            finally:
+                if self.is_in():
+                    self.put_back()
+            return
+        raw = self.raw_or_refuse()
+        before, mark = [_backend.copy(variable) for variable in self.variables], raw.mark()
+        self.show(values)
+        try:
+            yield
+        finally:
+            if self.raw is raw:
+                self.show(lambda: before)
+                raw.rewind(mark)
+
+    @contextlib.contextmanager
     def raw_again(self, values: Values) -> Iterator[None]:
         """Context in which the model holds the raw values, whatever it holds outside.
 

@@ -46,7 +46,9 @@ class HalfLife(Decay):
     # difference, so it is computed as  -expm1(-k * ln 2 / h),  in Python floats.
 
     def value_weight(self, t: Any, period: int) -> float:
+        """The weight of the new value, in [0, 1]."""
         return -math.expm1(-period * math.log(2.0) / self.steps)
 
     def get_config(self) -> dict[str, Any]:
+        """The arguments to construct the decay with again."""
         return {"steps": self.steps}

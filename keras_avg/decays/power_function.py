@@ -90,11 +90,13 @@ class PowerFunction(Decay):
     # Up to t = k there was nothing before: the weight is 1, which is what log1p(-1) = -inf gives.
 
     def value_weight(self, t: Any, period: int) -> Any:
+        """The weight of the new value, in [0, 1]."""
         dtype = _backend.widest_float()
         updates = ops.cast(ops.maximum(t, period), dtype)
         return -ops.expm1((self.gamma + 1.0) * ops.log1p(-period / updates))
 
     def get_config(self) -> dict[str, Any]:
+        """The arguments to construct the decay with again."""
         return dict(self._given)
 
 

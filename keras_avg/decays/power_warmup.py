@@ -63,6 +63,7 @@ class PowerWarmup(Decay):
     # Of k steps the average keeps  (1 - w) ** k,  so the weight is  -expm1(k * log1p(-w)).
 
     def value_weight(self, t: Any, period: int) -> Any:
+        """The weight of the new value, in [0, 1]."""
         dtype = _backend.widest_float()
         before = ops.cast(ops.maximum(t, 1) - 1, dtype)
         growing = (1.0 + before / self.inv_gamma) ** (-self.power)
@@ -74,6 +75,7 @@ class PowerWarmup(Decay):
         return weight if period == 1 else -ops.expm1(period * ops.log1p(-weight))
 
     def get_config(self) -> dict[str, Any]:
+        """The arguments to construct the decay with again."""
         return {
             "decay": self.decay,
             "inv_gamma": self.inv_gamma,

@@ -1,0 +1,145 @@
+"""Bias-corrected exponential moving average: an average without the lag."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_avg import _backend, _checks
+from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+
+
+@keras.saving.register_keras_serializable(package="keras_avg")
+class BEMA(AveragedOptimizerWrapper):
+    """Bias-corrected EMA: a moving average, corrected for how far it lags behind.
+
+    With `t` updates done since `start_step` (1, 2, ...), the variable `theta`, its value `start`
+    when averaging began, and `age = lag + multiplier * t`,
+
+        EMA     <- EMA + age ** -power * (theta - EMA)
+        average  = EMA + age ** -bias_power * (theta - start)
+
+    An averaging takes place when `(i + 1) % average_period == 0`; `theta` is the variable then.
+    Both EMA and start begin with the variable before the first update. While `i < start_step` they
+    follow it.
+
+    Meant for fine-tuning, where an average lags behind weights that move away from where they
+    began. `MovingAverage` has no such correction, and a decay that does not change.
+
+    `get_slot(variable, "average")` is the EMA, `"start"` the start, `"read"` what is shown.
+    Memory: three copies of the parameters.
+
+    Args:
+        optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
+        power: Number >= 0: how fast the EMA's weights get smaller. Default 0.5.
+        bias_power: Number >= 0: how fast the correction gets smaller. Default 0.2.
+        lag: Number >= 0, in steps. Default 10.
+        multiplier: Number >= 0. `lag + multiplier` must be at least 1, so that no weight is larger
+            than 1. Default 1.
+        start_step: Integer in [0, 2**31), in steps. Default 0.
+        average_period: Integer in [1, 2**31), in steps. Default 1.
+        name: String. Default `"BEMA"`.
+        **kwargs: `sequential_update`, `average_dtype`, `skip_nonfinite`, `exclude`,
+            `gradient_transformers`, `gradient_aggregator`, `clipnorm`, `clipvalue`,
+            `global_clipnorm`, `learning_rate`, `lr`, `decay`: see `AveragedOptimizerWrapper`.
+
+    Raises:
+        TypeError: If `optimizer` is None.
+        ValueError: If an argument is out of range, or as for `AveragedOptimizerWrapper`.
+
+    Example:
+
+    ```python
+    model.compile(optimizer=keras_avg.BEMA("adamw", average_period=400), loss="mse")
+    model.fit(x, y, epochs=3)
+    keras_avg.assign_average_vars(model)
+    ```
+
+    Reference:
+        Block et al., EMA Without the Lag: Bias-Corrected Iterate Averaging Schemes,
+        https://arxiv.org/abs/2508.00180, Algorithm 1. `BEMACallback` of TRL.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        power: float = 0.5,
+        bias_power: float = 0.2,
+        lag: float = 10.0,
+        multiplier: float = 1.0,
+        start_step: int = 0,
+        average_period: int = 1,
+        name: str | None = "BEMA",
+        **kwargs: Any,
+    ) -> None:
+        power = _checks.non_negative("power", power)
+        bias_power = _checks.non_negative("bias_power", bias_power)
+        lag = _checks.non_negative("lag", lag)
+        multiplier = _checks.non_negative("multiplier", multiplier)
+        if lag + multiplier < 1.0:
+            raise ValueError(
+                "`lag + multiplier` must be at least 1, or the first weight would be larger than "
+                f"1. Received: lag={lag!r}, multiplier={multiplier!r}."
+            )
+        start = _checks.whole_number("start_step", start_step, minimum=0)
+        period = _checks.whole_number("average_period", average_period, minimum=1)
+        super().__init__(optimizer, name=name, **kwargs)
+        self.power = power
+        self.bias_power = bias_power
+        self.lag = lag
+        self.multiplier = multiplier
+        self.start_step = start
+        self.average_period = period
+
+    # Algorithm 1 has  beta_t = (rho + gamma t) ** -kappa  and  alpha_t = (rho + gamma t) ** -eta,
+    # and returns  alpha_t (theta_t - theta_0) + EMA_t  at the steps at which it updates. So what is
+    # read is stored then. The update before start_step, after which averaging begins, is always
+    # due: it leaves EMA and start at the variable, whatever the period.
+
+    def stores(self) -> dict[str, str]:
+        return {"average": "variable", "start": "variable", "read": "variable"}
+
+    def is_due(self, step: Any) -> Any:
+        is_due = (step + 1) % self.average_period == 0
+        return is_due | (step + 1 == self.start_step) if self.start_step else is_due
+
+    def value_weight(self, step: Any) -> Any:
+        return self._unless_following(step, self._age(step) ** -self.power, 1.0)
+
+    def accumulate(self, due: Any, step: Any) -> None:
+        average, start, read = (self.kept[name] for name in ("average", "start", "read"))
+        average.lerp_if(due, lambda: _backend.scalar(lambda: self.value_weight(step)))
+        if self.start_step:
+            follows = _backend.scalar(lambda: ops.logical_and(due, step < self.start_step))
+            start.lerp_if(follows, lambda: 1.0)
+        share = _backend.scalar(
+            lambda: self._unless_following(step, self._age(step) ** -self.bias_power, 0.0)
+        )
+
+        def corrected(read: Any, theta: Any, average: Any, start: Any) -> Any:
+            return average + ops.cast(share, read.dtype) * (theta - start)
+
+        read.assign_if(due, corrected, average, start)
+
+    def averages(self) -> list[Any]:
+        return self.kept["read"].values()
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {
+            "power": self.power,
+            "bias_power": self.bias_power,
+            "lag": self.lag,
+            "multiplier": self.multiplier,
+            "start_step": self.start_step,
+            "average_period": self.average_period,
+        }
+
+    def _age(self, step: Any) -> Any:
+        updates = ops.maximum(step + 1 - self.start_step, 1)
+        return self.lag + self.multiplier * ops.cast(updates, _backend.widest_float())
+
+    def _unless_following(self, step: Any, value: Any, while_following: float) -> Any:
+        if not self.start_step:
+            return value
+        instead = ops.convert_to_tensor(while_following, _backend.widest_float())
+        return ops.where(step < self.start_step, instead, value)

@@ -1,0 +1,70 @@
+"""What schedule-free and primal averaging share: training between an average and an iterate."""
+
+from typing import Any
+
+from keras import ops
+
+from keras_avg import _backend, _checks
+from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from keras_avg._wrapping import nesting
+
+
+class Interpolated(AveragedOptimizerWrapper):
+    """Trains at a point between an average x and the iterate z of the inner optimizer.
+
+    Args:
+        optimizer: The optimizer that steps z.
+        interpolation: Number in the range [0, 1]: how close to x the model's variables are.
+        name: String, or None.
+        **kwargs: As for `AveragedOptimizerWrapper`.
+    """
+
+    #: The model's variables are made of what is kept: who changes them outside changes nothing.
+    owns_variables = True
+
+    def __init__(
+        self, optimizer: Any, interpolation: float, name: str | None, **kwargs: Any
+    ) -> None:
+        interpolation = _checks.fraction("interpolation", interpolation)
+        super().__init__(optimizer, name=name, **kwargs)
+        self._refuse_wrappers_inside()
+        self.interpolation = interpolation
+
+    # The papers keep x and z and compute  y = b x + (1 - b) z,  at which the gradient is taken, for
+    # each step anew. Here y is in the model's variables, where the trainer takes the gradient, and
+    # the inner optimizer was built for these. So they hold z while it works:
+    #     variables <- z;  the inner optimizer steps them;  z <- variables
+    #     x <- x + c (z - x)
+    #     variables <- x + (1 - b) (z - x)
+    # The last line is y, so written that it is x to the last bit where z is. It is computed from x
+    # and z after every call, also one that was no update: y is never stored.
+
+    def stores(self) -> dict[str, str]:
+        return {"average": "variable", "z": "variable"}
+
+    def before_step(self) -> None:
+        self.kept["z"].flow_back_if(True)
+
+    def accumulate(self, due: Any, step: Any) -> None:
+        x, z = self.kept["average"], self.kept["z"]
+        z.lerp_if(True, lambda: 1.0)
+        x.lerp_if(due, lambda: _backend.scalar(lambda: self.value_weight(step)))
+        share = 1.0 - self.interpolation
+        z.show_if(True, lambda z, x: x + ops.cast(share, x.dtype) * (z - x), x)
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"interpolation": self.interpolation}
+
+    def _after_averages_were_assigned(self) -> None:
+        """Training goes on from the averages: z is there, too."""
+        self.kept["z"].copy_from(self.kept["average"])
+
+    def _refuse_wrappers_inside(self) -> None:
+        kind = type(self).__name__
+        inside = [each for each in nesting.walk(self.inner_optimizer) if nesting.wraps(each)]
+        if inside:
+            raise ValueError(
+                f"{kind} must be the innermost averaging wrapper: the variables that its inner "
+                f"optimizer steps are not those of the model. Received: {inside[0]!r} inside "
+                f"{kind}. Nest the other way: {type(inside[0]).__name__}({kind}(...))."
+            )

@@ -1,0 +1,174 @@
+"""SWA-Gaussian: a distribution of weights around their average."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_avg import _backend, _checks
+from keras_avg._optimizers.snapshots_at_intervals import SnapshotsAtIntervals
+from keras_avg._wrapping.store import Ring
+
+SMALLEST_VARIANCE = 1e-30
+
+
+@keras.saving.register_keras_serializable(package="keras_avg")
+class SWAG(SnapshotsAtIntervals):
+    """SWA-Gaussian: the mean of snapshots, and a normal distribution around it to draw from.
+
+    With step `i` counted from 0, a snapshot w is taken after update `i` when
+    `i >= start_averaging` and `(i - start_averaging) % average_period == 0`. With `n` of them so
+    far,
+
+        mean   <- mean + (w - mean) / (n + 1)
+        square <- square + (w**2 - square) / (n + 1)
+        column  = w - mean                     takes the place of the oldest of `rank` columns
+
+    Swapped, the model holds the mean, which is that of `SWA`. In `sample_weights()` it holds
+
+        mean + scale * (sqrt(max(square - mean**2, 1e-30)) * z1 / sqrt(2)
+                        + D z2 / sqrt(2 (K - 1)))
+
+    with D the K columns there are, z1 standard normal for each element, and z2 one standard normal
+    vector of length K for all variables. With `rank=0`, or while K < 2, it holds
+    `mean + scale * sqrt(...) * z1`.
+
+    The mean of the predictions of some 30 samples is better calibrated than one model's. Recompute
+    batch-normalization statistics for each sample.
+
+    Memory: `rank + 2` copies of the parameters: 22 with the default. `rank=0` takes 2.
+
+    Args:
+        optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
+        start_averaging: Integer in [0, 2**31), in steps, not epochs. The first snapshot is taken
+            after this update, the first of which is 0. Default 0.
+        average_period: Integer in [1, 2**31), in steps, between snapshots. Default 10.
+        rank: Integer >= 0: how many columns are kept. Default 20.
+        name: String. Default `"SWAG"`.
+        **kwargs: `sequential_update`, `average_dtype`, `skip_nonfinite`, `exclude`,
+            `gradient_transformers`, `gradient_aggregator`, `clipnorm`, `clipvalue`,
+            `global_clipnorm`, `learning_rate`, `lr`, `decay`: see `AveragedOptimizerWrapper`.
+
+    Raises:
+        TypeError: If `optimizer` is None.
+        ValueError: If an argument is out of range or not an integer, or as for
+            `AveragedOptimizerWrapper`.
+
+    Example:
+
+    ```python
+    model.compile(optimizer=keras_avg.SWAG("sgd", start_averaging=1000), loss="mse")
+    model.fit(x, y, epochs=20)
+    predictions = []
+    for seed in range(30):
+        with model.optimizer.sample_weights(seed):
+            keras_avg.update_batch_norm(model, x)
+            predictions.append(model.predict(x_new))
+    ```
+
+    Reference:
+        Maddox et al., A Simple Baseline for Bayesian Uncertainty in Deep Learning,
+        https://arxiv.org/abs/1902.02476, Algorithm 1 and equation 1.
+    """
+
+    average_starts_at_variable = False
+
+    #: The columns of workers are of one kind only where all have taken as many snapshots.
+    means_over_workers = False
+
+    def __init__(
+        self,
+        optimizer: Any,
+        start_averaging: int = 0,
+        average_period: int = 10,
+        rank: int = 20,
+        name: str | None = "SWAG",
+        **kwargs: Any,
+    ) -> None:
+        rank = _checks.whole_number("rank", rank, minimum=0, unit="columns")
+        super().__init__(optimizer, start_averaging, average_period, name, **kwargs)
+        self.rank = rank
+
+    # The paper writes the means as  (n * mean + w) / (n + 1).  As in SWA, the same as a step of
+    # weight 1 / (n + 1)  costs no rounding error that grows with n. The columns of the deviation
+    # matrix D are a ring. The matrix itself is never made: D z2 is a sum of columns.
+
+    def stores(self) -> dict[str, str]:
+        columns = {f"deviation_{place}": "zeros" for place in range(self.rank)}
+        return {"average": "zeros", "square": "zeros"} | columns
+
+    def value_weight(self, step: Any) -> Any:
+        return 1.0 / ops.cast(self.snapshots_so_far + 1, _backend.widest_float())
+
+    def accumulate(self, due: Any, step: Any) -> None:
+        mean, square = self.kept["average"], self.kept["square"]
+        weight = _backend.scalar(lambda: self.value_weight(step))
+        mean.lerp_if(due, lambda: weight)
+        square.assign_if(due, lambda s, w: s + ops.cast(weight, s.dtype) * (w * w - s))
+        Ring(self._columns()).put_if(due, self.snapshots_so_far, lambda w, mean: w - mean, mean)
+
+    @contextlib.contextmanager
+    def sample_weights(self, seed: int | None = None, scale: float = 1.0) -> Iterator[None]:
+        """Context in which the model holds a sample of the weights; outside what it held before.
+
+        Statistics that `keras_avg.update_batch_norm` computes for the sample go out with it.
+
+        Args:
+            seed: Integer, or None for a new sample each time. The same seed gives the same sample
+                on one backend.
+            scale: Number >= 0: how far the sample is from the mean. 0 is the mean itself. The
+                paper uses 0.5 to 1. Default 1.
+
+        Raises:
+            ValueError: If there is no snapshot yet, or an argument is out of range.
+            RuntimeError: As for `swap_weights`.
+
+        Example:
+
+        ```python
+        with model.optimizer.sample_weights(seed=0):
+            predictions = model.predict(x)
+        ```
+        """
+        scale = _checks.non_negative("scale", scale)
+        if seed is not None:
+            seed = _checks.whole_number("seed", seed, minimum=0, unit="units")
+        with self.showing(lambda: self._sample(seed, scale)):
+            yield
+
+    def _sample(self, seed: int | None, scale: float) -> list[Any]:
+        generator = keras.random.SeedGenerator(seed)
+        columns = [column.values() for column in self._columns()]
+        number = min(self.num_snapshots, self.rank)
+        share = keras.random.normal((max(number, 1),), seed=generator)
+        # The newest are where they are: the order of columns has no meaning.
+        used = columns[:number] if number >= 2 else []
+        samples = []
+        for i, (mean, square) in enumerate(
+            zip(self.kept["average"].values(), self.kept["square"].values(), strict=True)
+        ):
+            noise = keras.random.normal(mean.shape, seed=generator)
+            sample = ops.cast(_deviation(mean, square), mean.dtype) * ops.cast(noise, mean.dtype)
+            if used:
+                low_rank = sum(
+                    ops.cast(share[j], mean.dtype) * column[i] for j, column in enumerate(used)
+                )
+                sample = sample / 2**0.5 + low_rank / (2.0 * (number - 1)) ** 0.5
+            samples.append(mean + scale * sample)
+        return samples
+
+    def _columns(self) -> list[Any]:
+        return [self.kept[f"deviation_{place}"] for place in range(self.rank)]
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"rank": self.rank}
+
+
+def _deviation(mean: Any, square: Any) -> Any:
+    """The standard deviation of each element, from a small difference of large numbers."""
+    dtype = _backend.widest_float()
+    mean, square = ops.cast(mean, dtype), ops.cast(square, dtype)
+    variance = square - mean * mean
+    return ops.sqrt(ops.where(variance > SMALLEST_VARIANCE, variance, SMALLEST_VARIANCE))
