@@ -197,8 +197,8 @@ def check_attached(variables: Iterable[Any]) -> None:
 
 
 def refuse_stateless_scope(member: str) -> None:
-    """Refuse to set values in the place of variables where Keras has others in their place."""
-    if in_stateless_scope():
+    """Refuse to set values in the place of variables where JAX' trainer has others there."""
+    if keras.backend.backend() == "jax" and in_stateless_scope():
         raise RuntimeError(
             f"`{member}` does not work in a function of states, as a compiled JAX step is one. "
             "Call `model.stateless_call(optimizer.stateless_average(optimizer_variables), "

@@ -27,7 +27,7 @@ def latest(trajectory, window, start, period):
 
 
 def bema(trajectory, power=0.5, bias_power=0.2, lag=10.0, multiplier=1.0):
-    """The sum of all values with their weights, and a share of the way from the first to the last."""
+    """The weighted sum of all values, and a share of the way from the first to the last."""
     ages = lag + multiplier * np.arange(1.0, len(trajectory))
     values = np.asarray(trajectory, "float64")
     average = moving_average(trajectory, 1.0 - ages**-power)

@@ -99,8 +99,11 @@ class AveragedOptimizerWrapper(ShowsAverages):
     #: Whether the variables take their averages' values after an averaging.
     average_flows_back = False
 
-    #: Whether no other averaging wrapper may be around this one.
-    must_be_outermost = False
+    #: Whether the model's variables are made of what is kept, so that others must not change them.
+    owns_variables = False
+
+    #: Whether what is kept on several workers has a mean, whatever their numbers of snapshots are.
+    means_over_workers = True
 
     def __init__(
         self,
@@ -127,6 +130,8 @@ class AveragedOptimizerWrapper(ShowsAverages):
             gradient_aggregator=gradient_aggregator,
             **kwargs,
         )
+        if self.average_flows_back:
+            self._refuse_owners_inside()
         self.sequential_update = sequential_update
         self.skip_nonfinite = skip_nonfinite
 
@@ -174,6 +179,11 @@ class AveragedOptimizerWrapper(ShowsAverages):
             average.flow_back_if(due)
 
     @property
+    def must_be_outermost(self) -> bool:
+        """Whether no other averaging wrapper may be around this one."""
+        return False
+
+    @property
     def snapshots_so_far(self) -> Any:
         """How many averagings have been done: an integer scalar, in compiled code too."""
         return self._snapshots.read()
@@ -215,6 +225,9 @@ class AveragedOptimizerWrapper(ShowsAverages):
         shared = AveragedOptimizerWrapper.get_config(self)
         own = {name: value for name, value in self.get_config().items() if name not in shared}
         return ", ".join(f"{name}={value!r}" for name, value in own.items())
+
+    def _refuse_owners_inside(self) -> None:
+        arguments.refuse_owners_of_variables(self.inner_optimizer, type(self).__name__)
 
     def _before_inner_step(self) -> None:
         super()._before_inner_step()

@@ -98,7 +98,6 @@ class ModelAverage(AveragedOptimizerWrapper):
     """
 
     average_flows_back = True
-    must_be_outermost = True
 
     def __init__(
         self,
@@ -121,6 +120,8 @@ class ModelAverage(AveragedOptimizerWrapper):
         outer = arguments.outer_optimizer(outer_optimizer)
         communicator = arguments.communicator(communicator, num_worker, is_chief)
         super().__init__(optimizer, sequential_update, name, **kwargs)
+        if outer is not None:
+            super()._refuse_owners_inside()
         arguments.names_apart(outer, [self, *nesting.workers_inside(self)])
         self.interval_steps = interval
         self.start_step = start
@@ -193,6 +194,11 @@ class ModelAverage(AveragedOptimizerWrapper):
             ValueError: If the optimizer has not been built.
         """
         return self.meeting.meet(others, is_training)
+
+    @property
+    def must_be_outermost(self) -> bool:
+        """Whether no other averaging wrapper may be around: where there are several workers."""
+        return self.meeting.is_of_several
 
     @property
     def variables(self) -> list[Any]:
@@ -295,6 +301,9 @@ class ModelAverage(AveragedOptimizerWrapper):
     def _due_if_finite(self, due: Any) -> Any:
         # Over workers a round is due for all or none: see `Meeting`.
         return due if self.meeting.is_of_several else super()._due_if_finite(due)
+
+    def _refuse_owners_inside(self) -> None:
+        """The mean over workers may flow back: all that is kept takes it, too."""
 
     def _count_snapshot_if(self, due: Any) -> None:
         if not self.meeting.is_of_several:  # else the meeting counts

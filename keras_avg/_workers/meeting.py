@@ -9,13 +9,11 @@ import numpy as np
 from keras import ops
 
 from keras_avg import _backend
-from keras_avg._workers import nested_averages
+from keras_avg._workers import alike, nested_averages
 from keras_avg._workers.inner_state import InnerState
 from keras_avg._workers.rounds import Rounds
 from keras_avg._wrapping import nesting
 from keras_avg.distributed._weighted_sum import PRESENT, weighted_sum
-
-DIGITS = 12  # hexadecimal ones, of the numbers by which workers are compared
 
 
 class Callback(Protocol):
@@ -62,7 +60,7 @@ class Meeting:
         communicator: A `keras_avg.distributed.Communicator`.
         rounds: When rounds take place.
         inner_state: The inner optimizers' slots.
-        alike: Dict of further numbers that must be equal on all workers, by what they are of.
+        more_alike: Dict of further numbers that must be equal on all workers, by what they are of.
     """
 
     def __init__(
@@ -71,13 +69,13 @@ class Meeting:
         communicator: Any,
         rounds: Rounds,
         inner_state: InnerState,
-        alike: dict[str, int],
+        more_alike: dict[str, int],
     ) -> None:
         self._center = center
         self.communicator = communicator
         self.rounds = rounds
         self._inner_state = inner_state
-        self._alike = alike
+        self._more_alike = more_alike
         self.callback: Callback | None = None  # of the last training that had one
         #: The step up to which no round is missing; None: not known.
         self.met_until: int | None = None
@@ -175,7 +173,7 @@ class Meeting:
             "number of elements": sum(int(np.prod(tuple(v.shape))) for v in variables),
             "shapes (checksum)": zlib.crc32(str([tuple(v.shape) for v in variables]).encode()),
             **self.rounds._asdict(),
-            **self._alike,
+            **self._more_alike,
             "step": step,
         }
         if self._all_alike(list(mine.values())):
@@ -189,19 +187,14 @@ class Meeting:
                 )
 
     def _all_alike(self, numbers: list[int]) -> bool:
-        # Equal numbers are those without variance:  N * sum(d^2) == sum(d)^2.  Of hexadecimal
-        # digits both are exact in float32, for more workers than there will be.
-        digits = _digits(numbers)
-        (sums,) = self.communicator.all_reduce_sum([np.stack([digits, digits**2])])
-        first, second = ops.convert_to_numpy(sums).astype("float64")
-        return bool(np.all(self.communicator.size * second == first**2))
+        (sums,) = self.communicator.all_reduce_sum([alike.with_squares(numbers)])
+        return alike.are_equal(ops.convert_to_numpy(sums), self.communicator.size)
 
     def _of_workers(self, numbers: list[int]) -> list[list[int]]:
-        table = np.zeros((self.communicator.size, DIGITS * len(numbers)), "float32")
-        table[self.communicator.rank] = _digits(numbers)
+        table = np.zeros((self.communicator.size, alike.DIGITS * len(numbers)), "float32")
+        table[self.communicator.rank] = alike.digits(numbers)
         (table,) = self.communicator.all_reduce_sum([table])
-        digits = ops.convert_to_numpy(table).astype("int64").reshape(len(table), -1, DIGITS)
-        return (digits @ 16 ** np.arange(DIGITS)).T.tolist()
+        return alike.numbers_in(ops.convert_to_numpy(table)).T.astype("int64").tolist()
 
     def _slots_in_use(self) -> list[Any]:
         """The inner optimizer's slots but for those that are zero on every worker.
@@ -222,10 +215,6 @@ class Meeting:
                 "share. Call `optimizer.build(model.trainable_variables)` first, of a model whose "
                 "weights are made: one with a `keras.Input`."
             )
-
-
-def _digits(numbers: list[int]) -> np.ndarray:
-    return np.array([n >> 4 * place & 15 for n in numbers for place in range(DIGITS)], "float32")
 
 
 def _has_nonfinite(variables: list[Any]) -> bool:

@@ -1,9 +1,12 @@
-"""Averages that wrappers inside a ModelAverage keep, which take the mean over the workers.
+"""What wrappers inside a ModelAverage keep, which takes the mean over the workers.
 
-A worker whose wrapper has no snapshot yet adds nothing to them. Numbers of snapshots n take the
-mean as well, so that all workers hold the same:
+A worker whose wrapper has no snapshot yet adds nothing. Numbers of snapshots n take the mean as
+well, so that all workers hold the same:
 
-    average <- sum(average_r) / N,  n <- sum(n_r) / N      over the N workers r with n_r > 0
+    kept <- sum(kept_r) / N,  n <- sum(n_r) / N      over the N workers r with n_r > 0
+
+A rule whose stores are of one kind only after as many snapshots (a ring) takes the mean only where
+all these workers have taken as many. Else each worker keeps its own.
 """
 
 from collections.abc import Iterator
@@ -14,25 +17,30 @@ import numpy as np
 from keras import ops
 
 from keras_avg import _backend
-
-DIGIT = 4096  # float32 stops counting at 2^24, so counts travel as two of these
+from keras_avg._workers import alike
 
 
 def brought(wrapper: Any) -> list[Any]:
-    """What a worker brings to a round: whether it has snapshots, how many, and the averages."""
+    """What a worker brings to a round: whether it has snapshots, how many, and what is kept."""
     count, kept = wrapper.num_snapshots, _kept(wrapper)
-    numbers = np.array([count > 0, *divmod(count, DIGIT)], "float32")
-    return [numbers, *(kept if count else [ops.zeros(v.shape, v.dtype) for v in kept])]
+    has_any = np.array(count > 0, "float32")
+    numbers = alike.with_squares([count])
+    return [
+        has_any,
+        numbers,
+        *(kept if count else [ops.zeros(v.shape, v.dtype) for v in kept]),
+    ]
 
 
 def take(wrapper: Any, sums: Iterator[Any]) -> None:
     """What it goes on with, from the sums of what all have brought."""
-    number, high, low = map(float, ops.convert_to_numpy(next(sums)))
+    workers = float(ops.convert_to_numpy(next(sums)))
+    numbers = ops.convert_to_numpy(next(sums))
     kept = _kept(wrapper)
     kept_by_all = list(islice(sums, len(kept)))
-    if number:
-        _backend.assign_quotients(kept_by_all, number, kept)
-        count = round((DIGIT * high + low) / number)
+    if workers and (wrapper.means_over_workers or alike.are_equal(numbers, workers)):
+        _backend.assign_quotients(kept_by_all, workers, kept)
+        count = round(float(alike.numbers_in(numbers[0])[0]) / workers)
         wrapper.count_snapshots(count - wrapper.num_snapshots)
 
 

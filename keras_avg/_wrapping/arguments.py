@@ -28,19 +28,31 @@ def inner_optimizer(identifier: Any, wrapper: str) -> Any:
             f"optimizer={optimizer!r}. Wrap the other way: LossScaleOptimizer({wrapper}(...))."
         )
     refuse_accumulating_members(optimizer, wrapper)
-    refuse_what_must_be_outermost(optimizer, wrapper)
     return optimizer
 
 
 def refuse_what_must_be_outermost(optimizer: Any, wrapper: str) -> None:
-    """Workers meet once a round, with all the averages there are inside."""
+    """Several workers meet once a round, with all the averages there are inside."""
     for each in nesting.walk(optimizer):
         if getattr(each, "must_be_outermost", False):
             kind = type(each).__name__
             raise ValueError(
-                f"{kind} must be the outermost averaging wrapper. Received: a {kind} inside "
-                f"{wrapper}. Nest the other way: {kind}({wrapper}(...)) averages {wrapper}'s "
-                "averages over the workers too."
+                f"{kind} must be the outermost averaging wrapper where there are several workers: "
+                f"an average around it would be each worker's own. Received: a {kind} of "
+                f"{each.communicator.size} workers inside {wrapper}. Nest the other way: "
+                f"{kind}({wrapper}(...)) averages {wrapper}'s averages over the workers too."
+            )
+
+
+def refuse_owners_of_variables(optimizer: Any, wrapper: str) -> None:
+    """What flows back would be gone at the next step."""
+    for each in nesting.walk(optimizer):
+        if getattr(each, "owns_variables", False):
+            kind = type(each).__name__
+            raise ValueError(
+                f"{kind} computes the model's variables at each step: they are made of what it "
+                f"keeps. Received: a {kind} inside {wrapper}, which changes them. Leave one of the "
+                "two out."
             )
 
 
@@ -115,14 +127,24 @@ def patterns(argument: str, value: Any) -> list[str] | None:
     return list(value)
 
 
-def excluded(exclude: list[str] | None, variables: list[Any], name: str) -> set[int]:
-    """The numbers of the variables that have no average, because a pattern matches their path."""
+def excluded(
+    exclude: list[str] | None, variables: list[Any], name: str, models: list[str]
+) -> set[int]:
+    """The numbers of the variables that have no average, because a pattern matches their path.
+
+    Args:
+        exclude: List of regular expressions, or None.
+        variables: List of variables.
+        name: The optimizer's, for messages.
+        models: Names of the models that may be the variables'. The path of one variable begins
+            with its model's name or not: it depends on who built the layer, or loaded it.
+    """
     if not exclude or not variables:
         return set()
     paths = [_keras_internals.path_of(variable) for variable in variables]
     found: set[int] = set()
     for pattern in exclude:
-        matches = {i for i, path in enumerate(paths) if re.search(pattern, path)}
+        matches = {i for i, path in enumerate(paths) if _is_found(pattern, path, models)}
         if not matches:
             raise ValueError(
                 f"A pattern of `exclude` matches no variable of '{name}'. Received: {pattern!r}, "
@@ -135,3 +157,8 @@ def excluded(exclude: list[str] | None, variables: list[Any], name: str) -> set[
             f"the variables {paths}."
         )
     return found
+
+
+def _is_found(pattern: str, path: str, models: list[str]) -> bool:
+    others = [form for m in models for form in (f"{m}/{path}", path.removeprefix(f"{m}/"))]
+    return any(re.search(pattern, form) for form in (path, *others))

@@ -54,6 +54,12 @@ def models_of(wrappers: Iterable[Any]) -> list[Any]:
     return [model for wrapper in wrappers for model in _models.get(wrapper, ())]
 
 
+def names_of_models(wrapper: Any) -> list[str]:
+    """The names of the models for which a wrapper is being built at the moment, if any."""
+    models = _keras_internals.models_among_callers("self")
+    return list(dict.fromkeys(m.name for m in models if _is_at_work(wrapper, m)))
+
+
 def model_on_file(wrapper: Any) -> Any:
     """The model that Keras saves or loads at the moment and that has the wrapper's variables."""
     for model in _keras_internals.models_among_callers("saveable"):

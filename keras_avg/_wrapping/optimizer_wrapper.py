@@ -225,6 +225,7 @@ class OptimizerWrapper(ClassicSlots):
             with _backend.outside_trace(variables):
                 self.inner_optimizer.build(variables)
         arguments.refuse_accumulating_members(self.inner_optimizer, kind)
+        arguments.refuse_what_must_be_outermost(self.inner_optimizer, kind)
         self._clock = Clock(self.inner_optimizer, self._counts_every_step())
         with _backend.outside_trace():
             self._make_state(variables)

@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_avg import _backend, _keras_internals
-from keras_avg._wrapping import arguments, fitting, nesting
+from keras_avg._wrapping import arguments, bindings, fitting, nesting
 from keras_avg._wrapping.files import StateFile
 from keras_avg._wrapping.optimizer_wrapper import OptimizerWrapper
 from keras_avg._wrapping.store import Store
@@ -464,7 +464,9 @@ class ShowsAverages(OptimizerWrapper):
         names = ("updates", "snapshots", "averages_in_model")
         updates, snapshots, flag = map(self._own_variables.counter, names)
         self._updates, self._snapshots = _backend.Counter(updates), _backend.Counter(snapshots)
-        excluded = arguments.excluded(self.exclude, variables, self.name)
+        excluded = arguments.excluded(
+            self.exclude, variables, self.name, bindings.names_of_models(self)
+        )
         averaged = {
             i: v
             for i, v in enumerate(variables)

@@ -1,0 +1,194 @@
+"""SWAG: mean, squares and deviations of snapshots, and samples from what they span."""
+
+import keras
+import numpy as np
+import pytest
+import small_training as small
+from keras import optimizers
+
+import keras_avg
+from keras_avg import SWAG
+
+TOLERANCE = 1e-6  # rounding of a few float32 operations on numbers of order 1
+
+
+def trained(rank=3, epochs=2):
+    return small.fit(small.model(SWAG(optimizers.SGD(0.1), 0, 1, rank=rank)), epochs=epochs)
+
+
+def weights(model):
+    return [small.numpy(v) for v in model.trainable_variables]
+
+
+def flat(arrays):
+    return np.concatenate([array.ravel() for array in arrays]).astype("float64")
+
+
+def test_numbers_to_check_in_the_head():
+    # SGD(1) takes the variable to 3 and to 1: mean 2, mean of squares 5.
+    optimizer, variable = SWAG(optimizers.SGD(1.0), 0, 1, rank=2), keras.Variable([5.0])
+    small.apply(optimizer, [variable], [[2.0]], times=2)
+    for name, expected in (("average", 2), ("square", 5), ("deviation_0", 0), ("deviation_1", -1)):
+        np.testing.assert_allclose(optimizer.get_slot(variable, name), [expected])
+
+
+def test_moments_and_columns_are_those_of_numpy():
+    model = small.model(SWAG(optimizers.SGD(0.1), 1, 2, rank=3))
+    trajectories = small.trajectories(model, 12)
+    for variable, values in zip(model.trainable_variables, trajectories, strict=True):
+        snapshots = np.asarray(values[2::2], "float64")
+        means = [snapshots[: n + 1].mean(axis=0) for n in range(len(snapshots))]
+        columns = [snapshot - mean for snapshot, mean in zip(snapshots, means, strict=True)]
+        expected = {"average": means[-1], "square": (snapshots**2).mean(axis=0)}
+        for n in range(3, 6):
+            expected[f"deviation_{n % 3}"] = columns[n]
+        for name, value in expected.items():
+            found = model.optimizer.get_slot(variable, name)
+            np.testing.assert_allclose(found, value, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_samples_have_the_moments_of_the_distribution():
+    """Of 2,000 samples: their mean and covariance, within five standard errors."""
+    random = np.random.default_rng(0)
+    optimizer, variable = SWAG(optimizers.SGD(1.0), 0, 1, rank=4), keras.Variable(np.zeros(6))
+    steps = random.normal(size=(8, 6))
+    for step in steps:
+        small.apply(optimizer, [variable], [step])
+    number, samples = 2000, []
+    for seed in range(number):
+        with optimizer.sample_weights(seed):
+            samples.append(small.numpy(variable).astype("float64"))
+    mean = small.numpy(optimizer.get_slot(variable, "average")).astype("float64")
+    square = small.numpy(optimizer.get_slot(variable, "square")).astype("float64")
+    columns = np.stack(
+        [small.numpy(optimizer.get_slot(variable, f"deviation_{i}")) for i in range(4)], axis=1
+    ).astype("float64")
+    covariance = np.diag((square - mean**2) / 2) + columns @ columns.T / (2 * 3)
+    deviation = np.sqrt(np.diag(covariance))
+    error = np.abs(np.mean(samples, axis=0) - mean) / (deviation / number**0.5)
+    assert np.max(error) < 5
+    found = np.cov(np.asarray(samples).T)
+    spread = np.sqrt((covariance**2 + np.outer(deviation, deviation) ** 2) / number)
+    assert np.max(np.abs(found - covariance) / spread) < 5
+
+
+def test_one_vector_for_all_variables_draws_the_columns():
+    """Without diagonal noise, all variables move along the columns by the same amounts."""
+    model = trained(rank=3, epochs=1)
+    optimizer = model.optimizer
+    mean = [small.numpy(v) for v in optimizer.kept["average"].kept]
+    for square, value in zip(optimizer.kept["square"].kept, mean, strict=True):
+        square.assign(value * value)  # no variance
+    columns = [[small.numpy(v) for v in optimizer.kept[f"deviation_{i}"].kept] for i in range(3)]
+    with optimizer.sample_weights(1):
+        moved = flat(weights(model)) - flat(mean)
+    directions = np.stack([flat(column) for column in columns], axis=1)
+    shares, *_ = np.linalg.lstsq(directions, moved, rcond=None)
+    np.testing.assert_allclose(directions @ shares, moved, atol=1e-3)  # of float32 squares
+    assert np.all(np.abs(shares) > 1e-3)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_with_less_than_two_columns_only_the_diagonal_is_drawn(rank):
+    optimizer, variable = SWAG(optimizers.SGD(1.0), 0, 1, rank=rank), keras.Variable(np.ones(4000))
+    random = np.random.default_rng(1)
+    for _ in range(5):
+        small.apply(optimizer, [variable], [random.normal(size=4000)])
+    mean = small.numpy(optimizer.get_slot(variable, "average"))
+    deviation = np.sqrt(small.numpy(optimizer.get_slot(variable, "square")) - mean**2)
+    for scale in (0.5, 1.0):
+        with optimizer.sample_weights(0, scale=scale):
+            normal = (small.numpy(variable) - mean) / deviation / scale
+        assert abs(np.mean(normal)) < 5 / 4000**0.5
+        assert abs(np.var(normal) - 1) < 5 * (2 / 4000) ** 0.5
+
+
+class TestTheContext:
+    def test_gives_the_same_sample_for_the_same_seed(self):
+        model = trained()
+        samples = []
+        for seed in (1, 1, 2, None, None):
+            with model.optimizer.sample_weights(seed):
+                samples.append(weights(model))
+        small.assert_same_bits(samples[0], samples[1])
+        for one, other in ((0, 2), (2, 3), (3, 4)):
+            assert np.any(samples[one][0] != samples[other][0])
+
+    def test_of_scale_0_holds_the_mean(self):
+        model = trained()
+        with model.optimizer.sample_weights(0, scale=0):
+            sample = weights(model)
+        with model.optimizer.average_weights():
+            small.assert_same_bits(weights(model), sample)
+
+    @pytest.mark.parametrize("swapped", [False, True])
+    def test_leaves_every_bit_also_after_an_exception(self, swapped):
+        model = trained()
+        if swapped:
+            model.optimizer.swap_weights()
+            keras_avg.update_batch_norm(model, small.X, verbose=0)
+        before, state = model.get_weights(), model.optimizer.get_weights()
+
+        def fail():
+            with model.optimizer.sample_weights(3):
+                assert model.optimizer.averages_in_model
+                keras_avg.update_batch_norm(model, small.X, verbose=0)
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            fail()
+        small.assert_same_bits(model.get_weights(), before)
+        small.assert_same_bits(model.optimizer.get_weights(), state)
+        assert model.optimizer.averages_in_model == swapped
+        if swapped:
+            model.optimizer.swap_weights()
+        small.fit(model, epochs=1)
+
+    def test_swapped_without_statistics_gives_those_of_the_raw_weights_back(self):
+        model = trained()
+        raw = model.get_weights()
+        model.optimizer.swap_weights()
+        before = model.get_weights()
+        with model.optimizer.sample_weights(3):
+            keras_avg.update_batch_norm(model, small.X, verbose=0)
+        small.assert_same_bits(model.get_weights(), before)
+        model.optimizer.swap_weights()
+        small.assert_same_bits(model.get_weights(), raw)
+
+    def test_refuses_training_inside(self):
+        model = trained()
+        with (
+            model.optimizer.sample_weights(0),
+            pytest.raises(RuntimeError, match="training is ref"),
+        ):
+            small.fit(model, epochs=1)
+
+    def test_needs_a_snapshot(self):
+        model = small.fit(small.model(SWAG("sgd", start_averaging=100)), epochs=1)
+        with pytest.raises(ValueError, match="no snapshot yet"), model.optimizer.sample_weights():
+            pass
+
+    @pytest.mark.parametrize(
+        ("arguments", "received"),
+        [({"scale": -1}, "scale=-1"), ({"seed": 0.5}, "seed=0.5"), ({"scale": "x"}, "scale='x'")],
+    )
+    def test_refuses_bad_arguments(self, arguments, received):
+        model = trained()
+        sampling = model.optimizer.sample_weights(**arguments)
+        with pytest.raises(ValueError, match=f"Received: {received}"), sampling:
+            pass
+
+
+@pytest.mark.parametrize("rank", [-1, 1.5])
+def test_a_bad_rank_is_refused(rank):
+    with pytest.raises(ValueError, match=f"`rank` must be an integer.*Received: rank={rank}"):
+        SWAG("sgd", rank=rank)
+
+
+def test_it_is_saved_and_sampled_from_a_file(tmp_path):
+    model = trained()
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for each in (model, loaded):
+        each.optimizer.sample_weights(5).__enter__()
+    small.assert_same_bits(weights(loaded), weights(model))
