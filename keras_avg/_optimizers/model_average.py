@@ -33,6 +33,19 @@ class ModelAverage(AveragedOptimizerWrapper):
     `center - mean` instead: `SGD(0.7, momentum=0.9, nesterov=True)` gives DiLoCo,
     `SGD(block_lr, momentum)` gives BMUF.
 
+    In one process this has names of its own. With an outer SGD that has momentum it is SNOO, and
+    with Muon inside it is MuLoCo with one worker; without momentum it is `Lookahead`:
+
+    ```python
+    outer = keras.optimizers.SGD(0.7, momentum=0.9, nesterov=True)
+    snoo = keras_avg.ModelAverage("adamw", interval_steps=20, outer_optimizer=outer)
+    muloco = keras_avg.ModelAverage(keras.optimizers.Muon(0.02), outer_optimizer="sgd")
+    ```
+
+    Averages of the center are wrappers around it, `SWA(ModelAverage(...))`, where there is one
+    worker. With several, an average around it would be each worker's own: that is refused when
+    training begins. Nest the other way, `ModelAverage(SWA(...))`.
+
     In `fit` rounds take place between batches, in `keras_avg.callbacks.SynchronizeWorkers`, on
     every backend; in a loop of your own that runs eagerly, in `apply`: call `build` and
     `start_together` before it, so that the first gradients are those of the chief's variables.
@@ -94,7 +107,8 @@ class ModelAverage(AveragedOptimizerWrapper):
         Mini-Batches, Use Local SGD, https://arxiv.org/abs/1808.07217 (post-local SGD). Chen and
         Huo, Scalable Training of Deep Learning Machines by Incremental Block Training (BMUF),
         https://doi.org/10.1109/ICASSP.2016.7472805, equations 1-4. Douillard et al., DiLoCo,
-        https://arxiv.org/abs/2311.08105, Algorithm 1.
+        https://arxiv.org/abs/2311.08105, Algorithm 1. Kallusky et al., SNOO,
+        https://arxiv.org/abs/2510.15830. Thérien et al., MuLoCo, https://arxiv.org/abs/2505.23725.
     """
 
     average_flows_back = True
