@@ -467,6 +467,7 @@ ADDONS_OPTIMIZERS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("with_optimizer_weights", [False, True])
 @pytest.mark.parametrize("kind", ADDONS_OPTIMIZERS)
 def test_a_legacy_h5_file_compiles_and_trains(tmp_path, kind, with_optimizer_weights):

@@ -39,6 +39,7 @@ def test_numbers_to_check_in_the_head():
     np.testing.assert_allclose(optimizer.get_slot(variable, "read"), [0.0])
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("start_step", [0, 3])
 @pytest.mark.parametrize("average_period", [1, 2, 5])
 def test_it_is_that_of_trl(average_period, start_step):

@@ -109,6 +109,7 @@ class TestWhatTheModelHolds:
         small.assert_same_bits(twice.get_weights(), through.get_weights())
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("epoch_end", [True, False])
 @pytest.mark.parametrize("validation", [VALIDATION, None], ids=["validated", "not validated"])
 def test_training_is_not_disturbed(epoch_end, validation):
@@ -293,6 +294,7 @@ class TestTogetherWithOtherCallbacks:
         assert len(history) < 10
         np.testing.assert_allclose(loss(model), min(history), rtol=TOLERANCE)
 
+    @pytest.mark.sample(2)
     @pytest.mark.parametrize("first", [True, False])
     @pytest.mark.parametrize("arguments", [{}, {"batch_norm_data": small.X}])
     def test_without_validation_early_stopping_leaves_averages_too(self, first, arguments):
@@ -482,6 +484,7 @@ class TestBatchNormalization:
             with pytest.raises(ValueError, match=f"Received: batch_norm_data of type {kind}"):
                 SwapAverageWeights(batch_norm_data=data)
 
+    @pytest.mark.sample(1)
     @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
     def test_a_file_brings_the_raw_statistics_back(self, name, tmp_path):
         model = fit(small.model(swa()), SwapAverageWeights(batch_norm_data=small.X))

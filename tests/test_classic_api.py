@@ -639,6 +639,7 @@ def with_added(optimizer):
     return model
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("inner", [lambda: "adam", lambda: MovingAverage("adam")])
 def test_what_was_added_survives_a_file(tmp_path, inner):
     model = with_added(SWA(inner(), 0, 2))
@@ -772,6 +773,7 @@ def test_a_shadow_copy_starts_from_the_variables():
 # TensorFlow's own checkpoints.
 
 
+@pytest.mark.sample(2)
 @about_tensorflow
 @pytest.mark.parametrize("parts", [["model"], ["optimizer"], ["model", "optimizer"]])
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def quick_torch_compile(monkeypatch):
 of_torch_compile = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not")
 
 
+@pytest.mark.sample(2)
 @of_torch_compile
 @pytest.mark.usefixtures("quick_torch_compile")
 @pytest.mark.parametrize("run", RUNS)
@@ -51,6 +52,7 @@ def test_ways_to_run_the_train_step(run):
     )
 
 
+@pytest.mark.sample(1)
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses `steps_per_execution` > 1 on torch")
 @pytest.mark.parametrize(
     ("steps", "inner"),
@@ -79,6 +81,7 @@ def test_train_on_batch():
     bare_training.assert_averages(model, values)
 
 
+@pytest.mark.sample(2)
 @of_torch_compile
 @pytest.mark.usefixtures("quick_torch_compile")
 @pytest.mark.parametrize("inner", ["adam", "accumulation"])

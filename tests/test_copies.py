@@ -42,6 +42,7 @@ def test_a_copy_of_an_optimizer_has_its_config(route):
     assert copied.inner_optimizer is not optimizer.inner_optimizer
 
 
+@pytest.mark.sample(1)
 @each_copy
 def test_a_copy_of_an_optimizer_with_state_has_its_config_and_no_state(route):
     optimizer = small.fit(small.model(nested())).optimizer
@@ -57,6 +58,7 @@ def test_a_copy_of_an_optimizer_with_state_has_its_config_and_no_state(route):
     small.assert_same_bits(trained.optimizer.get_weights(), expected.optimizer.get_weights())
 
 
+@pytest.mark.sample(2)
 @each_copy
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_copy_of_a_model_has_its_optimizers_state(route, swapped):

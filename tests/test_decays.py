@@ -150,6 +150,7 @@ class OneOverT(decays.Decay):
         return 1.0 / ops.cast(t, "float32")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "decay",
     [

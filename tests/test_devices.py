@@ -33,6 +33,7 @@ def run_tests(tests, **settings):
     assert f"{len(tests)} passed" in finished.stdout
 
 
+@pytest.mark.sample(1)
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's")
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
 def test_every_replica_of_a_mirrored_strategy_has_the_averages_of_one_device(policy, tmp_path):
@@ -52,6 +53,7 @@ def test_a_shadow_copy_is_made_in_the_scope_of_a_strategy():
     assert finished.returncode == 0, finished.stderr
 
 
+@pytest.mark.sample(1)
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="keras.distribution is for JAX")
 @pytest.mark.parametrize("kind", ["data", "model"])
 def test_sharded_training_is_that_of_the_bare_optimizer_and_gathers_nothing(kind):

@@ -14,6 +14,7 @@ BACKEND = keras.backend.backend()
 
 
 class TestExclude:
+    @pytest.mark.sample(4)
     @each_wrapper
     def test_a_variable_that_matches_has_no_average_and_keeps_its_raw_value(
         self, wrapper, tmp_path

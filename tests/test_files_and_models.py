@@ -57,6 +57,7 @@ class TestLayersThatStoreSomethingElse:
         model.fit(x, Y, epochs=5, batch_size=8, verbose=0)
         return model, x
 
+    @pytest.mark.sample(2)
     @pytest.mark.parametrize("kind", LOW_RANK)
     def test_averages_out_of_a_file_are_refused_with_the_way_to_keep_them(self, kind, tmp_path):
         model, x = self.trained(kind)
@@ -75,6 +76,7 @@ class TestLayersThatStoreSomethingElse:
         with model.optimizer.average_weights():  # those in the process stay
             assert np.abs(predictions(model, x) - raw).max() > 10 * TOLERANCE
 
+    @pytest.mark.sample(1)
     @pytest.mark.parametrize("kind", LOW_RANK)
     def test_a_file_of_the_averages_predicts_them_and_says_that_raw_weights_are_lost(
         self, kind, tmp_path
@@ -147,6 +149,7 @@ class TestQuantizedModels:
         model.compile(model.optimizer, "mse")
         return model
 
+    @pytest.mark.sample(2)
     @pytest.mark.parametrize("use", USES)
     @pytest.mark.parametrize("optimizer", [None, lambda: SWA(MovingAverage("sgd"), 0, 1)])
     def test_load_with_one_warning_for_what_belongs_to_no_variable(self, use, optimizer, tmp_path):
@@ -208,6 +211,7 @@ class TestQuantizedModels:
 
 
 class TestFloat8:
+    @pytest.mark.sample(2)
     @pytest.mark.parametrize("swapped", [False, True])
     @pytest.mark.parametrize(
         "wrapper",

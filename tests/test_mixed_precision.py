@@ -23,6 +23,7 @@ SGD = {
 
 
 # Not by Adam: its beta_2 is 1 in bfloat16, and nothing moves.
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("inner", SGD)
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "bfloat16"])
 def test_low_precision_policies(policy, inner, dtype_policy):
@@ -36,6 +37,7 @@ def test_low_precision_policies(policy, inner, dtype_policy):
     assert average.dtype == "float32"
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("inner", ["adam", "accumulation"])
 @each_wrapper
 def test_steps_skipped_in_the_middle_of_training(wrapper, inner, dtype_policy):

@@ -108,6 +108,7 @@ class TestFunctionsOfAModel:
             small.assert_same_bits(trainable(model), averages)
         small.assert_same_bits(trainable(model), raw)
 
+    @pytest.mark.sample(4)
     @pytest.mark.parametrize("swapped", [False, True])
     @pytest.mark.parametrize("kind", MAKERS)
     def test_assign_the_averages_for_good(self, kind, swapped):
@@ -120,6 +121,7 @@ class TestFunctionsOfAModel:
         assert not any(w.averages_in_model for w in keras_avg.averaging_optimizers(model))
         small.fit(model, epochs=1)
 
+    @pytest.mark.sample(2)
     @pytest.mark.parametrize("kind", MAKERS)
     def test_are_named_in_the_refusal_and_do_what_it_says(self, kind, tmp_path):
         model = self.model(kind)

@@ -32,6 +32,7 @@ def test_training_killed_in_the_middle_of_an_epoch_ends_where_it_would_have(tmp_
             np.testing.assert_array_equal(one[name], two[name], err_msg=name)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="keras.distribution is for JAX")
 @pytest.mark.parametrize("kind", ["data", "model"])
 def test_sharded_averages_are_swapped_and_saved_where_they_lie(kind, tmp_path):

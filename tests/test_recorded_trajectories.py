@@ -184,6 +184,7 @@ def test_no_recording_is_missing():
     assert len(TORCH) == 16
 
 
+@pytest.mark.sample(12)
 @_recorded(ADDONS, left_out=TRAINED_OTHERWISE)
 def test_training_goes_as_in_addons(recording, as_gradient, note_deviation):
     gradients = recording.gradients
@@ -206,6 +207,7 @@ def test_training_goes_as_in_addons(recording, as_gradient, note_deviation):
         assert _deviation(_arrays(variables), recording.assigned) <= TRAINING_TOLERANCE
 
 
+@pytest.mark.sample(20)
 @_recorded(OF_RECORDED_VALUES, left_out=SHADOW_COPY)
 def test_recorded_values_are_averaged_as_in_addons(recording, note_deviation):
     optimizer = _rule(recording, Assigns(learning_rate=1.0))
@@ -240,6 +242,7 @@ def _as_averaged_model(recording):
     )
 
 
+@pytest.mark.sample(6)
 @_recorded(TORCH, left_out={})
 def test_weights_are_averaged_as_in_torch(recording, note_deviation):
     optimizer = _as_averaged_model(recording)

@@ -56,6 +56,7 @@ def test_a_rule_is_short(rule):
     assert len(inspect.getsource(rule).splitlines()) <= LONGEST
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", RULES)
 def test_what_is_shown_is_that_of_the_oracle(name, way):
@@ -70,6 +71,7 @@ def test_what_is_shown_is_that_of_the_oracle(name, way):
             )
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("way", ["plain", "inside"])
 @pytest.mark.parametrize("name", RULES)

@@ -394,6 +394,7 @@ def test_a_scale_function_that_is_not_registered_has_no_config(scale_fn):
         schedule.get_config()
 
 
+@pytest.mark.sample(2)
 @each
 def test_a_saved_model_goes_on_with_the_schedule(schedule, tmp_path):
     inner = keras.optimizers.SGD(schedule, momentum=0.5)
@@ -413,6 +414,7 @@ def test_a_saved_model_goes_on_with_the_schedule(schedule, tmp_path):
 # Training.
 
 
+@pytest.mark.sample(3)
 @each
 def test_compiled_training_follows_the_rates(schedule):
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])

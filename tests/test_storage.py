@@ -47,6 +47,7 @@ class Drift(SWA):
             last.assign(grad)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
 def test_state_that_a_subclass_makes_as_in_keras_is_part_of_all_others(name, tmp_path):
     model = trained(Drift("adam", 0, 2))
@@ -120,6 +121,7 @@ def test_own_variables_stand_in_a_file_once(tmp_path):
     assert len(arrays) == len(model.optimizer.variables)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
 def test_files_bring_back_every_bit(tmp_path, name):
     model = trained(SWA(MovingAverage(optimizers.Adam(0.01)), 0, 2))

@@ -131,6 +131,7 @@ def test_the_context_leaves_averages_that_were_there_before():
     assert model.optimizer.averages_in_model
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "optimizer",
     [lambda: SWA(optimizers.Adam(0.01), 1, 2), lambda: MovingAverage(optimizers.Adam(0.01))],
@@ -299,6 +300,7 @@ def test_a_new_optimizer_starts_from_the_averages_that_another_left_in_the_model
 
 
 class TestFilesWrittenWhileSwapped:
+    @pytest.mark.sample(2)
     @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
     @pytest.mark.parametrize(
         "optimizer",

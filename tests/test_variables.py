@@ -97,6 +97,7 @@ def test_models_of_all_kinds(model, inner):
     bare_training.assert_invisible(model, INNER[inner])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("inner", ["adam", "accumulation"])
 def test_float8(inner):
     model = bare_training.assert_invisible(in_float8, INNER[inner])
@@ -111,6 +112,7 @@ def test_float8(inner):
         small.assert_same_bits([small.numpy(model.layers[0].kernel_scale)], [scale])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("inner", ["adam", "nesterov", "clipping", "accumulation", "loss scale"])
 def test_an_embedding_with_repeated_words(inner):
     if keras.backend.backend() == "tensorflow" and inner == "loss scale":
@@ -123,6 +125,7 @@ def test_an_embedding_under_a_loss_scale_optimizer(dtype_policy):
     bare_training.assert_invisible(embedding, INNER["clipping"], fit_words)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("clipping", ["clipnorm", "clipvalue", "global_clipnorm"])
 def test_gradients_of_an_embedding_are_clipped_as_by_the_inner_optimizer(clipping):
     bare = fit_words(embedding(optimizers.SGD(0.5, **{clipping: 0.01})), [])
@@ -232,6 +235,7 @@ def adam_and_sgd(wrap_kernels=lambda inner: inner, wrap_rest=lambda inner: inner
     return for_kernels_and_the_rest(kernels, rest)
 
 
+@pytest.mark.sample(1)
 @has_multi_optimizer
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
 def test_a_multi_optimizer_inside(policy, dtype_policy):
@@ -239,6 +243,7 @@ def test_a_multi_optimizer_inside(policy, dtype_policy):
     bare_training.assert_invisible(small.model, adam_and_sgd)
 
 
+@pytest.mark.sample(1)
 @has_multi_optimizer
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
 def test_wrappers_as_members_of_a_multi_optimizer(policy, dtype_policy):

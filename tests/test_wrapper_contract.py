@@ -63,6 +63,7 @@ def test_a_loaded_model_trains_on_as_if_it_had_never_stopped(wrapper, inner, tmp
     small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
 
 
+@pytest.mark.sample(6)
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch runs Python at each step")
 @pytest.mark.parametrize("inner", ["adam", "accumulation"])
 @each_wrapper
@@ -98,6 +99,7 @@ def test_a_config_makes_the_same_optimizer_again(wrapper, inner):
     assert keras.saving.deserialize_keras_object(serialized).get_config() == config
 
 
+@pytest.mark.sample(6)
 @each_wrapper
 def test_a_snapshot_takes_place_after_every_real_update_that_is_due(wrapper):
     model = small.model(wrapped(wrapper, "accumulation"))
@@ -109,6 +111,7 @@ def test_a_snapshot_takes_place_after_every_real_update_that_is_due(wrapper):
     assert all(w.has_average for w in wrappers)
 
 
+@pytest.mark.sample(5)
 @each_wrapper
 def test_paths_of_all_variables_are_unique(wrapper):
     model = small.fit(small.model(wrapped(wrapper, "adam")), epochs=1)
@@ -119,6 +122,7 @@ def test_paths_of_all_variables_are_unique(wrapper):
     model.get_state_tree()
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("policy", ["float32", "bfloat16"])
 @each_wrapper
 def test_averages_are_swapped_in_and_every_bit_comes_back(wrapper, policy, dtype_policy, tmp_path):
@@ -142,6 +146,7 @@ def test_averages_are_swapped_in_and_every_bit_comes_back(wrapper, policy, dtype
     small.assert_same_bits(model.optimizer.get_weights(), state)
 
 
+@pytest.mark.sample(5)
 @each_wrapper
 def test_what_is_kept_of_low_precision_variables_is_float32(wrapper, dtype_policy):
     dtype_policy("bfloat16")
@@ -173,6 +178,7 @@ def test_a_non_finite_variable_stays_out_if_that_is_asked_for(wrapper, bad):
     assert optimizer.num_snapshots == snapshots
 
 
+@pytest.mark.sample(4)
 @each_wrapper
 def test_steps_by_hand_and_compiled_steps_take_turns(wrapper):
     """No buffer is shared, which a compiled JAX step could not donate twice."""

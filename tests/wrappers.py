@@ -126,9 +126,9 @@ INNER = {
     "loss scale": lambda: optimizers.Adam(0.01, loss_scale_factor=1024.0),
     "schedule": lambda: optimizers.SGD(optimizers.schedules.CosineDecay(0.1, 8)),
 }
-# Every wrapper around these, and this nest around every inner optimizer, in the quick tests. The
-# thorough tests take the rest of the product.
-ALWAYS = ("adam", "accumulation")
+# Every wrapper around the first, and the nest around all three, in the quick tests. The thorough
+# tests take the rest of the product.
+ALWAYS = ("adam", "accumulation", "nesterov")
 NEST = "SWA of MovingAverage"  # both kinds of average at once
 
 
@@ -141,7 +141,7 @@ def product(rows=tuple(WRAPPERS), inner=tuple(INNER)):
                 row,
                 kind,
                 id=f"{row}-{kind}",
-                marks=() if kind in ALWAYS or row == NEST else pytest.mark.thorough,
+                marks=() if kind in ALWAYS[: 3 if row == NEST else 1] else pytest.mark.thorough,
             )
             for row in rows
             for kind in inner

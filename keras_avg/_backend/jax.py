@@ -127,14 +127,18 @@ def put_if(
                 target.assign(jnp.array(result, copy=True))
         return
 
-    def kept() -> list[list[Any]]:
-        return [[target.value for target in ring] for ring in rings]
+    def kept(ring: Sequence[Any]) -> list[Any]:
+        return [target.value for target in ring]
 
-    def put_in(i: int) -> Callable[[], list[list[Any]]]:
-        return lambda: [changed(ring) if i == j else kept()[j] for j, ring in enumerate(rings)]
+    # Not `lax.switch`: each of its branches would have all rings as results, and compiling takes
+    # minutes for a hundred of them.
+    def put() -> list[list[Any]]:
+        return [
+            jax.lax.cond(place == i, lambda ring=ring: changed(ring), lambda ring=ring: kept(ring))
+            for i, ring in enumerate(rings)
+        ]
 
-    branches = [put_in(i) for i in range(len(rings))]
-    results = jax.lax.cond(condition, lambda: jax.lax.switch(place, branches), kept)
+    results = jax.lax.cond(condition, put, lambda: [kept(ring) for ring in rings])
     for ring, values in zip(rings, results, strict=True):
         for target, result in zip(ring, values, strict=True):
             target.assign(result)
