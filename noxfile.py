@@ -4,7 +4,7 @@ import re
 
 import nox
 
-nox.options.sessions = ["lint", "tests", "integration"]
+nox.options.sessions = ["lint", "tests"]
 nox.options.default_venv_backend = "virtualenv"
 
 KERAS = "3.15.1"
@@ -26,6 +26,7 @@ LOADERS = ["openvino==2026.*"]
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 OLDEST_KERAS = re.fullmatch(r"keras>=([\d.]+)", PROJECT["dependencies"][0])[1]
 THOROUGH = ("-m", "thorough")
+ALL = ("tests", "integration_tests", f"--ignore={ACROSS}")
 
 
 @nox.session
@@ -45,15 +46,7 @@ each_backend = nox.parametrize("backend", list(FRAMEWORKS), ids=list(FRAMEWORKS)
 def tests(session, backend):
     """The quick tests on one backend, with no other framework installed."""
     prepare(session, backend)
-    run_tests(session, backend, "tests")
-
-
-@nox.session
-@each_backend
-def integration(session, backend):
-    """The quick tests that take several processes: workers of one job."""
-    prepare(session, backend)
-    run_tests(session, backend, "integration_tests", f"--ignore={ACROSS}")
+    run_tests(session, backend, *ALL)
 
 
 @nox.session
@@ -70,7 +63,7 @@ def thorough(session):
 def rest(session, backend):
     """The thorough tests on one backend."""
     prepare(session, backend)
-    run_tests(session, backend, *THOROUGH, "tests", "integration_tests", f"--ignore={ACROSS}")
+    run_tests(session, backend, *THOROUGH, *ALL)
 
 
 @nox.session

@@ -48,11 +48,12 @@ def check(results):
         assert result["empty"] == []
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.thorough)])
 def test_workers_sum_and_refuse_what_does_not_fit(size):
     check(workers.run("sums.py", size))
 
 
+@pytest.mark.thorough
 def test_a_worker_may_start_late():
     check(workers.run("sums.py", 2, 1, 5))
 
@@ -62,6 +63,7 @@ def test_workers_under_torchrun():
     check(workers.torchrun("sums.py", 2))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("fault", ["kill", "stall"])
 @pytest.mark.parametrize("failing", [1, 0])
 def test_a_worker_that_dies_or_stalls_is_an_error_on_the_others(fault, failing, tmp_path):
@@ -84,6 +86,7 @@ def names_the_missing(rank):
     return rank != 0 if BACKEND in ("torch", "tensorflow") else True
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(BACKEND == "torch", reason="a frozen process looks like a stalled one to gloo")
 def test_a_frozen_worker_is_an_error_on_the_others(tmp_path):
     processes = workers.start("fail.py", 3, 1, "stop", TIMEOUT, tmp_path)
@@ -107,6 +110,7 @@ def test_joining_after_the_first_variable_is_refused():
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow waits as long as it likes")
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("absent", [1, 0])
 def test_a_worker_that_never_comes_ends_the_waiting(absent):
     processes = workers.start("join.py", 2, "alone", TIMEOUT, absent=[absent])

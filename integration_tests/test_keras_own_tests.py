@@ -18,6 +18,7 @@ import pytest
 
 import keras_avg
 
+pytestmark = pytest.mark.thorough
 HERE = pathlib.Path(__file__).parent
 KERAS = pathlib.Path(keras.__file__).parent / "src"
 ON_TENSORFLOW = pytest.mark.skipif(

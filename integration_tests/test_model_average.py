@@ -67,6 +67,11 @@ def largest_deviation(results, batches, **arguments):
     return float(np.max(deviations))
 
 
+THREE_WORKERS = [
+    pytest.param(batches, marks=pytest.mark.thorough) for batches in ([20, 20, 20], [10, 16, 13])
+]
+
+
 def test_the_original_check_and_the_slopes_of_bmuf():
     chief, worker = workers.run("check_original.py", 2)
     assert chief["steps"] == [
@@ -80,7 +85,7 @@ def test_the_original_check_and_the_slopes_of_bmuf():
     np.testing.assert_allclose(worker["slope"], [56.56562805, 35.284214], rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("batches", [[20, 20], [20, 20, 20], [10, 16, 13]], ids=str)
+@pytest.mark.parametrize("batches", [[20, 20], *THREE_WORKERS], ids=str)
 @pytest.mark.parametrize("outer", [None, NESTEROV], ids=["mean", "DiLoCo"])
 def test_fit_on_different_shards_is_that_of_numpy(batches, outer, record_property):
     results = train(len(batches), batches=batches, outer=outer)
@@ -126,6 +131,7 @@ def test_the_center_is_in_the_model_after_training_with_both_callbacks():
 
 
 class TestFailure:
+    @pytest.mark.sample(1)
     @pytest.mark.parametrize("fault", ["kill", "stall"])
     def test_of_one_worker_is_an_error_on_the_others_within_the_timeout(self, fault, tmp_path):
         options = {
