@@ -5,16 +5,15 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_avg import _backend, _keras_internals
-from keras_avg._wrapping import bindings, finding, nesting, swap
+from keras_avg._wrapping import bindings, due_steps, finding, nesting, summary, swap
 from keras_avg.batch_norm import refuse_one_pass_data, statistics, update_batch_norm
+from keras_avg.callbacks import _scalars
 from keras_avg.callbacks.synchronize_workers import keep_company
 from keras_avg.distributed import LocalCommunicator
 
 LONELY = LocalCommunicator()
-LOOK_AHEAD = 2**22  # steps, of which the beginning of training looks for one that is due
 
 
 class SwapAverageWeights(keras.callbacks.Callback):
@@ -49,6 +48,13 @@ class SwapAverageWeights(keras.callbacks.Callback):
             `val_*` in the logs, the history and the progress bar. It takes a second pass over the
             validation data, which a Python generator cannot give. Callbacks that read the logs,
             such as `TensorBoard`, come after this one in the list. Default False.
+        log_averages: Bool. If True, the logs of an epoch hold `average/decay`, the share of the
+            average that an averaging keeps now (not for rules without such a number), and
+            `average/distance`, the norm of the raw weights minus the averages. `TensorBoard` draws
+            them where it comes after this callback in the list. The distance is computed once an
+            epoch, when the averages go in. Default False.
+        verbose: 0 or 1. If 1, each epoch that has averages ends with a line that says which ones,
+            how many snapshots they hold, and how many updates there were. Default 0.
         optimizer: One of the model's averaging wrappers, to take the averages from. Default None:
             the outermost that has a snapshot.
 
@@ -76,6 +82,8 @@ class SwapAverageWeights(keras.callbacks.Callback):
         batch_norm_data: Any = None,
         log_raw: bool = False,
         optimizer: Any = None,
+        log_averages: bool = False,
+        verbose: int = 0,
     ) -> None:
         super().__init__()
         refuse_one_pass_data("batch_norm_data", batch_norm_data)
@@ -83,6 +91,9 @@ class SwapAverageWeights(keras.callbacks.Callback):
         self.batch_norm_data = batch_norm_data
         self.log_raw = log_raw
         self.optimizer = optimizer
+        self.log_averages = log_averages
+        self.verbose = verbose
+        self._scalars: dict[str, float] = {}  # of this epoch
         self._in_fit = False
         self._validated = False  # in this epoch
         self._has_validated = False  # in this `fit`
@@ -104,7 +115,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Go on from the raw weights; `BackupAndRestore` may have loaded since training began."""
-        self._in_fit, self._validated = True, False
+        self._in_fit, self._validated, self._scalars = True, False, {}
         self._take_averages_out()
         if not self._has_begun:
             self._has_begun = True
@@ -140,6 +151,11 @@ class SwapAverageWeights(keras.callbacks.Callback):
             logs.update(self._raw_logs(logs))
         if self.swap_on_epoch:
             self._put_averages_in()
+        if self.log_averages and logs is not None:
+            logs.update(self._scalars or _scalars.of(self._chosen()))
+        if self.verbose:
+            for wrapper in self._chosen():
+                print(f"Epoch {epoch + 1}: averages of {summary.in_one_line(wrapper)}")
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Leave the averages in the model: of several workers, those that all end with."""
@@ -189,6 +205,8 @@ class SwapAverageWeights(keras.callbacks.Callback):
 
     def _put_averages_in(self) -> None:
         chosen = [wrapper for wrapper in self._chosen() if not wrapper.averages_in_model]
+        if self.log_averages and chosen:
+            self._scalars = _scalars.of(chosen)
         for wrapper in chosen:
             wrapper.swap_weights()
         if chosen and self.batch_norm_data is not None:
@@ -254,9 +272,8 @@ def _will_average(wrapper: Any, batches: int) -> bool:
     if getattr(wrapper, "communicator", LONELY).size > 1:  # other workers may go on for longer
         return True
     done = wrapper.updates_so_far()
-    steps = np.arange(done, min(done + _updates_in(wrapper, batches), done + LOOK_AHEAD))
+    last = done + min(_updates_in(wrapper, batches), due_steps.LOOK_AHEAD)
     try:
-        due = wrapper.is_due(steps)
-        return due is True or bool(np.any(ops.convert_to_numpy(due)))
+        return due_steps.first_due(wrapper, np.arange(done, last)) is not None
     except (TypeError, ValueError, RuntimeError):  # a rule that takes one step at a time
         return True
