@@ -93,3 +93,42 @@ def test_an_average_in_bfloat16_is_kept_finer_than_its_variable(dtype_policy):
     small.apply(optimizer, [variable], [[-1 / 128]])
 
     np.testing.assert_array_equal(optimizer.get_slot(variable, "average"), [1 + 1 / 512])
+
+
+def float32_of(tensor):
+    return keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float32"))
+
+
+STRIDED = pytest.param(
+    True, marks=pytest.mark.skipif(keras.backend.backend() != "torch", reason="torch has strides")
+)
+
+
+@pytest.mark.parametrize("is_strided", [False, STRIDED])
+def test_float32_averages_of_large_low_precision_variables(is_strided):
+    """Of such variables torch averages a piece at a time, and others whole."""
+    rng = np.random.default_rng(0)
+    shapes = [(3,), (300, 500), (2,), (70_000,), (1, 1)]
+    variables = [keras.Variable(rng.normal(size=shape), dtype="bfloat16") for shape in shapes]
+    optimizer = MovingAverage(optimizers.SGD(0.1), average_decay=0.75)
+    optimizer.build(variables)
+    expected = [float32_of(variable) for variable in variables]
+    if is_strided:
+        for variable in variables[1], optimizer.get_slot(variables[3], "average"):
+            variable.value.data = strided(variable.value.data)
+
+    for _ in range(3):
+        optimizer.apply([keras.ops.ones(variable.shape, variable.dtype) for variable in variables])
+        values = map(float32_of, variables)
+        expected = [a + np.float32(0.25) * (v - a) for a, v in zip(expected, values, strict=True)]
+
+    for variable, array in zip(variables, expected, strict=True):
+        average = small.numpy(optimizer.get_slot(variable, "average"))
+        np.testing.assert_allclose(average, array, rtol=1e-6, atol=1e-7)
+
+
+def strided(tensor):
+    """The same values in every second place of the memory."""
+    wider = tensor.new_empty((*tensor.shape, 2))
+    wider[..., 0] = tensor
+    return wider[..., 0]

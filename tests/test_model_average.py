@@ -9,7 +9,7 @@ from fake_workers import Twin
 from keras import ops, optimizers
 
 import keras_avg
-from keras_avg import SWA, Lookahead, ModelAverage, MovingAverage, _backend
+from keras_avg import SWA, ModelAverage, MovingAverage, _backend
 
 TOLERANCE = 1e-6  # float32, over two dozen steps of variables of order 1
 OUTER_TOLERANCE = 2e-6  # with a momentum of rounds on top
@@ -491,11 +491,6 @@ class TestArguments:
 
     def test_what_the_communicator_says_is_accepted(self):
         assert ModelAverage("sgd", num_worker=1, is_chief=True).communicator.size == 1
-
-    @pytest.mark.parametrize("wrapper", [SWA, MovingAverage, Lookahead, ModelAverage])
-    def test_another_wrapper_around_it_is_refused(self, wrapper):
-        with pytest.raises(ValueError, match="ModelAverage must be the outermost"):
-            wrapper(ModelAverage("sgd"))
 
     def test_the_config_has_what_does_not_depend_on_the_machine(self):
         outer = optimizers.SGD(0.7, momentum=0.9, nesterov=True)

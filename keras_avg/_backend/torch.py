@@ -6,14 +6,18 @@ What asks for a Python number stays outside a compiled graph, `torch.compile` br
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import compress
 from typing import Any
 
 import keras
 import numpy as np
 import torch
 
+from keras_avg import _keras_internals
+
 IN_CACHE = 2**16  # elements: what is read again soon stays in the processor's cache
+ON_GPU = 2**24  # elements: few kernels, and little memory beside the averages
 
 outside_graph = torch.compiler.disable
 
@@ -175,15 +179,49 @@ def lerp_if(
     if not condition or not averages:
         return
     w = weight()
-    pairs = [(_tensor(a), _tensor(v)) for a, v in zip(averages, variables, strict=True)]
-    # The multi-tensor kernel wants equal dtypes; the others go one by one, which keeps the
-    # temporary copy of a low-precision value to one variable.
-    alike = [(a, v) for a, v in pairs if a.dtype == v.dtype]
-    if alike and w != 1.0:
-        torch._foreach_lerp_([a for a, _ in alike], [v for _, v in alike], w)
-    for average, value in pairs:
-        if average.dtype != value.dtype or w == 1.0:
-            _lerp_(average, value, w)
+    kept, values = map(_keras_internals.values_of, (averages, variables))
+    if w == 1.0:  # `lerp` makes NaN of an infinite value
+        torch._foreach_copy_(kept, values)
+        return
+    same = [average.dtype == value.dtype for average, value in zip(kept, values, strict=True)]
+    if any(same):  # the multi-tensor kernel wants equal dtypes
+        torch._foreach_lerp_(*(list(compress(tensors, same)) for tensors in (kept, values)), w)
+    if all(same):
+        return
+    others = [not each for each in same]
+    for some, their_values in _pieces(compress(kept, others), compress(values, others)):
+        converted = [torch.empty_like(average) for average in some]
+        torch._foreach_copy_(converted, their_values)
+        torch._foreach_lerp_(some, converted, w)
+
+
+def _pieces(
+    averages: Iterable[Any], values: Iterable[Any]
+) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Parts of the tensors, in lists of the size of a cache, or on a GPU of a large kernel."""
+    some: list[tuple[Any, Any]] = []
+    size = 0
+    for average, value in zip(averages, values, strict=True):
+        limit = IN_CACHE if average.is_cpu else ON_GPU
+        for pair in _split((average, value), limit):
+            if some and size + pair[0].numel() > limit:
+                yield _columns(some)
+                some, size = [], 0
+            some.append(pair)
+            size += pair[0].numel()
+    if some:
+        yield _columns(some)
+
+
+def _split(pair: tuple[Any, Any], limit: int) -> Iterable[tuple[Any, Any]]:
+    if pair[0].numel() <= limit or not all(tensor.is_contiguous() for tensor in pair):
+        return (pair,)
+    return zip(*(tensor.view(-1).split(limit) for tensor in pair), strict=True)
+
+
+def _columns(pairs: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+    first, second = zip(*pairs, strict=True)
+    return list(first), list(second)
 
 
 def start_averages(updates: Any, averages: Sequence[Any], variables: Sequence[Any]) -> None:

@@ -235,7 +235,7 @@ class AveragedOptimizerWrapper(ShowsAverages):
         """The arguments that decide when and with which weight is averaged, as text for errors."""
         shared = AveragedOptimizerWrapper.get_config(self)
         own = {name: value for name, value in self.get_config().items() if name not in shared}
-        return ", ".join(f"{name}={value!r}" for name, value in own.items())
+        return ", ".join(f"{name}={_as_text(value)}" for name, value in own.items())
 
     def _refuse_owners_inside(self) -> None:
         arguments.refuse_owners_of_variables(self.inner_optimizer, type(self).__name__)
@@ -274,6 +274,14 @@ class AveragedOptimizerWrapper(ShowsAverages):
         # Not `ops.cast`: it rounds a Python float to float32 first.
         weight = ops.convert_to_tensor(weight, dtype)
         return ops.where(self.snapshots_so_far == 0, ops.ones((), dtype), weight)
+
+
+def _as_text(value: Any) -> str:
+    """A value of a config: of an object, what would construct it."""
+    if not (isinstance(value, dict) and "class_name" in value):
+        return repr(value)
+    config = (value.get("config") or {}).items()
+    return f"{value['class_name']}({', '.join(f'{k}={_as_text(v)}' for k, v in config)})"
 
 
 def _both(first: Any, second: Any) -> Any:

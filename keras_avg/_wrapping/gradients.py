@@ -21,12 +21,14 @@ def process(wrapper: Any, grads: list[Any], variables: list[Any], aggregate: boo
     if aggregate and wrapper.gradient_aggregator is not None:
         functions.insert(0, wrapper.gradient_aggregator)
     clips = any((wrapper.clipnorm, wrapper.clipvalue, wrapper.global_clipnorm))
+    if not functions and not clips:
+        return grads
     chosen = [
         i
         for i, (grad, variable) in enumerate(zip(grads, variables, strict=True))
         if grad is not None and _keras_internals.is_averageable(variable)
     ]
-    if not chosen or not (functions or clips):
+    if not chosen:
         return grads
 
     scale = wrapper.loss_scale_factor

@@ -5,16 +5,15 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_avg import _backend, _keras_internals
-from keras_avg._wrapping import bindings, finding, nesting, swap
+from keras_avg._wrapping import bindings, due_steps, finding, nesting, summary, swap
 from keras_avg.batch_norm import refuse_one_pass_data, statistics, update_batch_norm
+from keras_avg.callbacks import _scalars
 from keras_avg.callbacks.synchronize_workers import keep_company
 from keras_avg.distributed import LocalCommunicator
 
 LONELY = LocalCommunicator()
-LOOK_AHEAD = 2**22  # steps; at the beginning, the callback looks for a due step among so many
 
 
 class SwapAverageWeights(keras.callbacks.Callback):
@@ -56,6 +55,13 @@ class SwapAverageWeights(keras.callbacks.Callback):
             the progress bar have `val_raw_*` beside `val_*`. This reads the validation data a
             second time, so the data must not be a Python generator. List callbacks that read the
             logs, such as `TensorBoard`, after this one. Default False.
+        log_averages: Bool. If True, the logs of an epoch have two more numbers. `average/decay` is
+            the share of the average that an averaging keeps now. Rules without such a number do not
+            log it. `average/distance` is the norm of the raw weights minus the averages. It is
+            computed once in an epoch, when the averages are put in. List `TensorBoard` after this
+            callback to draw both. Default False.
+        verbose: 0 or 1. If 1, each epoch that has averages ends with a line. It says which averages
+            they are, how many snapshots they have, and how many updates there were. Default 0.
         optimizer: One of the model's averaging wrappers, whose averages to use. Default None: the
             outermost wrapper that has a snapshot.
 
@@ -83,6 +89,8 @@ class SwapAverageWeights(keras.callbacks.Callback):
         batch_norm_data: Any = None,
         log_raw: bool = False,
         optimizer: Any = None,
+        log_averages: bool = False,
+        verbose: int = 0,
     ) -> None:
         super().__init__()
         refuse_one_pass_data("batch_norm_data", batch_norm_data)
@@ -90,6 +98,9 @@ class SwapAverageWeights(keras.callbacks.Callback):
         self.batch_norm_data = batch_norm_data
         self.log_raw = log_raw
         self.optimizer = optimizer
+        self.log_averages = log_averages
+        self.verbose = verbose
+        self._scalars: dict[str, float] = {}  # of this epoch
         self._in_fit = False
         self._validated = False  # in this epoch
         self._has_validated = False  # in this `fit`
@@ -113,7 +124,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Go on from the raw weights. `BackupAndRestore` may have loaded averages before."""
-        self._in_fit, self._validated = True, False
+        self._in_fit, self._validated, self._scalars = True, False, {}
         self._take_averages_out()
         if not self._has_begun:
             self._has_begun = True
@@ -149,6 +160,11 @@ class SwapAverageWeights(keras.callbacks.Callback):
             logs.update(self._raw_logs(logs))
         if self.swap_on_epoch:
             self._put_averages_in()
+        if self.log_averages and logs is not None:
+            logs.update(self._scalars or _scalars.of(self._chosen()))
+        if self.verbose:
+            for wrapper in self._chosen():
+                print(f"Epoch {epoch + 1}: averages of {summary.in_one_line(wrapper)}")
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Leave the averages in the model. Several workers first finish their last round."""
@@ -198,6 +214,8 @@ class SwapAverageWeights(keras.callbacks.Callback):
 
     def _put_averages_in(self) -> None:
         chosen = [wrapper for wrapper in self._chosen() if not wrapper.averages_in_model]
+        if self.log_averages and chosen:
+            self._scalars = _scalars.of(chosen)
         for wrapper in chosen:
             wrapper.swap_weights()
         if chosen and self.batch_norm_data is not None:
@@ -263,9 +281,8 @@ def _will_average(wrapper: Any, batches: int) -> bool:
     if getattr(wrapper, "communicator", LONELY).size > 1:  # Other workers may train longer.
         return True
     done = wrapper.updates_so_far()
-    steps = np.arange(done, min(done + _updates_in(wrapper, batches), done + LOOK_AHEAD))
+    last = done + min(_updates_in(wrapper, batches), due_steps.LOOK_AHEAD)
     try:
-        due = wrapper.is_due(steps)
-        return due is True or bool(np.any(ops.convert_to_numpy(due)))
+        return due_steps.first_due(wrapper, np.arange(done, last)) is not None
     except (TypeError, ValueError, RuntimeError):  # The rule takes no array of steps.
         return True
