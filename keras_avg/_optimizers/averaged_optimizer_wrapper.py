@@ -277,7 +277,7 @@ class AveragedOptimizerWrapper(ShowsAverages):
 
 
 def _as_text(value: Any) -> str:
-    """A value of a config: of an object, what would construct it."""
+    """A value of a config as text. An object is written as the call that constructs it."""
     if not (isinstance(value, dict) and "class_name" in value):
         return repr(value)
     config = (value.get("config") or {}).items()

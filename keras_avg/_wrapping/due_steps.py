@@ -1,11 +1,11 @@
-"""Which steps are due: the rule is asked for many steps at once, outside of training."""
+"""Finds the steps that are due. It asks the rule about many steps at once, outside of training."""
 
 from typing import Any
 
 import numpy as np
 from keras import ops
 
-LOOK_AHEAD = 2**22  # steps at which a rule is asked at once
+LOOK_AHEAD = 2**22  # the largest number of steps in one question to a rule
 
 
 def first_due(wrapper: Any, steps: np.ndarray) -> int | None:
@@ -16,10 +16,10 @@ def first_due(wrapper: Any, steps: np.ndarray) -> int | None:
         steps: Array of steps, in order.
 
     Returns:
-        A step; None if none of them is due.
+        A step, or None if none of them is due.
 
     Raises:
-        TypeError, ValueError, RuntimeError: If the rule takes one step at a time only.
+        TypeError, ValueError, RuntimeError: If the rule takes no array of steps.
     """
     due = wrapper.is_due(steps)
     if due is True:
@@ -29,7 +29,7 @@ def first_due(wrapper: Any, steps: np.ndarray) -> int | None:
 
 
 def next_due(wrapper: Any) -> int | None:
-    """The next step after which a wrapper averages; None where its rule does not tell."""
+    """The next step after which a wrapper averages, or None if its rule cannot say it."""
     done = wrapper.updates_so_far()
     try:
         return first_due(wrapper, np.arange(done, done + LOOK_AHEAD, dtype="int32"))

@@ -1,4 +1,4 @@
-"""What a person wants to know of a model's averages, as text."""
+"""Describes a model's averages as text, for people."""
 
 import math
 import re
@@ -12,10 +12,10 @@ from keras_avg._wrapping import due_steps, finding
 
 
 def summary(model: Any, print_fn: Callable[[str], Any] | None = None) -> None:
-    """Print a table of a model's averages: one column a wrapper, the outermost first.
+    """Print a table of a model's averages. It has a column for each wrapper, the outermost first.
 
-    It says the wrapper and its rule, how many updates and snapshots there have been, which step
-    brings the next snapshot, how many bytes the wrapper keeps, and which copy is in the model.
+    The table shows the wrapper and its rule, the numbers of updates and snapshots so far, the step
+    of the next snapshot, the memory of the stores, and which copy is in the model now.
 
     Args:
         model: A compiled `keras.Model`.
@@ -55,7 +55,7 @@ def summary(model: Any, print_fn: Callable[[str], Any] | None = None) -> None:
 
 
 def in_one_line(wrapper: Any) -> str:
-    """Which average this is, how many snapshots it has, and of which step the last update is."""
+    """A line with the name of the average, its rule, and the numbers of snapshots and updates."""
     return (
         f"{wrapper.name} ({wrapper.rule()}): {wrapper.num_snapshots} snapshots in "
         f"{wrapper.updates_so_far()} updates"

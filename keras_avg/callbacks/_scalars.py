@@ -1,4 +1,4 @@
-"""Two numbers that say what an average does."""
+"""Two numbers for the logs that describe an average."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from keras_avg import _backend
 def of(wrappers: list[Any]) -> dict[str, float]:
     """`average/decay` of the first wrapper, and `average/distance` over the variables of all.
 
-    The model holds the raw weights. Empty if there are no wrappers.
+    The model must hold the raw weights. Without wrappers the dict is empty.
     """
     if not wrappers:
         return {}
@@ -22,7 +22,7 @@ def of(wrappers: list[Any]) -> dict[str, float]:
 def _decay(wrapper: Any) -> dict[str, float]:
     try:
         weight = wrapper.value_weight(ops.convert_to_tensor(wrapper.updates_so_far() - 1))
-    except NotImplementedError:  # the rule has no such number
+    except NotImplementedError:  # The rule has no such number.
         return {}
     return {"average/decay": 1.0 - float(ops.convert_to_numpy(weight))}
 

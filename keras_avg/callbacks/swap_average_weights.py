@@ -100,7 +100,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
         self.optimizer = optimizer
         self.log_averages = log_averages
         self.verbose = verbose
-        self._scalars: dict[str, float] = {}  # of this epoch
+        self._scalars: dict[str, float] = {}  # for the logs of this epoch
         self._in_fit = False
         self._validated = False  # in this epoch
         self._has_validated = False  # in this `fit`
