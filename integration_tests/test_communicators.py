@@ -49,7 +49,7 @@ def check(results):
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.thorough)])
-def test_workers_sum_and_refuse_what_does_not_fit(size):
+def test_workers_sum_arrays_and_refuse_arrays_that_do_not_fit(size):
     check(workers.run("sums.py", size))
 
 
@@ -59,14 +59,14 @@ def test_a_worker_may_start_late():
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="torchrun is torch's launcher")
-def test_workers_under_torchrun():
+def test_workers_can_be_started_by_torchrun():
     check(workers.torchrun("sums.py", 2))
 
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("fault", ["kill", "stall"])
 @pytest.mark.parametrize("failing", [1, 0])
-def test_a_worker_that_dies_or_stalls_is_an_error_on_the_others(fault, failing, tmp_path):
+def test_a_worker_that_dies_or_hangs_is_an_error_on_the_others(fault, failing, tmp_path):
     if BACKEND == "jax" and failing == 0 and fault == "kill":
         pytest.skip("JAX aborts the others when the process with its coordination service dies")
     results = workers.finish(workers.start("fail.py", 3, failing, fault, TIMEOUT, tmp_path))
@@ -112,7 +112,7 @@ def test_joining_after_the_first_variable_is_refused():
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow waits as long as it likes")
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("absent", [1, 0])
-def test_a_worker_that_never_comes_ends_the_waiting(absent):
+def test_waiting_for_a_worker_that_never_comes_ends_with_an_error(absent):
     processes = workers.start("join.py", 2, "alone", TIMEOUT, absent=[absent])
     ((code, result, err),) = workers.finish(processes)
     if BACKEND == "jax":

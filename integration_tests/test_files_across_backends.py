@@ -48,7 +48,9 @@ def loaded(run_program, saved, tmp_path_factory):
 @names
 @held_values
 @policies
-def test_every_bit_is_there(saved, loaded, backend, source, name, held, policy):
+def test_a_file_from_another_backend_restores_every_bit(
+    saved, loaded, backend, source, name, held, policy
+):
     expected = np.load(saved / source / f"{policy}-{held}.npz")
     found = np.load(loaded(backend) / f"{source}-{policy}-{held}-{name}.npz")
 
@@ -63,7 +65,9 @@ def test_every_bit_is_there(saved, loaded, backend, source, name, held, policy):
 @backends
 @sources
 @pytest.mark.parametrize("name", ["ModelAverage", "Lookahead"])
-def test_averages_that_flow_back_are_there_too(saved, loaded, backend, source, name):
+def test_a_file_from_another_backend_restores_averages_that_flow_back(
+    saved, loaded, backend, source, name
+):
     expected = np.load(saved / source / f"{name}.npz")
     found = np.load(loaded(backend) / f"{source}-{name}.npz")
 
@@ -78,7 +82,9 @@ def test_averages_that_flow_back_are_there_too(saved, loaded, backend, source, n
 @sources
 @names
 @held_values
-def test_it_goes_on_as_it_would_have(saved, loaded, backend, source, name, held):
+def test_training_goes_on_from_a_file_of_another_backend(
+    saved, loaded, backend, source, name, held
+):
     expected = np.load(saved / source / f"float32-{held}.npz")
     found = np.load(loaded(backend) / f"{source}-float32-{held}-{name}.npz")
 

@@ -72,7 +72,7 @@ THREE_WORKERS = [
 ]
 
 
-def test_the_original_check_and_the_slopes_of_bmuf():
+def test_workers_give_the_numbers_of_the_original_check_and_of_bmuf():
     chief, worker = workers.run("check_original.py", 2)
     assert chief["steps"] == [
         [[1.0, 2.0], [0.0, 1.0], 0],
@@ -87,7 +87,7 @@ def test_the_original_check_and_the_slopes_of_bmuf():
 
 @pytest.mark.parametrize("batches", [[20, 20], *THREE_WORKERS], ids=str)
 @pytest.mark.parametrize("outer", [None, NESTEROV], ids=["mean", "DiLoCo"])
-def test_fit_on_different_shards_is_that_of_numpy(batches, outer, record_property):
+def test_fit_on_different_shards_equals_the_training_in_numpy(batches, outer, record_property):
     results = train(len(batches), batches=batches, outer=outer)
 
     deviation = largest_deviation(results, batches, outer=outer)
@@ -106,7 +106,7 @@ def alone_traces():
     return json.loads(done.stdout.strip().splitlines()[-1])["traces"]
 
 
-def test_a_round_every_step_of_plain_sgd_is_data_parallel_training():
+def test_a_round_at_every_step_of_plain_sgd_equals_data_parallel_training():
     results = train(2, interval=1, inner={"learning_rate": 0.05})
 
     (x0, y0), (x1, y1) = (shard(rank, 20) for rank in range(2))
@@ -133,7 +133,9 @@ def test_the_center_is_in_the_model_after_training_with_both_callbacks():
 class TestFailure:
     @pytest.mark.sample(1)
     @pytest.mark.parametrize("fault", ["kill", "stall"])
-    def test_of_one_worker_is_an_error_on_the_others_within_the_timeout(self, fault, tmp_path):
+    def test_the_failure_of_one_worker_is_an_error_on_the_others_within_the_timeout(
+        self, fault, tmp_path
+    ):
         options = {
             "batches": [20, 20, 20],
             "timeout": 10,
@@ -154,7 +156,7 @@ class TestFailure:
             assert np.all(np.isfinite(flat(result["weights"])))
             assert (tmp_path / f"{rank}.weights.h5").exists()
 
-    def test_a_job_started_again_ends_where_an_undisturbed_one_ends(self, tmp_path):
+    def test_a_restarted_job_ends_with_the_weights_of_an_undisturbed_one(self, tmp_path):
         batches, epochs = [9, 9], 4
         options = {
             "batches": batches,
@@ -187,30 +189,30 @@ class TestMistakes:
         return [result["error"] for result in results]
 
     @pytest.mark.skipif(not COMPILED, reason="torch trains eagerly, and averages in `apply`")
-    def test_a_forgotten_callback(self):
+    def test_a_missing_callback_is_an_error_on_every_worker(self):
         for error in self.errors(callback=False):
             assert error.startswith("RuntimeError")
             assert "SynchronizeWorkers" in error
 
     @pytest.mark.skipif(not COMPILED, reason="torch runs one step per execution")
-    def test_an_interval_that_is_no_multiple_of_steps_per_execution(self):
+    def test_an_interval_that_is_not_a_multiple_of_steps_per_execution_is_refused(self):
         for error in self.errors(steps_per_execution=2):
             assert error.startswith("ValueError")
             assert "interval_steps=3" in error
             assert "steps_per_execution=2" in error
 
-    def test_different_models(self):
+    def test_workers_with_different_models_are_refused(self):
         for error in self.errors(units=[1, 2]):
             assert error.startswith("ValueError")
             assert "number of elements. Received, by rank: [5, 10]" in error
 
-    def test_three_workers_expected_and_two_there(self):
+    def test_a_wrong_number_of_workers_is_refused(self):
         processes = workers.start("train.py", 2, json.dumps({"num_worker": 3}))
         for code, _, err in workers.finish(processes):
             assert code != 0
             assert "There are 2 workers. Received: num_worker=3" in err
 
 
-def test_the_defaults_are_those_that_the_checks_above_assume():
+def test_the_defaults_are_those_that_the_tests_above_assume():
     assert DEFAULTS["interval"] == 3
     assert DEFAULTS["inner"] == {"learning_rate": 0.05, "momentum": 0.9}

@@ -53,7 +53,7 @@ def rate_at(optimizer, step):
 
 
 @pytest.mark.parametrize("config", [RECORDED_SWA, OLD_SWA], ids=["0.23", "0.7"])
-def test_a_recorded_swa(config):
+def test_a_recorded_swa_config_is_loaded(config):
     optimizer = SWA.from_config(config)
     assert (optimizer.start_averaging, optimizer.average_period) == (3, 5)
     assert type(optimizer.inner_optimizer) is type(optimizers.SGD())
@@ -61,13 +61,13 @@ def test_a_recorded_swa(config):
     assert (optimizer.inner_optimizer.momentum, optimizer.inner_optimizer.nesterov) == (0.5, True)
 
 
-def test_a_recorded_moving_average():
+def test_a_recorded_moving_average_config_is_loaded():
     optimizer = MovingAverage.from_config(RECORDED_MOVING_AVERAGE)
     assert optimizer.average_decay == 0.75
     assert (optimizer.start_step, optimizer.dynamic_decay) == (2, True)
 
 
-def test_a_decay_that_num_updates_has_capped_stays_what_it_is():
+def test_a_decay_that_num_updates_has_capped_is_not_capped_again():
     # Addons wrote the capped decay, a float32 scalar of NumPy: 2 / 11 of num_updates=1.
     config = {
         "optimizer": LEGACY_SGD,
@@ -79,7 +79,7 @@ def test_a_decay_that_num_updates_has_capped_stays_what_it_is():
     json.dumps(optimizer.get_config())
 
 
-def test_the_argument_is_left_alone():
+def test_from_config_does_not_change_its_argument():
     config = around(legacy("SGD", learning_rate=0.1, decay=0.5, jit_compile=True))
     before = copy.deepcopy(config)
     SWA.from_config(config)
@@ -92,7 +92,7 @@ def test_decay_becomes_inverse_time_decay():
     assert [rate_at(inner, step) for step in (0, 2, 6)] == [1.0, 0.5, 0.25]
 
 
-def test_decay_slows_training_as_keras_2_had_it():
+def test_decay_slows_training_as_in_keras_2():
     variable = keras.Variable([1.0])
     optimizer = SWA.from_config(around(legacy("SGD", learning_rate=1.0, decay=1.0)))
     small.apply(optimizer, [variable], [np.ones(1, "float32")], times=2)
@@ -132,7 +132,7 @@ def test_every_optimizer_of_keras_2_comes_back_with_its_arguments(class_name, ar
 
 
 @pytest.mark.parametrize("class_name", ["SGD", "Adam", "AdamW", "Lion", "Adafactor"])
-def test_optimizers_of_keras_2_11_and_later(class_name):
+def test_optimizers_of_keras_2_11_and_later_are_loaded(class_name):
     kind = getattr(optimizers, class_name)
     expected = kind(0.25, weight_decay=0.01, clipnorm=2.0, use_ema=True).get_config()
     # Three that came with Keras 3, two that went.
@@ -153,32 +153,32 @@ def test_optimizers_of_keras_2_11_and_later(class_name):
     ],
     ids=["to 2.11", "2.12", "registered"],
 )
-def test_legacy_optimizers_in_each_way_of_writing_them(written):
+def test_legacy_optimizers_are_loaded_however_keras_2_wrote_them(written):
     arguments = {"learning_rate": 0.5, "decay": 0.0, "beta_1": 0.5, "is_legacy_optimizer": True}
     inner = inner_of(legacy("Adam", **arguments) | written)
     assert type(inner) is type(optimizers.Adam())
     assert inner.beta_1 == 0.5
 
 
-def test_numbers_that_keras_3_is_particular_about():
+def test_a_learning_rate_becomes_a_python_float():
     # A built optimizer of Keras 2 read its rate from a variable; one that is not may have an int.
     assert float(inner_of(legacy("SGD", learning_rate=np.float32(0.5))).learning_rate) == 0.5
     assert float(inner_of(legacy("SGD", learning_rate=1)).learning_rate) == 1.0
 
 
-def test_numbers_of_a_built_optimizer_can_be_written_down_again():
+def test_the_config_of_a_built_optimizer_can_be_written_as_json_again():
     config = legacy("Adam", learning_rate=np.float32(0.5), beta_1=np.float32(0.5))
     json.dumps(SWA.from_config(around(config)).get_config())
 
 
-def test_names_in_another_case():
+def test_class_names_are_found_in_upper_and_lower_case():
     assert inner_of(legacy("rmsprop", learning_rate=0.1, rho=0.5)).rho == 0.5
 
 
 @pytest.mark.parametrize(
     "written", [{}, {"module": "keras.optimizers.schedules", "registered_name": None}]
 )
-def test_a_nested_schedule_of_keras_2(written):
+def test_a_nested_schedule_of_keras_2_is_loaded(written):
     schedule = legacy(
         "ExponentialDecay",
         initial_learning_rate=1.0,
@@ -203,7 +203,7 @@ def test_a_nested_schedule_of_keras_2(written):
     ],
     ids=["to 2.11", "2.12"],
 )
-def test_a_nested_schedule_of_addons(written):
+def test_a_nested_schedule_of_addons_is_loaded(written):
     schedule = legacy(
         "Addons>TriangularCyclicalLearningRate",
         initial_learning_rate=0.0,
@@ -235,14 +235,14 @@ class TestScaleFunctions:
         )
         return legacy("SGD", learning_rate=schedule)
 
-    def test_a_function_is_found_by_its_name(self):
+    def test_a_scale_function_is_found_by_its_name(self):
         inner = inner_of(self.config("halved"), custom_objects={"halved": halved})
         assert rate_at(inner, 2) == 0.5
 
-    def test_a_function_itself_stays(self):
+    def test_a_config_may_contain_the_scale_function_itself(self):
         assert rate_at(inner_of(self.config(halved)), 2) == 0.5
 
-    def test_a_lambda_is_lost(self):
+    def test_the_lambda_of_a_scale_function_is_refused(self):
         with pytest.raises(ValueError, match=r"scale_fn='<lambda>'.*custom_objects"):
             inner_of(self.config("<lambda>"))
 
@@ -264,20 +264,20 @@ class HalvingTwice(Halving):
         return super().__call__(2 * step)
 
 
-def test_a_schedule_of_ones_own():
+def test_a_registered_schedule_of_the_user_is_loaded():
     schedule = legacy("Custom>Halving", start=1.0)
     inner = inner_of(legacy("SGD", learning_rate=schedule, decay=0.0))
     assert rate_at(inner, 2) == 0.25
 
 
 @pytest.mark.parametrize("name", ["Custom>HalvingTwice", "HalvingTwice"])
-def test_a_schedule_of_ones_own_by_custom_objects(name):
+def test_a_schedule_of_the_user_is_found_in_custom_objects(name):
     schedule = legacy("Custom>HalvingTwice", start=1.0)
     inner = inner_of(legacy("SGD", learning_rate=schedule), custom_objects={name: HalvingTwice})
     assert rate_at(inner, 2) == 0.0625
 
 
-def test_an_optimizer_of_ones_own_keeps_its_arguments():
+def test_an_optimizer_of_the_user_keeps_its_arguments():
     class Mine(optimizers.SGD):
         def __init__(self, decay, **arguments):
             super().__init__(**arguments)
@@ -290,7 +290,7 @@ def test_an_optimizer_of_ones_own_keeps_its_arguments():
 
 
 @pytest.mark.parametrize("custom_objects", [CUSTOM_OBJECTS, {"Addons>SWA": SWA}])
-def test_nested_wrappers_go_through_the_registry(custom_objects):
+def test_nested_wrappers_are_loaded_by_their_registered_names(custom_objects):
     inner = legacy("Addons>MovingAverage", **RECORDED_MOVING_AVERAGE)
     config = legacy("Addons>SWA", **around(inner))
     optimizer = optimizers.deserialize(copy.deepcopy(config), custom_objects)
@@ -300,7 +300,7 @@ def test_nested_wrappers_go_through_the_registry(custom_objects):
     assert optimizer.inner_optimizer.average_decay == 0.75
 
 
-def test_nested_wrappers_as_keras_2_12_wrote_them():
+def test_nested_wrappers_are_loaded_as_keras_2_12_wrote_them():
     inner = {
         "module": "tensorflow_addons.optimizers.moving_average",
         "class_name": "MovingAverage",
@@ -310,7 +310,7 @@ def test_nested_wrappers_as_keras_2_12_wrote_them():
     assert type(inner_of(inner)) is MovingAverage
 
 
-def test_what_it_was_translated_to_goes_through_again():
+def test_a_translated_config_is_not_translated_again():
     optimizer = SWA.from_config(around(legacy("Adam", learning_rate=0.5, decay=0.5)))
     again = SWA.from_config(optimizer.get_config())
     assert again.get_config() == optimizer.get_config()
@@ -319,12 +319,12 @@ def test_what_it_was_translated_to_goes_through_again():
 @pytest.mark.parametrize(
     "name", ["Addons>LAMB", "Addons>AdamW", "Addons>ConditionalGradient", "Adafactory"]
 )
-def test_an_optimizer_without_counterpart_is_named(name):
+def test_an_error_names_an_optimizer_without_counterpart(name):
     with pytest.raises(ValueError, match=f"'{name}' of Keras 2 has no counterpart"):
         inner_of(legacy(name, learning_rate=0.1))
 
 
-def test_a_schedule_without_counterpart_is_named():
+def test_an_error_names_a_schedule_without_counterpart():
     schedule = legacy("NoisyLinearCosineDecay", initial_learning_rate=0.1)
     with pytest.raises(ValueError, match="'NoisyLinearCosineDecay' of Keras 2 has no counterpart"):
         inner_of(legacy("SGD", learning_rate=schedule))
@@ -336,7 +336,7 @@ def test_decay_over_a_schedule_is_refused():
         inner_of(legacy("SGD", learning_rate=schedule, decay=0.5))
 
 
-def test_unknown_arguments_are_named():
+def test_an_error_names_unknown_arguments():
     with pytest.raises(ValueError, match=r"not recognized: \{'colour': 3\}"):
         SWA.from_config(RECORDED_SWA | {"colour": 3})
     with pytest.raises(ValueError, match=r"not recognized: \{'colour': 3\}"):
@@ -470,7 +470,9 @@ ADDONS_OPTIMIZERS = {
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("with_optimizer_weights", [False, True])
 @pytest.mark.parametrize("kind", ADDONS_OPTIMIZERS)
-def test_a_legacy_h5_file_compiles_and_trains(tmp_path, kind, with_optimizer_weights):
+def test_a_model_from_a_legacy_h5_file_is_compiled_and_trains(
+    tmp_path, kind, with_optimizer_weights
+):
     saved = small.model()
     config = ADDONS_OPTIMIZERS[kind]
     write_legacy_h5(tmp_path / "legacy.h5", saved, config, with_optimizer_weights)
@@ -487,14 +489,14 @@ def test_a_legacy_h5_file_compiles_and_trains(tmp_path, kind, with_optimizer_wei
     assert model.optimizer.has_average
 
 
-def test_a_legacy_h5_file_of_an_optimizer_without_counterpart(tmp_path):
+def test_a_legacy_h5_file_of_an_optimizer_without_counterpart_is_refused(tmp_path):
     config = legacy("Addons>SWA", **around(legacy("Addons>Yogi", learning_rate=0.1)))
     write_legacy_h5(tmp_path / "legacy.h5", small.model(), config)
     with pytest.raises(ValueError, match="'Addons>Yogi' of Keras 2 has no counterpart"):
         keras.saving.load_model(tmp_path / "legacy.h5", custom_objects=CUSTOM_OBJECTS)
 
 
-def test_a_legacy_h5_file_that_keras_3_writes(tmp_path):
+def test_a_legacy_h5_file_that_keras_3_writes_is_loaded_and_trains(tmp_path):
     """Keras builds the optimizer for no variables, and cannot train with one of its own then."""
     model = small.model()
     model.compile(SWA(MovingAverage("adam"), 0, 2), keras.losses.MeanSquaredError())

@@ -62,7 +62,7 @@ def keras_internals(tree, private):
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if BACKEND not in f.parents], ids=ids)
-def test_frameworks_are_imported_in_backend_only(path):
+def test_frameworks_are_imported_only_in_backend(path):
     found = framework_imports(ast.parse(path.read_text()))
     assert not found, f"{path}: {found}. Code of a framework belongs into keras_avg/_backend/."
 
@@ -133,7 +133,7 @@ def wrong_way_imports(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
-def test_imports_point_one_way(path):
+def test_folders_import_only_from_folders_below_them(path):
     found = list(wrong_way_imports(path))
     assert not found, f"{path}: {found}. What both need belongs into the lower of the two."
 
@@ -153,7 +153,7 @@ def line_of(wrapper):
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_wrapper_is_the_end_of_one_short_line(wrapper):
+def test_a_wrapper_is_the_end_of_one_short_line_of_classes(wrapper):
     line = line_of(wrapper)
     assert len(line) <= LONGEST_LINE, line
     for kind in line:
@@ -184,7 +184,7 @@ def defined_by_keras():
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_no_class_names_what_is_defined_only_further_down(wrapper):
+def test_no_class_uses_an_attribute_that_only_a_subclass_defines(wrapper):
     known = defined_by_keras()
     for kind in reversed(line_of(wrapper)):
         used, defined = used_and_defined(kind)
@@ -194,7 +194,7 @@ def test_no_class_names_what_is_defined_only_further_down(wrapper):
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
-def test_no_class_declares_what_it_does_not_set(path):
+def test_no_class_declares_an_attribute_that_it_does_not_set(path):
     for tree in ast.walk(ast.parse(path.read_text())):
         bases = {getattr(base, "id", "") for base in getattr(tree, "bases", ())}
         if not isinstance(tree, ast.ClassDef) or bases & {"NamedTuple", "Protocol"}:
@@ -209,7 +209,7 @@ def test_no_class_declares_what_it_does_not_set(path):
             assert declared <= stored, f"{path}: {tree.name} declares {declared - stored}."
 
 
-def test_the_searches_find_what_they_look_for():
+def test_the_searches_find_violations():
     source = "import jax.numpy\nfrom keras.src import ops\nx._tracker = 1\n"
     tree = ast.parse(source)
     assert framework_imports(tree) == [(1, "jax.numpy")]

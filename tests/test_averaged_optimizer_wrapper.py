@@ -50,12 +50,12 @@ class TestConstructor:
             lambda steps: ModelAverage("sgd", start_step=steps),
         ],
     )
-    def test_the_largest_number_of_steps_is_that_of_every_backend(self, wrapper):
+    def test_step_arguments_must_fit_into_int32(self, wrapper):
         small.fit(small.model(wrapper(LARGEST)), epochs=1)
         with pytest.raises(ValueError, match=r"< 2\*\*31.*Received: \w+=2147483648"):
             wrapper(LARGEST + 1)
 
-    def test_none_is_a_type_error(self):
+    def test_none_as_optimizer_is_a_type_error(self):
         with pytest.raises(TypeError, match="Received: optimizer=None"):
             SWA(None)
 
@@ -72,7 +72,7 @@ class TestConstructor:
         ],
         ids=["name", "instance", "config"],
     )
-    def test_everything_that_keras_takes_for_an_optimizer_is_taken(self, identifier):
+    def test_each_form_in_which_keras_takes_an_optimizer_is_accepted(self, identifier):
         before = str(identifier)
 
         optimizer = SWA(identifier)
@@ -81,7 +81,7 @@ class TestConstructor:
         assert isinstance(optimizer, optimizers.Optimizer)
         assert str(identifier) == before
 
-    def test_a_loss_scale_optimizer_goes_outside(self):
+    def test_a_loss_scale_optimizer_inside_is_refused(self):
         with pytest.raises(ValueError, match=r"LossScaleOptimizer\(SWA\(...\)\)"):
             SWA(optimizers.LossScaleOptimizer(optimizers.SGD()))
 
@@ -89,7 +89,7 @@ class TestConstructor:
         "argument",
         ["weight_decay", "use_ema", "gradient_accumulation_steps"],
     )
-    def test_arguments_of_the_inner_optimizer_are_sent_there(self, argument):
+    def test_arguments_of_the_inner_optimizer_are_refused(self, argument):
         with pytest.raises(ValueError, match="set it on the inner optimizer"):
             SWA("sgd", **{argument: 2})
 
@@ -150,7 +150,7 @@ class TestConstructor:
 
 
 class TestRulesOfOnesOwn:
-    def test_two_methods_are_enough(self):
+    def test_two_methods_are_enough_for_a_rule(self):
         optimizer, variable = EveryOther(optimizers.SGD(1.0)), variable_of([0.0])
 
         small.apply(optimizer, [variable], [[-1.0]], times=5)  # 1 2 3 4 5
@@ -159,7 +159,7 @@ class TestRulesOfOnesOwn:
         expected = 0.75 * (0.25 * 2) + 0.25 * 4
         np.testing.assert_allclose(optimizer.get_slot(variable, "average"), [expected])
 
-    def test_average_op_alone_is_enough(self):
+    def test_average_op_alone_is_enough_for_a_rule(self):
         optimizer, variable = RunningMaximum(optimizers.SGD(1.0)), variable_of([0.0])
         for gradient in (-2.0, 1.0, 1.0):  # 2, 1, 0
             small.apply(optimizer, [variable], [[gradient]])
@@ -168,7 +168,7 @@ class TestRulesOfOnesOwn:
         assert optimizer.num_snapshots == 3
 
     @pytest.mark.parametrize("kind", [EveryOther, RunningMaximum])
-    def test_they_run_in_compiled_code_and_are_saved(self, kind, tmp_path):
+    def test_rules_of_users_run_in_compiled_code_and_are_saved(self, kind, tmp_path):
         model = small.fit(small.model(kind("adam")))
         model.save(tmp_path / "model.keras")
 
@@ -200,7 +200,7 @@ class TestRulesOfOnesOwn:
 
 
 class TestAverages:
-    def test_assigning_leaves_variables_without_an_average_alone(self):
+    def test_assigning_averages_does_not_change_variables_without_an_average(self):
         model = small.fit(small.model(SWA("sgd", 0, 1)))
         untrained = [small.numpy(v) for v in model.non_trainable_variables]
         averages = small.slots(model.optimizer, model.trainable_variables)
@@ -210,7 +210,7 @@ class TestAverages:
         small.assert_same_bits([small.numpy(v) for v in model.trainable_variables], averages)
         small.assert_same_bits([small.numpy(v) for v in model.non_trainable_variables], untrained)
 
-    def test_assigning_to_no_variable_with_an_average_is_an_error(self):
+    def test_assigning_averages_to_no_averaged_variable_is_an_error(self):
         model = small.fit(small.model(SWA("sgd", 0, 1)))
         with pytest.raises(ValueError, match="None of the variables has an average"):
             model.optimizer.assign_average_vars(model.non_trainable_variables)
@@ -223,7 +223,7 @@ class TestAverages:
             lambda optimizer: optimizer.average_op(0.0, 0.0),
         ],
     )
-    def test_there_is_nothing_to_use_before_build(self, use):
+    def test_averages_cannot_be_used_before_build(self, use):
         optimizer = SWA("sgd")
         assert (optimizer.num_snapshots, optimizer.has_average) == (0, False)
         with pytest.raises(ValueError, match="before it is built"):
@@ -243,7 +243,7 @@ class TestAverages:
         np.testing.assert_allclose(variable, [1.75, 2.75], rtol=TOLERANCE)
         np.testing.assert_allclose(average, [3.75, 4.75], rtol=TOLERANCE)
 
-    def test_an_average_is_a_slot_and_others_are_not(self):
+    def test_get_slot_finds_the_average_and_refuses_unknown_slots(self):
         optimizer, variable = SWA("sgd"), variable_of([1.0])
         optimizer.build([variable])
         assert optimizer.get_slot(variable, "average").shape == variable.shape
@@ -262,7 +262,9 @@ class TestAverages:
             ("float32", "float16", "float16"),
         ],
     )
-    def test_dtype_of_an_average(self, dtype, asked, expected):
+    def test_an_average_has_a_wide_dtype_or_the_one_that_was_asked_for(
+        self, dtype, asked, expected
+    ):
         optimizer = SWA("sgd", 0, 1, average_dtype=asked)
         variable = variable_of([0.5, 1.5], dtype)
 
@@ -305,7 +307,7 @@ class TestAverages:
         with pytest.raises(ValueError, match="jax_enable_x64"):
             SWA("sgd", average_dtype="float64")
 
-    def test_a_variable_without_a_gradient_is_averaged_all_the_same(self):
+    def test_a_variable_without_a_gradient_is_averaged_too(self):
         optimizer = SWA(optimizers.SGD(1.0), 0, 1)
         moved, still = variable_of([1.0]), variable_of([5.0])
 
@@ -337,7 +339,7 @@ class TestAverages:
 
 class TestNonFiniteVariables:
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-    def test_one_bad_element_keeps_everything_out(self, bad):
+    def test_one_nonfinite_element_prevents_an_averaging(self, bad):
         optimizer = SWA(optimizers.SGD(1.0), 0, 1, skip_nonfinite=True)
         variables = [variable_of([1.0, 2.0]), variable_of([3.0])]
         small.apply(optimizer, variables, [[0.0, 0.0], [0.0]])
@@ -353,7 +355,7 @@ class TestNonFiniteVariables:
         assert optimizer.num_snapshots == 2
         small.assert_same_bits(small.slots(optimizer, variables), [[2.0, 2.0], [6.0]])
 
-    def test_in_compiled_training(self):
+    def test_nonfinite_weights_are_not_averaged_in_compiled_training(self):
         model = small.model(MovingAverage(optimizers.SGD(0.01), skip_nonfinite=True))
         small.fit(model, epochs=1)
         before = small.slots(model.optimizer, model.trainable_variables)
@@ -366,7 +368,7 @@ class TestNonFiniteVariables:
 
 
 class TestForwarding:
-    def test_rate_and_clock_are_the_inner_optimizers(self):
+    def test_learning_rate_and_iterations_are_those_of_the_inner_optimizer(self):
         inner = optimizers.SGD(0.5)
         optimizer = SWA(MovingAverage(inner))
 
@@ -377,14 +379,14 @@ class TestForwarding:
         returned = optimizer.apply_gradients([(ops.ones((1,)), variable_of([1.0]))])
         assert int(returned) == int(inner.iterations) == 1
 
-    def test_callbacks_that_set_the_rate_just_work(self):
+    def test_callbacks_can_set_the_learning_rate(self):
         model = small.model(SWA(optimizers.SGD(0.5)))
         schedule = keras.callbacks.LearningRateScheduler(lambda epoch: 0.1 / (epoch + 1))
         small.fit(model, epochs=2, callbacks=[schedule])
         np.testing.assert_allclose(model.optimizer.inner_optimizer.learning_rate, 0.05)
 
     @has_multi_optimizer
-    def test_callbacks_set_the_rates_of_the_members_of_a_multi_optimizer_inside(self):
+    def test_callbacks_set_the_learning_rates_of_the_members_of_a_multi_optimizer(self):
         slow, fast = optimizers.SGD(0.01), optimizers.SGD(0.5)
         members = optimizers.OptimizerMap(slow, {".*bias": fast})
         optimizer = SWA(MovingAverage(optimizers.MultiOptimizer(members)))
@@ -395,10 +397,10 @@ class TestForwarding:
         assert optimizer.optimizers == [fast, slow]
         np.testing.assert_allclose([fast.learning_rate, slow.learning_rate], [0.125, 0.0025])
 
-    def test_an_inner_optimizer_without_members_gives_none(self):
+    def test_a_wrapper_without_members_inside_has_no_attribute_optimizers(self):
         assert not hasattr(SWA("sgd"), "optimizers")  # Keras' callbacks ask for them this way
 
-    def test_loss_scale_is_the_inner_optimizers(self):
+    def test_the_loss_scale_is_that_of_the_inner_optimizer(self):
         inner = optimizers.SGD(0.5, loss_scale_factor=4.0)
         optimizer = SWA(inner)
         assert optimizer.loss_scale_factor == 4.0
@@ -408,7 +410,7 @@ class TestForwarding:
 
         assert inner.loss_scale_factor is None
 
-    def test_excluded_variables_do_not_decay(self):
+    def test_variables_can_be_excluded_from_weight_decay(self):
         optimizer = SWA(optimizers.SGD(0.5, weight_decay=0.5))
         optimizer.exclude_from_weight_decay(var_names=["bias"])
         bias = keras.Variable([1.0], name="bias")
@@ -419,7 +421,7 @@ class TestForwarding:
         np.testing.assert_allclose(bias, [1.0])
         np.testing.assert_allclose(kernel, [0.75])
 
-    def test_keras_own_average_inside_is_finished_at_the_end_of_fit(self):
+    def test_use_ema_of_the_inner_optimizer_is_finished_at_the_end_of_fit(self):
         def with_ema():
             return optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5)
 
@@ -430,7 +432,7 @@ class TestForwarding:
 
         small.assert_same_bits(wrapped.get_weights(), plain.get_weights())
 
-    def test_keras_own_average_inside_may_be_finished_again(self):
+    def test_use_ema_of_the_inner_optimizer_is_finished_by_each_fit(self):
         """Without a wrapper a second `fit` fails on JAX: buffers are then shared."""
         model = small.model(SWA(optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5), 0, 2))
         small.fit(model, epochs=1)
@@ -439,20 +441,20 @@ class TestForwarding:
 
 
 class TestApply:
-    def test_the_first_apply_needs_variables(self):
+    def test_the_first_apply_without_variables_is_refused(self):
         with pytest.raises(ValueError, match="first `apply` needs the variables"):
             SWA("sgd").apply([ops.ones((1,))])
 
-    def test_gradients_and_variables_are_counted(self):
+    def test_more_gradients_than_variables_are_refused(self):
         with pytest.raises(ValueError, match="2 gradients for 1 variables"):
             SWA("sgd").apply([ops.ones((1,)), ops.ones((1,))], [variable_of([1.0])])
 
-    def test_no_gradients_are_no_step(self):
+    def test_apply_without_gradients_takes_no_step(self):
         optimizer = SWA("sgd")
         optimizer.apply([], [])
         assert int(optimizer.iterations) == 0
 
-    def test_training_twice_after_assigning_works(self):
+    def test_a_model_can_be_trained_twice_after_averages_were_assigned(self):
         """Keras' own average leaves one buffer under two variables, and JAX cannot donate it."""
         for optimizer in (SWA("sgd", 0, 1), MovingAverage("sgd", average_decay=0.0)):
             model = small.fit(small.model(optimizer))

@@ -42,7 +42,7 @@ of_torch_compile = pytest.mark.filterwarnings("ignore:The .grad attribute of a T
 @of_torch_compile
 @pytest.mark.usefixtures("quick_torch_compile")
 @pytest.mark.parametrize("run", RUNS)
-def test_ways_to_run_the_train_step(run):
+def test_averages_are_right_however_the_train_step_runs(run):
     inner = INNER["accumulation" if run == "jit_compile=True" else "adam"]
 
     bare_training.assert_invisible(
@@ -58,7 +58,7 @@ def test_ways_to_run_the_train_step(run):
     ("steps", "inner"),
     [(2, "accumulation"), (4, "adam")],  # 4 does not divide the 6 batches of an epoch
 )
-def test_several_steps_per_execution(steps, inner):
+def test_averages_are_right_with_several_steps_per_execution(steps, inner):
     def model(optimizer):
         return small.model(optimizer, steps_per_execution=steps)
 
@@ -71,7 +71,7 @@ def test_several_steps_per_execution(steps, inner):
     bare_training.assert_averages(trained, record.values)
 
 
-def test_train_on_batch():
+def test_averages_are_right_with_train_on_batch():
     bare, model = small.model(INNER["adam"]()), small.model(bare_training.wrapped(INNER["adam"]()))
 
     small.trajectories(bare, STEPS)
@@ -86,7 +86,7 @@ def test_train_on_batch():
 @pytest.mark.usefixtures("quick_torch_compile")
 @pytest.mark.parametrize("inner", ["adam", "accumulation"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_custom_loop(compiled, inner):
+def test_averages_are_right_in_a_custom_loop(compiled, inner):
     def train(optimizer):
         model = small.model()
         optimizer.build(model.trainable_variables)

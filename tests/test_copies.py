@@ -94,7 +94,7 @@ def functional_model():
     or importlib.util.find_spec("orbax") is None,
     reason="Orbax is installed where JAX is, and came with a later Keras",
 )
-def test_a_model_out_of_orbax_trains_on_as_if_it_had_never_stopped(tmp_path):
+def test_a_model_loaded_from_orbax_trains_on_as_if_it_had_never_stopped(tmp_path):
     model = functional_model()
     orbax = keras.callbacks.OrbaxCheckpoint(
         str(tmp_path / "orbax"), save_freq="epoch", save_on_background=False
@@ -116,7 +116,7 @@ def test_a_model_out_of_orbax_trains_on_as_if_it_had_never_stopped(tmp_path):
 )
 class TestTensorFlowCheckpoint:
     @pytest.mark.parametrize("built", [True, False])
-    def test_brings_back_every_bit(self, tmp_path, built):
+    def test_a_tensorflow_checkpoint_restores_every_bit(self, tmp_path, built):
         import tensorflow as tf
 
         model = small.fit(small.model(nested()))
@@ -134,7 +134,7 @@ class TestTensorFlowCheckpoint:
         small.assert_same_bits(small.fit(other).get_weights(), small.fit(model).get_weights())
         small.assert_same_bits(other.optimizer.get_weights(), model.optimizer.get_weights())
 
-    def test_of_averages_has_lost_the_raw_weights_and_says_so(self, tmp_path):
+    def test_a_tensorflow_checkpoint_of_averages_says_that_it_lost_the_raw_weights(self, tmp_path):
         import tensorflow as tf
 
         model = small.fit(small.model(nested()))

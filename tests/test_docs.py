@@ -44,7 +44,7 @@ def test_every_test_named_in_the_docs_exists(page):
     assert list(missing(page.read_text())) == []
 
 
-def test_each_cell_of_the_features_names_a_test_or_a_reason():
+def test_each_cell_in_the_table_of_features_names_a_test_or_a_reason():
     text = (HERE.parent / "docs" / "features.md").read_text()
     rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) > 30
@@ -55,7 +55,7 @@ def test_each_cell_of_the_features_names_a_test_or_a_reason():
             assert any(PROOF.search(cell) for cell in cells), f"{feature} is not proven anywhere"
 
 
-def test_the_first_snippet_of_the_readme_averages_something(tmp_path, monkeypatch):
+def test_the_first_snippet_of_the_readme_makes_averages(tmp_path, monkeypatch):
     snippet = re.search(r"```python\n(.*?)```", (HERE.parent / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -67,7 +67,7 @@ def test_the_first_snippet_of_the_readme_averages_something(tmp_path, monkeypatc
     assert (tmp_path / "averaged.keras").exists()
 
 
-def test_the_search_finds_what_it_looks_for():
+def test_the_search_finds_names_of_tests():
     text = "`test_no.py::test_a` `test_docs.py::test_b` `test_docs.py::missing[1 2]` `a.py::b`"
     assert list(missing(text)) == [
         "test_no.py does not exist",

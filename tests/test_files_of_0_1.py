@@ -30,7 +30,7 @@ def built():
 
 
 @pytest.mark.parametrize("name", ["raw.keras", "raw.weights.h5"])
-def test_a_file_of_raw_weights(name):
+def test_a_file_of_0_1_with_raw_weights_is_loaded(name):
     if name == "raw.keras":
         model = keras.saving.load_model(FILES / name)
     else:
@@ -42,7 +42,7 @@ def test_a_file_of_raw_weights(name):
     assert model.optimizer.num_snapshots == 6
 
 
-def test_a_file_of_averages():
+def test_a_file_of_0_1_with_averages_is_loaded():
     model = keras.saving.load_model(FILES / "swapped.keras")
     small.assert_same_bits(model.get_weights(), expected("averaged"))
     assert model.optimizer.averages_in_model

@@ -54,7 +54,7 @@ def test_no_two_variables_share_a_buffer(optimizer):
         lambda optimizer: optimizer.get_config(),
     ],
 )
-def test_members_that_need_variables_say_how_to_get_them_during_an_epoch(use):
+def test_errors_during_an_epoch_say_how_to_get_the_variables(use):
     errors = []
 
     class Looks(keras.callbacks.Callback):
@@ -75,7 +75,7 @@ def test_members_that_need_variables_say_how_to_get_them_during_an_epoch(use):
     assert all("model.jax_state_sync()" in error for error in errors)
 
 
-def test_a_scheduled_rate_and_a_pass_over_data_say_it_too():
+def test_a_scheduled_rate_and_update_batch_norm_say_how_to_get_the_variables():
     errors = []
 
     class Looks(keras.callbacks.Callback):
@@ -131,13 +131,13 @@ class TestAnErrorBeforeTheFirstStep:
             small.fit(model)
         return model, weights
 
-    def test_leaves_a_bare_optimizers_model_without_values_which_is_why_reattach_state_is_there(
+    def test_an_error_before_the_first_step_leaves_no_values_without_a_wrapper(
         self,
     ):
         model, _ = self.fail("sgd")
         assert all(variable._value is None for variable in model.trainable_variables)
 
-    def test_leaves_a_wrappers_model_as_it_was(self):
+    def test_an_error_before_the_first_step_leaves_all_values_with_a_wrapper(self):
         model, weights = self.fail(SWA("sgd"))
         small.assert_same_bits(model.get_weights(), weights)
         assert model.optimizer.num_snapshots == 0

@@ -26,7 +26,7 @@ SGD = {
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("inner", SGD)
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "bfloat16"])
-def test_low_precision_policies(policy, inner, dtype_policy):
+def test_averages_are_right_under_low_precision_policies(policy, inner, dtype_policy):
     dtype_policy(policy)
 
     model = bare_training.assert_invisible(small.model, SGD[inner])
@@ -40,7 +40,7 @@ def test_low_precision_policies(policy, inner, dtype_policy):
 @pytest.mark.sample(4)
 @pytest.mark.parametrize("inner", ["adam", "accumulation"])
 @each_wrapper
-def test_steps_skipped_in_the_middle_of_training(wrapper, inner, dtype_policy):
+def test_steps_that_loss_scaling_skips_do_not_average(wrapper, inner, dtype_policy):
     dtype_policy("mixed_float16")
     targets = small.Y.copy()
     targets[2 * small.BATCH_SIZE] = np.inf  # in the third batch of each epoch
@@ -60,7 +60,7 @@ def test_steps_skipped_in_the_middle_of_training(wrapper, inner, dtype_policy):
     assert float(optimizer.dynamic_scale) == 64.0 / 4
 
 
-def test_a_loss_scale_that_grows(dtype_policy):
+def test_averages_are_right_while_the_loss_scale_grows(dtype_policy):
     def model(optimizer):
         scaled = optimizers.LossScaleOptimizer(optimizer, dynamic_growth_steps=3)
         return small.model(scaled)
@@ -85,7 +85,7 @@ def test_float64_weights_have_float64_averages(dtype_policy):
     assert average.dtype == "float64"
 
 
-def test_an_average_in_bfloat16_is_kept_finer_than_its_variable(dtype_policy):
+def test_the_average_of_a_bfloat16_variable_is_kept_in_float32(dtype_policy):
     """Weights 1 and then 1 + 1/128, the next bfloat16: the average lies between."""
     variable = keras.Variable([1.0], dtype="bfloat16")
     optimizer = MovingAverage(optimizers.SGD(1.0), average_decay=0.75)
@@ -105,7 +105,7 @@ STRIDED = pytest.param(
 
 
 @pytest.mark.parametrize("is_strided", [False, STRIDED])
-def test_float32_averages_of_large_low_precision_variables(is_strided):
+def test_float32_averages_of_large_low_precision_variables_are_right(is_strided):
     """Of such variables torch averages a piece at a time, and others whole."""
     rng = np.random.default_rng(0)
     shapes = [(3,), (300, 500), (2,), (70_000,), (1, 1)]

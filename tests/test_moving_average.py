@@ -34,7 +34,7 @@ def walk(optimizer, steps, gradient=0.1, dtype="float32"):
         (1.0, 2, {"start_step": 1}, 0.8, 0.85),
     ],
 )
-def test_examples_of_the_addons_tests(rate, steps, arguments, raw, average):
+def test_the_examples_of_addons_give_the_same_averages(rate, steps, arguments, raw, average):
     optimizer = MovingAverage(optimizers.SGD(rate), average_decay=0.5, **arguments)
 
     variable, _ = walk(optimizer, steps)
@@ -115,7 +115,7 @@ def test_a_period_keeps_the_half_life():
     np.testing.assert_allclose(each_fifth, every, rtol=TOLERANCE)
 
 
-def test_a_decay_of_zero_keeps_the_variable_itself_in_storage_of_its_own():
+def test_a_decay_of_zero_keeps_a_copy_of_the_variable():
     optimizer = MovingAverage(optimizers.SGD(0.3), average_decay=0.0)
     variable, _ = walk(optimizer, steps=2)
     average = optimizer.get_slot(variable, "average")
@@ -173,12 +173,12 @@ def test_num_updates_caps_the_decay_once():
 
 
 @pytest.mark.parametrize("wrong", [1.0, "a", True])
-def test_num_updates_takes_integers_only(wrong):
+def test_num_updates_that_is_not_an_integer_is_refused(wrong):
     with pytest.raises(TypeError, match=r"`num_updates` must be an integer.*Received"):
         MovingAverage("sgd", num_updates=wrong)
 
 
-def test_num_updates_and_a_schedule_exclude_each_other():
+def test_num_updates_together_with_a_schedule_is_refused():
     ramp = optimizers.schedules.PolynomialDecay(0.5, 4)
     with pytest.raises(ValueError, match="Leave one of them out"):
         MovingAverage("sgd", average_decay=ramp, num_updates=3)
@@ -192,7 +192,7 @@ def test_a_schedule_that_begins_out_of_range_is_refused():
     MovingAverage("sgd", average_decay=optimizers.schedules.PolynomialDecay(0.0, 4, 1.0))
 
 
-def test_a_decay_in_the_place_of_sequential_update_is_recognized():
+def test_the_error_recognizes_a_decay_that_was_passed_as_sequential_update():
     with pytest.raises(TypeError, match=r"Did you mean average_decay=0\.999"):
         MovingAverage("sgd", 0.999)
 
@@ -209,12 +209,12 @@ def test_a_decay_in_the_place_of_sequential_update_is_recognized():
         ({"num_updates": -5}, "num_updates=-5"),
     ],
 )
-def test_values_out_of_range_are_refused(arguments, message):
+def test_arguments_of_moving_average_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=f"Received: {message}"):
         MovingAverage("sgd", **arguments)
 
 
-def test_positional_arguments_are_those_of_addons():
+def test_positional_arguments_of_moving_average_are_those_of_addons():
     config = MovingAverage("sgd", False, 0.9, 5, "Polyak").get_config()
 
     assert config["sequential_update"] is False

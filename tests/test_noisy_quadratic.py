@@ -105,14 +105,14 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_variance_is_that_of_the_formula(rule, record_property):
+def test_the_variance_of_the_average_equals_the_formula(rule, record_property):
     make, expected = RULES[rule]
     found = measured(make)
     record_property("relative", float(found / expected - 1))
     assert found == pytest.approx(expected, rel=TOLERANCE)
 
 
-def test_without_a_wrapper_the_variance_is_that_of_the_process():
+def test_the_variance_without_a_wrapper_is_that_of_the_process():
     assert measured(lambda o: LAWA(o, 1, 0, 1)) == pytest.approx(V, rel=TOLERANCE)
     assert pytest.approx(of_mean(1, 1)) == V
     assert math.isclose(of_moving_average(0.0, 1), V)

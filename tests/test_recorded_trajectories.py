@@ -160,7 +160,7 @@ def _deviation(values, expected):
     return np.max(deviations)
 
 
-def test_recordings_tell_what_can_be_computed_by_hand():
+def test_recordings_agree_with_values_that_are_computed_by_hand():
     recording = ADDONS["open/swa/014"]  # SGD(0.1), a snapshot after steps 0, 2, 4, ...
     first, second, third = recording.values[:3]
     for v, start in enumerate(recording.initial_values):
@@ -186,7 +186,7 @@ def test_no_recording_is_missing():
 
 @pytest.mark.sample(12)
 @_recorded(ADDONS, left_out=TRAINED_OTHERWISE)
-def test_training_goes_as_in_addons(recording, as_gradient, note_deviation):
+def test_training_equals_recordings_of_addons(recording, as_gradient, note_deviation):
     gradients = recording.gradients
     if recording.inner["class"] == "Adam":  # Keras 3 on TensorFlow does not sum repeated rows.
         gradients = [[g.summed() if _is_sparse(g) else g for g in grads] for grads in gradients]
@@ -209,7 +209,7 @@ def test_training_goes_as_in_addons(recording, as_gradient, note_deviation):
 
 @pytest.mark.sample(20)
 @_recorded(OF_RECORDED_VALUES, left_out=SHADOW_COPY)
-def test_recorded_values_are_averaged_as_in_addons(recording, note_deviation):
+def test_averages_of_recorded_values_equal_those_of_addons(recording, note_deviation):
     optimizer = _rule(recording, Assigns(learning_rate=1.0))
     variables = _variables(recording.initial_values)
 
@@ -244,7 +244,7 @@ def _as_averaged_model(recording):
 
 @pytest.mark.sample(6)
 @_recorded(TORCH, left_out={})
-def test_weights_are_averaged_as_in_torch(recording, note_deviation):
+def test_averages_of_recorded_weights_equal_those_of_torch(recording, note_deviation):
     optimizer = _as_averaged_model(recording)
     variables = _variables(recording.weights[0])
 
@@ -279,7 +279,7 @@ class ForgetfulAverage(keras_avg.MovingAverage):
     ("wrong", "name"),
     [(SlowerSWA, "open/swa/012"), (ForgetfulAverage, "open/moving_average/003")],
 )
-def test_wrong_weight_is_noticed(wrong, name):
+def test_a_wrong_weight_is_noticed(wrong, name):
     recording = ADDONS[name]
     optimizer = wrong(Assigns(learning_rate=1.0), **recording.arguments)
     _, averages = _replay(

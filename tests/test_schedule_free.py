@@ -28,7 +28,7 @@ def recorded():
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"])
-def test_it_is_that_of_the_original(case):
+def test_schedule_free_training_equals_that_of_the_original(case):
     given = GOLDEN["cases"][case]["arguments"]
     variables, gradients = recorded()
     inner = optimizers.SGD(given["lrs"][0], momentum=given.get("momentum", 0.0))
@@ -79,7 +79,7 @@ def by_hand(inner, gradients, interpolation, shares, start):
     ],
     ids=["ScheduleFree", "PrimalAverage"],
 )
-def test_z_is_stepped_as_by_the_bare_optimizer(wrap, interpolation, shares, inner):
+def test_the_bare_optimizer_takes_the_same_steps_of_z(wrap, interpolation, shares, inner):
     random = np.random.default_rng(2)
     start = random.normal(size=(3, 2)).astype("float32")
     gradients = random.normal(size=(8, 3, 2)).astype("float32")
@@ -93,7 +93,7 @@ def test_z_is_stepped_as_by_the_bare_optimizer(wrap, interpolation, shares, inne
         np.testing.assert_allclose(average, x, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_primal_averaging_with_interpolation_1_is_heavy_ball():
+def test_primal_averaging_with_interpolation_1_equals_heavy_ball():
     rate, m = 0.1, 0.9
     average = small.model(PrimalAverage(optimizers.SGD(rate), interpolation=1.0, average_decay=m))
     heavy = small.model(optimizers.SGD(rate * (1 - m), momentum=m))
@@ -104,7 +104,7 @@ def test_primal_averaging_with_interpolation_1_is_heavy_ball():
 
 
 @pytest.mark.parametrize("inner", [lambda: optimizers.Adam(0.01), lambda: optimizers.SGD(0.1)])
-def test_primal_averaging_without_decay_is_the_inner_optimizer(inner):
+def test_primal_averaging_without_decay_equals_the_inner_optimizer(inner):
     average, bare = small.model(PrimalAverage(inner(), average_decay=0.0)), small.model(inner())
     for model in (average, bare):
         small.fit(model, epochs=2)
@@ -112,7 +112,7 @@ def test_primal_averaging_without_decay_is_the_inner_optimizer(inner):
         np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_a_rate_of_zero_moves_nothing_and_gives_no_nan():
+def test_a_learning_rate_of_zero_moves_nothing_and_gives_no_nan():
     model = small.model(ScheduleFree(optimizers.SGD(0.0)))
     before = [small.numpy(v) for v in model.trainable_variables]
     small.fit(model, epochs=1)
@@ -125,7 +125,7 @@ def test_a_rate_of_zero_moves_nothing_and_gives_no_nan():
     assert np.any(small.numpy(model.trainable_variables[0]) != before[0])
 
 
-def test_micro_steps_and_skipped_steps_leave_every_bit():
+def test_micro_steps_and_skipped_steps_change_no_bit():
     inner = optimizers.SGD(0.1, gradient_accumulation_steps=2)
     optimizer, variable = ScheduleFree(inner), keras.Variable([0.1, 0.2, 0.3])
     small.apply(optimizer, [variable], [[1.0, 2.0, 3.0]], times=2)
@@ -165,7 +165,7 @@ def test_a_file_resumes_bit_for_bit_also_after_a_swap(tmp_path):
     small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
 
 
-def test_wrappers_around_average_what_is_trained():
+def test_wrappers_around_schedule_free_average_the_trained_variables():
     model = small.model(SWA(ScheduleFree(optimizers.SGD(0.1)), 0, 1))
     trajectories = small.trajectories(model, 6)
     for variable, values in zip(model.trainable_variables, trajectories, strict=True):
@@ -176,11 +176,11 @@ def test_wrappers_around_average_what_is_trained():
 
 @pytest.mark.parametrize("wrap", [ScheduleFree, PrimalAverage])
 class TestNesting:
-    def test_a_wrapper_inside_is_refused(self, wrap):
+    def test_a_wrapper_inside_schedule_free_or_primal_average_is_refused(self, wrap):
         with pytest.raises(ValueError, match=r"innermost.*Nest the other way: SWA\("):
             wrap(SWA("sgd"))
 
-    def test_what_changes_the_variables_from_outside_is_refused(self, wrap):
+    def test_a_wrapper_that_changes_the_variables_is_refused_around_schedule_free(self, wrap):
         for around in (
             Lookahead,
             lambda inner: ModelAverage(inner, outer_optimizer=optimizers.SGD(0.7)),
@@ -189,7 +189,7 @@ class TestNesting:
             with pytest.raises(ValueError, match="made of what it keeps"):
                 around(wrap("sgd"))
 
-    def test_the_mean_over_workers_is_not(self, wrap):
+    def test_model_average_around_schedule_free_is_accepted(self, wrap):
         model = small.fit(small.model(ModelAverage(wrap("sgd"), interval_steps=2)), epochs=1)
         alone = small.fit(small.model(wrap("sgd")), epochs=1)
         small.assert_same_bits(model.get_weights(), alone.get_weights())
@@ -206,11 +206,11 @@ class TestNesting:
         (lambda: PrimalAverage("sgd", interpolation=-0.1), "interpolation=-0.1"),
     ],
 )
-def test_bad_arguments_are_refused(make, received):
+def test_bad_arguments_of_schedule_free_are_refused(make, received):
     with pytest.raises(ValueError, match=f"Received: {received}"):
         make()
 
 
-def test_decay_is_that_of_the_average_where_there_is_one():
+def test_decay_of_primal_average_is_refused_and_names_average_decay():
     with pytest.raises(TypeError, match="average_decay"):
         PrimalAverage("sgd", decay=0.9)

@@ -117,13 +117,13 @@ def test_linear_annealing_begins_after_the_start_step():
     assert rates(schedule, range(8)).tolist() == [1, 1, 1, 0.75, 0.5, 0.25, 0, 0]
 
 
-def test_cosine_annealing_is_half_way_in_the_middle():
+def test_cosine_annealing_has_half_of_the_way_in_the_middle():
     schedule = SWALearningRate(1.0, 3.0, start_step=0, anneal_steps=2)
 
     np.testing.assert_allclose(rates(schedule, range(4)), [1, 2, 3, 3], rtol=FORMULA_TOLERANCE)
 
 
-def test_no_annealing_jumps_at_the_start_step():
+def test_the_rate_jumps_at_the_start_step_without_annealing():
     schedule = SWALearningRate(1.0, 0.25, start_step=2, anneal_steps=0)
 
     assert rates(schedule, range(4)).tolist() == [1, 1, 0.25, 0.25]
@@ -142,7 +142,7 @@ def test_a_triangle_goes_up_and_down():
     assert rates(schedule, range(9)).tolist() == [1, 2, 3, 2, 1, 2, 3, 2, 1]
 
 
-def test_a_cycle_need_not_have_whole_halves():
+def test_half_a_cycle_need_not_be_a_whole_number_of_steps():
     schedule = TriangularCyclicalLearningRate(0, 5, step_size=2.5)
 
     assert rates(schedule, range(7)).tolist() == [0, 2, 4, 4, 2, 0, 2]
@@ -181,7 +181,7 @@ def test_a_scale_function_gets_cycles_from_one_and_steps_from_zero():
     anneal_steps=st.integers(1, 2000),
     steps=st.lists(st.integers(0, 5000), min_size=1, max_size=4),
 )
-def test_annealing_is_the_formula_in_float64(strategy, last, start_step, anneal_steps, steps):
+def test_annealing_equals_the_formula_in_float64(strategy, last, start_step, anneal_steps, steps):
     schedule = SWALearningRate(1.0, last, start_step, anneal_steps, strategy)
 
     expected = annealed(strategy, 1.0, last, start_step, anneal_steps, [*steps, start_step])
@@ -197,7 +197,7 @@ def test_annealing_is_the_formula_in_float64(strategy, last, start_step, anneal_
     gamma=st.floats(0.9, 1.0),
     steps=st.lists(st.integers(0, 5000), min_size=1, max_size=4),
 )
-def test_cycles_are_the_zigzag_line(initial, step_size, scale_mode, gamma, steps):
+def test_cycles_equal_a_zigzag_line(initial, step_size, scale_mode, gamma, steps):
     schedule = ExponentialCyclicalLearningRate(initial, 1.0, step_size, scale_mode, gamma)
 
     # Half the period that integers can tell; the next test says how close that is.
@@ -234,7 +234,7 @@ def test_no_recording_is_missing():
 
 
 @recorded(ANNEALED)
-def test_rates_are_those_of_torch(recording, note_deviation):
+def test_rates_equal_recordings_of_torch(recording, note_deviation):
     start = len(recording.decayed)
     before = ExponentialDecay(recording.learning_rate, decay_steps=1, decay_rate=0.9)
     schedule = SWALearningRate(
@@ -265,7 +265,7 @@ def _recorded_schedule(recording, **changes):
 
 
 @recorded(CYCLICAL)
-def test_rates_are_those_of_addons(recording, note_deviation):
+def test_rates_equal_recordings_of_addons(recording, note_deviation):
     schedule = _recorded_schedule(recording)
 
     of_tensors = rates(schedule, range(len(recording.rates)))
@@ -378,7 +378,7 @@ def test_a_config_has_every_argument_and_gives_the_same_schedule(schedule):
 
 
 @each
-def test_from_config_leaves_the_config_as_it_is(schedule):
+def test_from_config_does_not_change_the_config(schedule):
     config = schedule.get_config()
 
     type(schedule).from_config(config)
@@ -435,7 +435,7 @@ def test_compiled_training_follows_the_rates(schedule):
     np.testing.assert_array_equal(float(optimizer.learning_rate), rates(schedule, [10])[0])
 
 
-def test_the_largest_steps_are_compared_on_every_backend():
+def test_the_largest_step_numbers_work_on_every_backend():
     schedule = SWALearningRate(0.1, 0.05, start_step=2**31 - 1, anneal_steps=2**31 - 1)
     np.testing.assert_array_equal(rates(schedule, [0, 10]), np.float32([0.1, 0.1]))
 

@@ -15,7 +15,7 @@ TOLERANCE = 1e-6  # rounding of a few float32 operations on numbers of order 1
 TORCHFT = [1, -1, -3, -5, -7, -9, -23, -25, -27, -29, -31, -33, -47]
 
 
-def test_the_history_of_torchft():
+def test_the_history_equals_that_of_torchft():
     optimizer = ModelAverage(
         optimizers.SGD(1.0), interval_steps=6, outer_optimizer=optimizers.SGD(2.0)
     )
@@ -37,7 +37,7 @@ def snoo(trajectory_of, start, k, rate, momentum, rounds):
 
 
 @pytest.mark.parametrize("inner", ["SGD", "Muon"])
-def test_it_is_snoo_and_with_muon_inside_muloco(inner):
+def test_model_average_with_outer_momentum_is_snoo_or_muloco(inner):
     random = np.random.default_rng(4)
     start = random.normal(size=(3, 2)).astype("float32")
     target = random.normal(size=(3, 2)).astype("float32")
@@ -65,7 +65,7 @@ def test_it_is_snoo_and_with_muon_inside_muloco(inner):
         np.testing.assert_allclose(variable, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_without_momentum_it_is_lookahead():
+def test_model_average_without_outer_momentum_is_lookahead():
     average = ModelAverage(
         optimizers.SGD(0.1), interval_steps=3, outer_optimizer=optimizers.SGD(0.4)
     )
@@ -76,7 +76,7 @@ def test_without_momentum_it_is_lookahead():
         np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_a_wrapper_around_it_averages_the_center_that_one_worker_has(tmp_path):
+def test_a_wrapper_around_model_average_averages_the_center_of_one_worker(tmp_path):
     def make():
         center = ModelAverage(
             optimizers.SGD(0.1),
@@ -111,7 +111,7 @@ class Two:
         pass
 
 
-def test_with_several_workers_a_wrapper_around_it_is_refused_when_training_begins():
+def test_a_wrapper_around_model_average_of_several_workers_is_refused():
     optimizer = SWA(ModelAverage("sgd", communicator=Two()))
     with pytest.raises(ValueError, match=r"outermost.*each worker's own.*2 workers inside SWA"):
         small.apply(optimizer, [keras.Variable([1.0])], [[1.0]])

@@ -25,7 +25,7 @@ def fit(model, **arguments):
     )
 
 
-def test_the_summary_is_a_table_of_the_wrappers():
+def test_the_summary_has_a_column_for_each_wrapper():
     model = small.model(SWA(MovingAverage("adam", average_decay=decays.PowerFunction(0.1)), 2, 3))
     small.fit(model)
     keras_avg.swap_weights(model)
@@ -73,7 +73,7 @@ def test_the_logs_hold_the_decay_and_the_distance():
     np.testing.assert_allclose(logs["average/distance"][-1], np.sqrt(sum(squares)), TOLERANCE)
 
 
-def test_a_rule_without_a_decay_has_a_distance():
+def test_the_logs_of_a_rule_without_a_decay_hold_only_the_distance():
     logs = fit(small.model(LAWA("sgd", average_period=1)), log_averages=True).history
     assert "average/decay" not in logs
     assert all(distance > 0 for distance in logs["average/distance"])
@@ -88,7 +88,7 @@ def test_before_the_first_snapshot_the_logs_hold_neither():
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="TensorBoard is installed there"
 )
-def test_tensorboard_draws_them(tmp_path):
+def test_tensorboard_draws_the_decay_and_the_distance(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = keras.callbacks.TensorBoard(tmp_path)

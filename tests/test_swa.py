@@ -106,12 +106,12 @@ def test_training_that_ends_before_the_start_has_no_average():
         ({"average_period": "10"}, "average_period='10'"),
     ],
 )
-def test_steps_that_are_not_counts_are_refused(arguments, message):
+def test_steps_that_are_not_nonnegative_integers_are_refused(arguments, message):
     with pytest.raises(ValueError, match=f"integer >= .*Received: {message}"):
         SWA("sgd", **arguments)
 
 
-def test_positional_arguments_are_those_of_addons():
+def test_positional_arguments_of_swa_are_those_of_addons():
     optimizer = SWA("sgd", 3, np.int64(4), "Mean", False)
 
     config = optimizer.get_config()

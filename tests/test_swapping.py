@@ -29,7 +29,7 @@ def wide_variable():
     return keras.Variable(np.geomspace(1e-8, 1e8, 4000) * signs, dtype="float32")
 
 
-def test_swapping_exchanges_and_swapping_back_restores():
+def test_a_swap_puts_averages_in_and_a_second_swap_restores_raw_weights():
     optimizer, variable = MovingAverage(optimizers.SGD(2.0), average_decay=0.5), None
     variable = keras.Variable([1.0], dtype="float32")
     small.apply(optimizer, [variable], [[0.1]])  # 0.8, average 0.9
@@ -89,7 +89,7 @@ def test_the_context_puts_raw_weights_back_after_an_exception():
     small.assert_same_bits(trainable(model), raw)
 
 
-def test_statistics_computed_in_the_context_go_out_with_the_averages(tmp_path):
+def test_statistics_computed_in_the_context_are_swapped_out_with_the_averages(tmp_path):
     model = trained()
     raw = model.get_weights()
     with model.optimizer.average_weights():
@@ -114,7 +114,7 @@ def test_statistics_of_a_model_that_lost_its_raw_weights_can_be_computed():
     assert other.optimizer.averages_in_model
 
 
-def test_the_context_leaves_raw_weights_that_were_put_back_inside():
+def test_the_context_keeps_raw_weights_that_were_put_back_inside_it():
     model = trained()
     raw = trainable(model)
     with model.optimizer.average_weights():
@@ -123,7 +123,7 @@ def test_the_context_leaves_raw_weights_that_were_put_back_inside():
     small.assert_same_bits(trainable(model), raw)
 
 
-def test_the_context_leaves_averages_that_were_there_before():
+def test_the_context_keeps_averages_that_were_in_the_model_before():
     model = trained()
     model.optimizer.swap_weights()
     with model.optimizer.average_weights():
@@ -136,7 +136,7 @@ def test_the_context_leaves_averages_that_were_there_before():
     "optimizer",
     [lambda: SWA(optimizers.Adam(0.01), 1, 2), lambda: MovingAverage(optimizers.Adam(0.01))],
 )
-def test_looking_at_the_averages_does_not_disturb_training(optimizer):
+def test_evaluating_the_averages_does_not_change_training(optimizer):
     undisturbed, looked_at = small.model(optimizer()), small.model(optimizer())
     for _ in range(3):
         small.fit(undisturbed, epochs=1)
@@ -149,7 +149,7 @@ def test_looking_at_the_averages_does_not_disturb_training(optimizer):
     small.assert_same_bits(looked_at.optimizer.get_weights(), undisturbed.optimizer.get_weights())
 
 
-def test_before_the_first_snapshot_there_is_nothing_to_swap():
+def test_a_swap_before_the_first_snapshot_is_refused():
     model = trained(SWA("sgd", start_averaging=100))
     raw = trainable(model)
     with pytest.raises(ValueError, match=r"no snapshot yet.*Received: 6 updates"):
@@ -159,7 +159,7 @@ def test_before_the_first_snapshot_there_is_nothing_to_swap():
 
 
 class TestTrainingWhileSwapped:
-    def test_is_refused_eagerly(self):
+    def test_eager_training_while_swapped_is_refused(self):
         variable = keras.Variable([1.0])
         optimizer = SWA(optimizers.SGD(1.0), 0, 1)
         small.apply(optimizer, [variable], [[1.0]])
@@ -168,7 +168,7 @@ class TestTrainingWhileSwapped:
             small.apply(optimizer, [variable], [[1.0]])
         assert int(optimizer.iterations) == 1
 
-    def test_is_refused_at_a_trace(self):
+    def test_training_while_swapped_is_refused_when_the_step_is_traced(self):
         model = trained()
         raw = trainable(model)
         model.optimizer.swap_weights()
@@ -184,7 +184,7 @@ class TestTrainingWhileSwapped:
         small.assert_same_bits(trainable(model), raw)
 
     @pytest.mark.parametrize("swap", [lambda m: m.optimizer.swap_weights(), keras_avg.swap_weights])
-    def test_is_refused_before_the_first_step_though_the_step_was_compiled_before(self, swap):
+    def test_training_while_swapped_is_refused_if_the_step_was_compiled_before(self, swap):
         model = trained()
         compiled, raw = model.train_function, trainable(model)
         swap(model)
@@ -200,7 +200,7 @@ class TestTrainingWhileSwapped:
         small.assert_same_bits(trainable(model), raw)
         small.fit(model, epochs=1)
 
-    def test_is_refused_in_a_second_fit_without_the_callback(self):
+    def test_a_second_fit_without_the_callback_is_refused(self):
         model = small.model(SWA(optimizers.Adam(0.01), 0, 2))
         small.fit(model, epochs=1, callbacks=[keras_avg.callbacks.SwapAverageWeights()])
         averages, updates = model.get_weights(), int(model.optimizer.iterations)
@@ -213,7 +213,7 @@ class TestTrainingWhileSwapped:
         assert int(model.optimizer.iterations) == 2 * updates
 
     @sees_compiled_steps
-    def test_in_code_that_goes_past_the_model_is_found_at_the_end_of_fit_each_time(self):
+    def test_hidden_training_while_swapped_is_found_at_the_end_of_each_fit(self):
         model = trained()
         compiled, raw = model.train_function, trainable(model)
         model.optimizer.swap_weights()
@@ -227,7 +227,7 @@ class TestTrainingWhileSwapped:
         small.assert_same_bits(trainable(model), raw)
 
     @sees_compiled_steps
-    def test_in_code_that_goes_past_the_model_is_found_by_a_file(self, tmp_path):
+    def test_hidden_training_while_swapped_is_found_when_a_file_is_saved(self, tmp_path):
         model = small.model(SWA(optimizers.Adam(0.01), 0, 2))
         model.train_on_batch(small.X[:8], small.Y[:8])
         compiled = model.train_function
@@ -239,7 +239,7 @@ class TestTrainingWhileSwapped:
                 model.save_weights(tmp_path / "mixed.weights.h5")
 
     @sees_compiled_steps
-    def test_by_another_wrapper_is_found_at_the_end_of_fit(self):
+    def test_training_by_another_wrapper_while_swapped_is_found_at_the_end_of_fit(self):
         model = trained(SWA(optimizers.Adam(0.01), 0, 2))
         first, second = model.optimizer, SWA(optimizers.Adam(0.01), 0, 2)
         model.compile(second, "mse")
@@ -254,7 +254,7 @@ class TestTrainingWhileSwapped:
         first.swap_weights()
         small.assert_same_bits(trainable(model), raw)
 
-    def test_is_refused_to_the_wrapper_inside_too(self):
+    def test_the_inner_wrapper_cannot_train_while_the_outer_one_is_swapped(self):
         model = trained(SWA(MovingAverage("sgd"), 0, 1))
         swa, moving_average = keras_avg.averaging_optimizers(model)
         with swa.average_weights():
@@ -264,13 +264,13 @@ class TestTrainingWhileSwapped:
             with pytest.raises(RuntimeError, match="averages of 'SWA', so assigning"):
                 moving_average.assign_average_vars(model.variables)
 
-    def test_assigning_averages_is_refused(self):
+    def test_assigning_averages_while_swapped_is_refused(self):
         model = trained()
         model.optimizer.swap_weights()
         with pytest.raises(RuntimeError, match="assigning them for good is refused"):
             model.optimizer.assign_average_vars(model.variables)
 
-    def test_a_second_wrapper_waits_for_the_first(self):
+    def test_a_second_wrapper_cannot_swap_before_the_first_has_swapped_back(self):
         model = trained(SWA(MovingAverage("sgd"), 0, 1))
         swa, moving_average = keras_avg.averaging_optimizers(model)
         swa.swap_weights()
@@ -310,7 +310,9 @@ class TestFilesWrittenWhileSwapped:
         ],
         ids=["nested", "under a LossScaleOptimizer"],
     )
-    def test_hold_both_copies_and_resume_bit_for_bit(self, optimizer, name, tmp_path):
+    def test_a_file_of_a_swapped_model_holds_both_copies_and_resumes_bit_for_bit(
+        self, optimizer, name, tmp_path
+    ):
         model = trained(optimizer())
         (wrapper, *_) = keras_avg.averaging_optimizers(model)
         raw, averages = trainable(model), small.slots(wrapper, model.trainable_variables)
@@ -337,7 +339,9 @@ class TestFilesWrittenWhileSwapped:
             [small.numpy(v) for v in model.optimizer.variables],
         )
 
-    def test_hold_low_precision_raw_weights(self, tmp_path, dtype_policy):
+    def test_a_file_of_a_swapped_model_holds_low_precision_raw_weights(
+        self, tmp_path, dtype_policy
+    ):
         dtype_policy("bfloat16")
         model = trained()
         raw = trainable(model)
@@ -383,7 +387,7 @@ class TestCopiesThatLostTheRawWeights:
         model.optimizer.set_weights(copy)
         return model
 
-    def test_say_so_at_the_next_swap_and_save(self, tmp_path):
+    def test_the_next_swap_and_save_say_that_raw_weights_are_lost(self, tmp_path):
         model = self.restored()
         assert model.optimizer.averages_in_model
         with pytest.raises(RuntimeError, match="does not carry them"):
@@ -391,17 +395,17 @@ class TestCopiesThatLostTheRawWeights:
         with pytest.raises(RuntimeError, match="does not carry them"):
             model.save(tmp_path / "model.keras")
 
-    def test_say_so_in_the_context(self):
+    def test_the_context_says_that_raw_weights_are_lost(self):
         model = self.restored()
         with pytest.raises(RuntimeError, match="does not carry them"):
             model.optimizer.average_weights().__enter__()
 
-    def test_say_so_at_the_next_step(self):
+    def test_the_next_step_says_that_raw_weights_are_lost(self):
         model = self.restored()
         with pytest.raises(RuntimeError, match="does not carry them"):
             small.fit(model)
 
-    def test_a_state_of_another_update_over_a_swap_is_not_written_to_a_file(self, tmp_path):
+    def test_a_state_of_another_update_than_the_raw_weights_is_not_saved(self, tmp_path):
         model = trained()
         model.optimizer.swap_weights()
         copy = model.optimizer.get_weights()
@@ -418,7 +422,7 @@ class TestCopiesThatLostTheRawWeights:
         small.assert_same_bits(trainable(model), raw)
 
     @pytest.mark.parametrize("compiled_anew", [False, True])
-    def test_an_unswapped_state_tree_over_a_swapped_state_is_no_swap(self, compiled_anew):
+    def test_restoring_an_unswapped_state_tree_ends_a_swap(self, compiled_anew):
         model = trained()
         raw, tree = trainable(model), model.get_state_tree(value_format="numpy_array")
         model.optimizer.swap_weights()
@@ -431,7 +435,7 @@ class TestCopiesThatLostTheRawWeights:
         small.fit(model, epochs=1)
         assert not model.optimizer.averages_in_model
 
-    def test_a_restored_state_is_not_in_the_way_of_another_wrapper(self):
+    def test_another_wrapper_can_swap_after_a_state_was_restored(self):
         model = trained(SWA(MovingAverage("sgd"), 0, 1))
         swa, moving_average = keras_avg.averaging_optimizers(model)
         tree = model.get_state_tree(value_format="numpy_array")
@@ -441,7 +445,7 @@ class TestCopiesThatLostTheRawWeights:
         assert moving_average.averages_in_model
         assert not swa.averages_in_model
 
-    def test_an_unswapped_copy_over_a_swapped_state_is_no_swap(self):
+    def test_restoring_an_unswapped_copy_ends_a_swap(self):
         model = trained()
         weights, copy = model.get_weights(), model.optimizer.get_weights()
         model.optimizer.swap_weights()
@@ -451,7 +455,7 @@ class TestCopiesThatLostTheRawWeights:
         small.fit(model)
 
 
-def test_wrappers_are_found_wherever_they_are():
+def test_wrappers_are_found_at_any_depth():
     def model(optimizer):
         return small.model(optimizer)
 
@@ -469,7 +473,7 @@ def test_wrappers_are_found_wherever_they_are():
         assert {type(f) for f in found} == {SWA, MovingAverage}
 
 
-def test_averages_out_of_a_functional_state():
+def test_averages_are_computed_from_a_functional_state():
     model = trained()
     state = [v.value for v in model.optimizer.variables]
 

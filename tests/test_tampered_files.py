@@ -55,7 +55,7 @@ def expect_own_state_kept(loaded, load, error, match):
 
 @pytest.mark.parametrize("name", ["m.keras", "m.weights.h5"])
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9, 0.999])
-def test_a_file_cut_short_changes_nothing(tmp_path, name, kept):
+def test_a_truncated_file_changes_nothing(tmp_path, name, kept):
     saved, model = trained(), trained()
     (saved.save if name.endswith(".keras") else saved.save_weights)(tmp_path / name)
     whole = (tmp_path / name).read_bytes()
@@ -122,7 +122,7 @@ def test_a_model_is_not_returned_when_an_array_does_not_fit(tmp_path):
         keras.saving.load_model(tmp_path / "m.keras")
 
 
-def test_averages_without_raw_values_are_never_silent(swapped_file):
+def test_averages_without_raw_values_are_an_error_at_the_next_use(swapped_file):
     with h5py.File(swapped_file, "r+") as file:
         for name in [n for n in file["optimizer/vars"] if n.startswith(("raw", "swapped"))]:
             del file[f"optimizer/vars/{name}"]
@@ -153,7 +153,7 @@ def test_raw_values_of_a_state_that_is_not_swapped_are_dropped(swapped_file):
 class TestOtherFiles:
     """What fits by half is refused too, before anything of the optimizer's is taken from it."""
 
-    def test_another_model(self, tmp_path):
+    def test_a_file_of_another_model_is_refused(self, tmp_path):
         other = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3), keras.layers.Dense(1)])
         other.compile(SWA(MovingAverage("adam"), 0, 2), "mse")
         other.optimizer.build(other.trainable_variables)
@@ -175,13 +175,13 @@ class TestOtherFiles:
         ],
         ids=["another inner optimizer", "less nesting", "more nesting"],
     )
-    def test_another_inner_optimizer(self, tmp_path, build, match):
+    def test_a_file_of_another_inner_optimizer_is_refused(self, tmp_path, build, match):
         trained(build()).save_weights(tmp_path / "m.weights.h5")
         model = trained()
         load = lambda: model.load_weights(tmp_path / "m.weights.h5")  # noqa: E731
         expect_own_state_kept(model, load, ValueError, match)
 
-    def test_inner_variables_of_other_shapes(self, tmp_path):
+    def test_a_file_with_inner_variables_of_other_shapes_is_refused(self, tmp_path):
         trained().save_weights(tmp_path / "m.weights.h5")
         with h5py.File(tmp_path / "m.weights.h5", "r+") as file:
             put("5", np.zeros(7))(file["optimizer/inner_optimizer/inner_optimizer/vars"])
@@ -189,7 +189,7 @@ class TestOtherFiles:
         load = lambda: model.load_weights(tmp_path / "m.weights.h5")  # noqa: E731
         expect_own_state_kept(model, load, ValueError, r"Received: shape \(7,\)")
 
-    def test_a_wrappers_file_for_an_optimizer_without_wrapper(self, tmp_path):
+    def test_a_file_of_a_wrapper_is_refused_by_an_optimizer_without_one(self, tmp_path):
         trained().save_weights(tmp_path / "m.weights.h5")
         model = trained(optimizers.SGD(momentum=0.5))
         before = [small.numpy(v) for v in model.optimizer.variables]
@@ -197,7 +197,7 @@ class TestOtherFiles:
             model.load_weights(tmp_path / "m.weights.h5")
         small.assert_same_bits([small.numpy(v) for v in model.optimizer.variables], before)
 
-    def test_averages_of_another_kind_go_on_as_ones_own(self, tmp_path):
+    def test_averages_of_another_rule_are_loaded_if_they_fit(self, tmp_path):
         """The averages of `SWA` can be the start of a `MovingAverage`: number and shapes fit."""
         saved = trained(SWA("adam", 0, 2))
         saved.save_weights(tmp_path / "m.weights.h5")
@@ -257,7 +257,7 @@ class TestNoCodeRuns:
     @pytest.mark.parametrize(
         "place", ["optimizer", "average_decay", "gradient_aggregator", "learning_rate", "itself"]
     )
-    def test_from_a_config(self, tmp_path, marker, kind, place):
+    def test_a_config_runs_no_code(self, tmp_path, marker, kind, place):
         path = tmp_path / "m.keras"
         trained(MovingAverage("sgd")).save(path)
         config = json.loads(member(path, "config.json"))
@@ -274,7 +274,7 @@ class TestNoCodeRuns:
         with pytest.raises((TypeError, ValueError)):
             keras.saving.load_model(path)
 
-    def test_from_a_pickle_among_the_arrays(self, tmp_path, marker):
+    def test_a_pickle_among_the_arrays_runs_no_code(self, tmp_path, marker):
         class Evil:
             def __reduce__(self):
                 return open, (str(marker), "w")
@@ -289,7 +289,7 @@ class TestNoCodeRuns:
         with pytest.raises(ValueError, match="allow_pickle"):
             keras.saving.load_model(path)
 
-    def test_from_a_pickle_in_the_place_of_an_array(self, swapped_file, marker):
+    def test_a_pickle_instead_of_an_array_runs_no_code(self, swapped_file, marker):
         class Evil:
             def __reduce__(self):
                 return open, (str(marker), "w")

@@ -17,7 +17,7 @@ AVERAGE_TOLERANCE = 1e-6
 
 
 @product(TRANSPARENT)
-def test_training_is_that_of_the_inner_optimizer_bit_for_bit(wrapper, inner):
+def test_training_equals_that_of_the_inner_optimizer_bit_for_bit(wrapper, inner):
     plain = small.fit(small.model(INNER[inner]()))
     averaged = small.fit(small.model(wrapped(wrapper, inner)))
 
@@ -30,7 +30,7 @@ def test_training_is_that_of_the_inner_optimizer_bit_for_bit(wrapper, inner):
 
 
 @product()
-def test_averages_are_those_of_the_oracle(wrapper, inner, record_property):
+def test_averages_equal_the_oracle(wrapper, inner, record_property):
     model = small.model(wrapped(wrapper, inner))
     wrappers, innermost = chain(model.optimizer)
     accumulated = innermost.gradient_accumulation_steps or 1
@@ -86,7 +86,7 @@ def test_the_train_step_is_traced_as_often_as_without_the_wrapper(wrapper, inner
 
 
 @product()
-def test_a_config_makes_the_same_optimizer_again(wrapper, inner):
+def test_a_config_constructs_an_equal_optimizer(wrapper, inner):
     optimizer = wrapped(wrapper, inner)
     config = optimizer.get_config()
     before = str(config)
@@ -125,7 +125,9 @@ def test_paths_of_all_variables_are_unique(wrapper):
 @pytest.mark.sample(8)
 @pytest.mark.parametrize("policy", ["float32", "bfloat16"])
 @each_wrapper
-def test_averages_are_swapped_in_and_every_bit_comes_back(wrapper, policy, dtype_policy, tmp_path):
+def test_averages_are_swapped_in_and_every_raw_bit_is_restored(
+    wrapper, policy, dtype_policy, tmp_path
+):
     dtype_policy(policy)
     model = small.fit(small.model(wrapped(wrapper, "nesterov")))
     wrappers, _ = chain(model.optimizer)
@@ -148,7 +150,7 @@ def test_averages_are_swapped_in_and_every_bit_comes_back(wrapper, policy, dtype
 
 @pytest.mark.sample(5)
 @each_wrapper
-def test_what_is_kept_of_low_precision_variables_is_float32(wrapper, dtype_policy):
+def test_stores_of_low_precision_variables_are_float32(wrapper, dtype_policy):
     dtype_policy("bfloat16")
     model = small.model(wrapped(wrapper, "nesterov"))
     trajectories = small.trajectories(model, steps=6)
@@ -166,7 +168,7 @@ def test_what_is_kept_of_low_precision_variables_is_float32(wrapper, dtype_polic
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @each_wrapper
-def test_a_non_finite_variable_stays_out_if_that_is_asked_for(wrapper, bad):
+def test_a_nonfinite_variable_is_not_averaged_with_skip_nonfinite(wrapper, bad):
     inner = keras.optimizers.SGD(0.5)
     optimizer = WRAPPERS[wrapper].make(inner, skip_nonfinite=True)
     variable = keras.Variable([1.0, 2.0])
@@ -180,7 +182,7 @@ def test_a_non_finite_variable_stays_out_if_that_is_asked_for(wrapper, bad):
 
 @pytest.mark.sample(4)
 @each_wrapper
-def test_steps_by_hand_and_compiled_steps_take_turns(wrapper):
+def test_steps_by_hand_and_compiled_steps_can_alternate(wrapper):
     """No buffer is shared, which a compiled JAX step could not donate twice."""
     model = small.model(wrapped(wrapper, "adam"))
     ones = [np.ones(v.shape) for v in model.trainable_variables]
