@@ -10,6 +10,18 @@ PROGRAM = "files_across_backends.py"
 # a root of squares, which multiplies rounding errors where gradients are small.
 TOLERANCE = 1e-4
 
+# Kinds of averages, and how many snapshots each takes in 12 steps.
+SNAPSHOTS = {
+    "ModelAverage": 4,
+    "Lookahead": 4,
+    "LAWA": 4,
+    "SWAG": 4,
+    "BEMA": 4,
+    "ScheduleFree": 12,
+    "PrimalAverage": 12,
+    "PowerFunction": 12,
+}
+
 backends = pytest.mark.parametrize("backend", LOADING_BACKENDS)
 sources = pytest.mark.parametrize("source", TRAINING_BACKENDS)
 names = pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
@@ -64,18 +76,22 @@ def test_a_file_from_another_backend_restores_every_bit(
 
 @backends
 @sources
-@pytest.mark.parametrize("name", ["ModelAverage", "Lookahead"])
-def test_a_file_from_another_backend_restores_averages_that_flow_back(
-    saved, loaded, backend, source, name
+@held_values
+@pytest.mark.parametrize(("name", "snapshots"), SNAPSHOTS.items())
+def test_a_file_from_another_backend_restores_each_kind_of_average(
+    saved, loaded, backend, source, held, name, snapshots
 ):
-    expected = np.load(saved / source / f"{name}.npz")
-    found = np.load(loaded(backend) / f"{source}-{name}.npz")
+    expected = np.load(saved / source / f"{held}-{name}.npz")
+    found = np.load(loaded(backend) / f"{source}-{held}-{name}.npz")
 
-    assert sorted(found.files) == sorted(expected.files)
     for key in expected.files:
         np.testing.assert_array_equal(found[key], expected[key], err_msg=key)
-    counted = [found[f"optimizer_{i}"] for i in (0, 1)]  # updates and rounds of 12 steps
-    np.testing.assert_array_equal(counted, [12, 4])
+    counted = [found[f"optimizer_{i}"] for i in (0, 1)]  # updates and snapshots of 12 steps
+    np.testing.assert_array_equal(counted, [12, snapshots])
+    raw = np.load(saved / source / f"raw-{name}.npz")
+    for key in raw.files:
+        if key.startswith("model"):
+            np.testing.assert_array_equal(found[key.replace("model", "raw")], raw[key])
 
 
 @backends
