@@ -1,16 +1,24 @@
-"""Which combinations of a test are quick, in all folders of tests."""
+"""Which tests are quick, in all folders of tests. CONTRIBUTING.md says what the tiers are."""
+
+import os
 
 import pytest
+
+BACKEND = os.environ.get("KERAS_BACKEND", "tensorflow")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is thorough
 def pytest_collection_modifyitems(items):
-    """Of a test marked `sample(n)`, `n` evenly spread combinations are quick, the rest thorough."""
+    """Mark as thorough: all but `n` evenly spread combinations of a test marked `sample(n)`, and
+    tests marked `slow_on` this backend."""
     combinations = {}
     for item in items:
+        if any(BACKEND in marker.args for marker in item.iter_markers("slow_on")):
+            item.add_marker(pytest.mark.thorough)
         if marker := item.get_closest_marker("sample"):
             key = item.nodeid.partition("[")[0]
-            combinations.setdefault(key, (marker.args[0], []))[1].append(item)
+            number = marker.kwargs.get(BACKEND, *marker.args)
+            combinations.setdefault(key, (number, []))[1].append(item)
     for number, found in combinations.values():
         chosen = {round(i * (len(found) - 1) / max(number - 1, 1)) for i in range(number)}
         for place, item in enumerate(found):

@@ -112,7 +112,7 @@ def prepare(session, backend, keras=f"keras=={KERAS}"):
 def run_tests(session, backend, *what):
     """Runs the tests on the installed wheel: `pytest` leaves the working folder out of the path."""
     env = environment(backend) | (compiled_once(session) if backend == "jax" else {})
-    session.run("pytest", "-n", "2", *what, *session.posargs, env=env)
+    session.run("pytest", "-n", "2", "--dist", "worksteal", *what, *session.posargs, env=env)
 
 
 def expect_no_framework_but(session, backend):

@@ -72,6 +72,7 @@ THREE_WORKERS = [
 ]
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_workers_give_the_numbers_of_the_original_check_and_of_bmuf():
     chief, worker = workers.run("check_original.py", 2)
     assert chief["steps"] == [
@@ -106,6 +107,7 @@ def alone_traces():
     return json.loads(done.stdout.strip().splitlines()[-1])["traces"]
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_a_round_at_every_step_of_plain_sgd_equals_data_parallel_training():
     results = train(2, interval=1, inner={"learning_rate": 0.05})
 
@@ -124,6 +126,7 @@ def test_a_round_at_every_step_of_plain_sgd_equals_data_parallel_training():
         np.testing.assert_allclose(flat(result["weights"]), weights, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_the_center_is_in_the_model_after_training_with_both_callbacks():
     first, second = train(2, batches=[20, 13], swap=True)
     np.testing.assert_array_equal(flat(first["weights"]), flat(first["center"]))
@@ -131,6 +134,7 @@ def test_the_center_is_in_the_model_after_training_with_both_callbacks():
 
 
 class TestFailure:
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.sample(1)
     @pytest.mark.parametrize("fault", ["kill", "stall"])
     def test_the_failure_of_one_worker_is_an_error_on_the_others_within_the_timeout(
@@ -194,6 +198,7 @@ class TestMistakes:
             assert error.startswith("RuntimeError")
             assert "SynchronizeWorkers" in error
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.skipif(not COMPILED, reason="torch runs one step per execution")
     def test_an_interval_that_is_not_a_multiple_of_steps_per_execution_is_refused(self):
         for error in self.errors(steps_per_execution=2):
@@ -201,11 +206,13 @@ class TestMistakes:
             assert "interval_steps=3" in error
             assert "steps_per_execution=2" in error
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_workers_with_different_models_are_refused(self):
         for error in self.errors(units=[1, 2]):
             assert error.startswith("ValueError")
             assert "number of elements. Received, by rank: [5, 10]" in error
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_a_wrong_number_of_workers_is_refused(self):
         processes = workers.start("train.py", 2, json.dumps({"num_worker": 3}))
         for code, _, err in workers.finish(processes):

@@ -42,9 +42,12 @@ def run_tests(tests, **settings):
 
 @pytest.mark.sample(1)
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's")
+@pytest.mark.parametrize("part", ["trained", "resumed"])
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
-def test_every_replica_of_a_mirrored_strategy_has_the_same_averages_as_one_device(policy, tmp_path):
-    finished = run("train_on_replicas.py", tmp_path, policy)
+def test_every_replica_of_a_mirrored_strategy_has_the_same_averages_as_one_device(
+    policy, part, tmp_path
+):
+    finished = run("train_on_replicas.py", tmp_path, policy, part)
     assert finished.returncode == 0, finished.stderr
 
 

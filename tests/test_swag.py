@@ -48,13 +48,13 @@ def test_moments_and_columns_equal_those_in_numpy():
 
 
 def test_samples_have_the_moments_of_the_distribution():
-    """The mean and covariance of 2,000 samples are right within five standard errors."""
+    """The mean and covariance of 400 samples are right within five standard errors."""
     random = np.random.default_rng(0)
     optimizer, variable = SWAG(optimizers.SGD(1.0), 0, 1, rank=4), keras.Variable(np.zeros(6))
     steps = random.normal(size=(8, 6))
     for step in steps:
         small.apply(optimizer, [variable], [step])
-    number, samples = 2000, []
+    number, samples = 400, []
     for seed in range(number):
         with optimizer.sample_weights(seed):
             samples.append(small.numpy(variable).astype("float64"))

@@ -176,11 +176,20 @@ def put_if(
         for target, new in zip(ring, new_values(sources), strict=True):
             target.assign(tf.cast(new, target.dtype))
 
-    def put_in_place() -> None:
-        branches = [lambda ring=ring: put(ring) for ring in rings]
-        tf.switch_case(tf.cast(place, "int32"), branches)
+    # Halved again and again. Each branch of a `tf.switch_case` would take the variables of all
+    # rings: with a hundred rings, tracing would take a minute.
+    def put_in_place(first: int, count: int) -> None:
+        if count == 1:
+            put(rings[first])
+            return
+        half = count // 2
+        tf.cond(
+            place < first + half,
+            lambda: put_in_place(first, half),
+            lambda: put_in_place(first + half, count - half),
+        )
 
-    tf.cond(tf.convert_to_tensor(condition), put_in_place, lambda: None)
+    tf.cond(tf.convert_to_tensor(condition), lambda: put_in_place(0, len(rings)), lambda: None)
 
 
 def run_if(condition: Any, function: Callable[[], None], variables: Sequence[Any]) -> None:
