@@ -31,7 +31,7 @@ TORCH_OPTIMIZERS_MODULE = "keras.src.backend.torch.optimizers"
 
 @tracking.no_automatic_dependency_tracking
 def share_step_counter(wrapper: Any, inner_optimizer: Any) -> None:
-    """Replace `wrapper`'s step counter by that of its inner optimizer.
+    """Replace `wrapper`'s step counter by the counter of its inner optimizer.
 
     Every Keras optimizer makes a counter when it is constructed. A counter of the wrapper could
     differ from the inner one. Also, two wrappers with one name would have the same path

@@ -23,7 +23,7 @@ DEFAULTS = {
     "interval": 3,
     "callback": True,
     "steps_per_execution": 1,
-    "units": [1],  # units of the model, by rank; the list is repeated
+    "units": [1],  # units of the model, by rank. The list is repeated.
     "num_worker": None,
     "timeout": 60,
     "folder": None,  # the folder for backups and files

@@ -17,8 +17,8 @@ import torch
 
 from keras_avg import _keras_internals
 
-IN_CACHE = 2**16  # elements; so many stay in the processor's cache until they are read again
-ON_GPU = 2**24  # elements; so many need few kernels, and little memory beside the averages
+IN_CACHE = 2**16  # elements. So many stay in the processor's cache until they are read again.
+ON_GPU = 2**24  # elements. So many need few kernels, and little memory beside the averages.
 
 outside_graph = torch.compiler.disable
 
