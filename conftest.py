@@ -1,4 +1,4 @@
-"""Which tests are quick, in all folders of tests. CONTRIBUTING.md says what the tiers are."""
+"""Decides which tests are quick, in all folders of tests. CONTRIBUTING.md explains the tiers."""
 
 import os
 
@@ -7,10 +7,13 @@ import pytest
 BACKEND = os.environ.get("KERAS_BACKEND", "tensorflow")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is thorough
+@pytest.hookimpl(tryfirst=True)  # It must run before pytest deselects thorough tests.
 def pytest_collection_modifyitems(items):
-    """Mark as thorough: all but `n` evenly spread combinations of a test marked `sample(n)`, and
-    tests marked `slow_on` this backend."""
+    """Mark tests as thorough.
+
+    A test marked `slow_on` this backend is thorough. Of a test marked `sample(n)`, `n` evenly
+    spread combinations are quick, and all others are thorough.
+    """
     combinations = {}
     for item in items:
         if any(BACKEND in marker.args for marker in item.iter_markers("slow_on")):

@@ -1,4 +1,4 @@
-"""Communicators between processes on the loopback interface: two and three, well and unwell."""
+"""Communicators between two or three processes on the loopback interface. Some processes fail."""
 
 import itertools
 import signal
@@ -10,8 +10,9 @@ import pytest
 import workers
 
 BACKEND = keras.backend.backend()
-TIMEOUT = 6  # of the communicators that are to fail, in seconds
-# Beside the timeout: a machine under load, a heartbeat that has just been, saving.
+TIMEOUT = 6  # of the communicators that must fail, in seconds
+# The time that a failure may take beyond the timeout, in seconds. The machine may be busy, the last
+# heartbeat may be recent, and the workers save their weights.
 SLACK = 10
 
 
@@ -31,7 +32,7 @@ def check(results):
         assert scalar == ranks.sum()
         assert result["shapes"] == [[2, 3], [], [0, 4], [3], []]
         assert result["dtypes"] == ["float32"] * 5 + ["float64"] * 2
-        assert result["wide"] == (1 + 2.0**-40 * ranks).sum()  # float32 would lose the small part
+        assert result["wide"] == (1 + 2.0**-40 * ranks).sum()  # float32 would lose the small part.
         assert result["own"][0] == np.full((2, 3), rank + 1.0).tolist()
         assert result["digest"] == results[0]["digest"], "not the same bits on every worker"
         assert result["broadcast"] == [np.ones((2, 3)).tolist(), [3.0, 3.0]]

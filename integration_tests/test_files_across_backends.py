@@ -1,4 +1,4 @@
-"""A file written on one backend means the same on every other: each bit, and the training after."""
+"""A file from one backend has the same meaning on every other: each bit, and later training."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import pytest
 TRAINING_BACKENDS = ("tensorflow", "jax", "torch")
 LOADING_BACKENDS = (*TRAINING_BACKENDS, "numpy", "openvino")
 PROGRAM = "files_across_backends.py"
-# Two or eight steps of another backend's arithmetic on float32 numbers of order 1. Adam divides by
-# a root of squares, which multiplies rounding errors where gradients are small.
+# For two or eight steps of different backends, on float32 numbers of order 1. Adam divides by a
+# root of squares. If gradients are small, this multiplies rounding errors.
 TOLERANCE = 1e-4
 
 # Kinds of averages, and how many snapshots each takes in 12 steps.
@@ -31,7 +31,7 @@ policies = pytest.mark.parametrize("policy", ["float32", "bfloat16"])
 
 @pytest.fixture(scope="session")
 def saved(run_program, tmp_path_factory):
-    """The folder of what was saved on each backend, in folders named like them."""
+    """The folder of all saved files. It has a folder for each backend, with the backend's name."""
     folder = tmp_path_factory.mktemp("saved")
     for backend in TRAINING_BACKENDS:
         (folder / backend).mkdir()
@@ -41,7 +41,7 @@ def saved(run_program, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def loaded(run_program, saved, tmp_path_factory):
-    """`loaded(backend)`: the folder of what that backend found in the files of all others."""
+    """The function `loaded(backend)`. It returns a folder with what `backend` has read."""
     folders = {}
 
     def folder_of(backend):
@@ -106,7 +106,7 @@ def test_training_goes_on_from_a_file_of_another_backend(
 
     np.testing.assert_allclose(found["predicted"], found["bare"], rtol=TOLERANCE, atol=TOLERANCE)
     compared = ["after_steps"]
-    if backend != "openvino":  # whose predictions are in the processor's bfloat16, if it has that
+    if backend != "openvino":  # It predicts in bfloat16 if the processor supports that.
         compared.append("predicted")
     if backend in TRAINING_BACKENDS:
         compared.append("after_fit")

@@ -1,4 +1,4 @@
-"""ModelAverage on the backend's own engine: real processes on the loopback interface."""
+"""ModelAverage on the backend's own engine, with real processes on the loopback interface."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ def train(size, **options):
 
 
 def simulated(initial, batches, interval=3, epochs=1, learning_rate=0.05, momentum=0.9, outer=None):
-    """The same training in NumPy float64: of each worker the weights; and the center."""
+    """The weights of each worker and the center after the same training in NumPy float64."""
     size = len(batches)
     data = [shard(rank, n) for rank, n in enumerate(batches)]
     start = np.concatenate([np.ravel(w) for w in initial]).astype("float64")
@@ -81,7 +81,7 @@ def test_workers_give_the_numbers_of_the_original_check_and_of_bmuf():
         [[4.0, 5.0], [3.0, 4.0], 1],
     ]
     assert worker["steps"] == [[[2.0, 3.0], [0.0, 1.0], 0], [[3.0, 4.0], [3.0, 4.0], 1]]
-    # Those of BMUF's own test, which computed them in float32.
+    # These are the slopes of BMUF's own test, which computed them in float32.
     np.testing.assert_allclose(chief["slope"], [14.00279999, 35.284214], rtol=TOLERANCE)
     np.testing.assert_allclose(worker["slope"], [56.56562805, 35.284214], rtol=TOLERANCE)
 
@@ -100,7 +100,7 @@ def test_fit_on_different_shards_equals_the_training_in_numpy(batches, outer, re
 
 
 def alone_traces():
-    """How often the same training traces its loss on one worker, without rounds."""
+    """The number of times that one worker traces the loss in the same training, without rounds."""
     command = [sys.executable, str(workers.PROGRAMS / "train.py")]
     options = json.dumps({"batches": [10], "callback": False})
     done = subprocess.run([*command, options], capture_output=True, text=True, timeout=120)
@@ -143,7 +143,7 @@ class TestFailure:
         options = {
             "batches": [20, 20, 20],
             "timeout": 10,
-            "failing": [1, fault, 8],  # a round is due after batch 9
+            "failing": [1, fault, 8],  # A round is due after batch 9.
             "folder": str(tmp_path),
         }
         processes = workers.start("train.py", 3, json.dumps(options))
@@ -185,7 +185,7 @@ class TestFailure:
 
 
 class TestMistakes:
-    """Each is an error on every worker, before any step."""
+    """Each mistake is an error on every worker, before the first step."""
 
     def errors(self, size=2, **options):
         results = train(size, **options)

@@ -1,4 +1,4 @@
-"""Configs and files that TensorFlow Addons 0.7 to 0.23 wrote, over the optimizers of Keras 2."""
+"""Configs and files of TensorFlow Addons 0.7 to 0.23, around optimizers of Keras 2, are loaded."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ CUSTOM_OBJECTS = {"Addons>SWA": SWA, "Addons>MovingAverage": MovingAverage}
 
 
 def legacy(class_name, **config):
-    """As Keras 2 wrote it before 2.12."""
+    """A config in the form in which Keras 2 wrote it before 2.12."""
     return {"class_name": class_name, "config": config}
 
 
@@ -69,7 +69,7 @@ def test_a_recorded_moving_average_config_is_loaded():
 
 
 def test_a_decay_that_num_updates_has_capped_is_not_capped_again():
-    # Addons wrote the capped decay, a float32 scalar of NumPy: 2 / 11 of num_updates=1.
+    # Addons wrote the capped decay, a float32 scalar of NumPy. With num_updates=1 it is 2 / 11.
     config = {
         "optimizer": LEGACY_SGD,
         "average_decay": np.float32(2 / 11),
@@ -89,7 +89,7 @@ def test_from_config_does_not_change_its_argument():
 
 def test_decay_becomes_inverse_time_decay():
     inner = inner_of(legacy("SGD", name="SGD", learning_rate=1.0, decay=0.5))
-    # Keras 2: rate / (1 + decay * step)
+    # In Keras 2 the rate was  rate / (1 + decay * step).
     assert [rate_at(inner, step) for step in (0, 2, 6)] == [1.0, 0.5, 0.25]
 
 
@@ -128,7 +128,7 @@ def test_every_optimizer_of_keras_2_comes_back_with_its_arguments(class_name, ar
     inner = inner_of(legacy(class_name, **config))
     expected = {k: v for k, v in config.items() if k != "decay"}
     assert type(inner) is type(optimizers.get(class_name))
-    # The rate is constant: the `decay` of Nadam is another thing, its schedule of momentum.
+    # The rate of Nadam is constant, because its `decay` is the schedule of its momentum.
     assert expected.items() <= inner.get_config().items()
 
 
@@ -136,7 +136,7 @@ def test_every_optimizer_of_keras_2_comes_back_with_its_arguments(class_name, ar
 def test_optimizers_of_keras_2_11_and_later_are_loaded(class_name):
     kind = getattr(optimizers, class_name)
     expected = kind(0.25, weight_decay=0.01, clipnorm=2.0, use_ema=True).get_config()
-    # Three that came with Keras 3, two that went.
+    # Three arguments are new in Keras 3, and two are gone.
     later = ("loss_scale_factor", "gradient_accumulation_steps")
     config = {k: v for k, v in expected.items() if k not in later}
     config |= {"jit_compile": True, "is_legacy_optimizer": False}
@@ -162,7 +162,7 @@ def test_legacy_optimizers_are_loaded_however_keras_2_wrote_them(written):
 
 
 def test_a_learning_rate_becomes_a_python_float():
-    # A built optimizer of Keras 2 read its rate from a variable; one that is not may have an int.
+    # A built optimizer of Keras 2 read its rate from a variable. Before that it may be an int.
     assert float(inner_of(legacy("SGD", learning_rate=np.float32(0.5))).learning_rate) == 0.5
     assert float(inner_of(legacy("SGD", learning_rate=1)).learning_rate) == 1.0
 
@@ -222,7 +222,7 @@ def halved(x):
 
 
 class TestScaleFunctions:
-    """Keras 2 wrote the name of a function, and of a lambda `<lambda>`."""
+    """Keras 2 wrote only the name of a function. For a lambda it wrote `<lambda>`."""
 
     @staticmethod
     def config(scale_fn):
@@ -248,7 +248,7 @@ class TestScaleFunctions:
             inner_of(self.config("<lambda>"))
 
 
-@keras.saving.register_keras_serializable()  # as `Custom>Halving`, which Keras 2 did too
+@keras.saving.register_keras_serializable()  # registered as `Custom>Halving`, as in Keras 2
 class Halving(optimizers.schedules.LearningRateSchedule):
     def __init__(self, start):
         self.start = start
@@ -360,7 +360,7 @@ def test_a_serialized_lambda_does_not_run(tmp_path):
 
 
 def write_legacy_h5(path, model, optimizer_config, with_optimizer_weights=False):
-    """A file as Keras 2.15 wrote it: its layout, its model config, its training config."""
+    """A file with the layout, the model config and the training config of Keras 2.15."""
     dense, norm, out = model.layers
     layer_configs = [
         {
@@ -381,7 +381,7 @@ def write_legacy_h5(path, model, optimizer_config, with_optimizer_weights=False)
         "config": {"name": "small", "layers": layer_configs},
     }
     training_config = {
-        "loss": "mean_squared_error",  # of `"mse"` in such a file Keras 3 knows nothing
+        "loss": "mean_squared_error",  # Keras 3 does not know `"mse"` in such a file.
         "metrics": None,
         "weighted_metrics": None,
         "loss_weights": None,
@@ -409,7 +409,7 @@ def write_legacy_h5(path, model, optimizer_config, with_optimizer_weights=False)
 
 
 def write_optimizer_weights(file, model):
-    """The step, then slots: the average and the momentum of each variable."""
+    """The step, and then the slots: the average and the momentum of each variable."""
     values = {"iter:0": np.asarray(7, "int64")}
     for variable in model.trainable_variables:
         for slot in ("average", "momentum"):
@@ -482,7 +482,7 @@ def test_a_model_from_a_legacy_h5_file_is_compiled_and_trains(
 
     small.assert_same_bits(model.get_weights(), saved.get_weights())
     assert type(model.optimizer) is CUSTOM_OBJECTS[config["class_name"]]
-    # What Addons averaged is not taken over: Keras 3 keeps state in another order.
+    # The averages of Addons are not loaded, because Keras 3 keeps the state in another order.
     assert not model.optimizer.has_average
     expected = small.model(type(model.optimizer).from_config(config["config"]))
     small.assert_same_bits(small.fit(model).get_weights(), small.fit(expected).get_weights())
@@ -499,7 +499,7 @@ def test_a_legacy_h5_file_of_an_optimizer_without_counterpart_is_refused(tmp_pat
 
 @pytest.mark.slow_on("jax", "tensorflow")
 def test_a_legacy_h5_file_that_keras_3_writes_is_loaded_and_trains(tmp_path):
-    """Keras builds the optimizer for no variables, and cannot train with one of its own then."""
+    """Keras builds the optimizer with no variables, and then cannot train with its own ones."""
     model = small.model()
     model.compile(SWA(MovingAverage("adam"), 0, 2), keras.losses.MeanSquaredError())
     small.fit(model).save(tmp_path / "legacy.h5")

@@ -1,7 +1,7 @@
-"""Two doors, and one direction.
+"""The structure of the package.
 
-Frameworks come in through `_backend/`, Keras' private names through one file. Folders import what
-is below them, and each class of a wrapper's line uses what is above it.
+Only `_backend/` imports frameworks. Only one file uses Keras' private names. A folder imports only
+from the folders below it. A class of a wrapper uses only what its base classes define.
 """
 
 import ast
@@ -26,7 +26,7 @@ def ids(path):
 
 
 def imported(tree):
-    """(line, dotted name) of everything a module imports."""
+    """Pairs (line, dotted name) for everything that a module imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -98,7 +98,7 @@ def test_every_backend_has_the_same_functions_in_the_same_order(folder, loading_
     assert all(functions == described["jax"] for functions in described.values())
 
 
-# What stands on what: a folder imports from those behind it only.
+# The order of the folders. A folder imports only from those that are listed after it.
 ORDER = [
     "__init__",
     "callbacks",
@@ -123,7 +123,7 @@ def part_of(path):
 
 
 def wrong_way_imports(path):
-    """Imports of a part that stands above the file's own."""
+    """The imports from a folder that is above the file's own folder."""
     own = ORDER.index(part_of(path))
     for line, name in imported(ast.parse(path.read_text())):
         parts = name.split(".")
@@ -145,7 +145,9 @@ WRAPPERS = [
     and issubclass(thing, keras_avg.AveragedOptimizerWrapper)
     and thing is not keras_avg.AveragedOptimizerWrapper
 ]
-LONGEST_LINE = 7  # classes of ours: a rule, its family, and what all wrappers stand on
+LONGEST_LINE = (
+    7  # our classes in a wrapper's MRO: the rule, its family, and the common base classes
+)
 
 
 def line_of(wrapper):
@@ -162,7 +164,7 @@ def test_a_wrapper_is_the_end_of_one_short_line_of_classes(wrapper):
 
 
 def used_and_defined(kind):
-    """Attributes of `self` that a class names, and those that it defines."""
+    """The attributes of `self` that a class uses, and those that it defines."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
     for node in tree.body:
@@ -205,7 +207,7 @@ def test_no_class_declares_an_attribute_that_it_does_not_set(path):
             for node in ast.walk(tree)
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
         }
-        if path.parent.name != "distributed":  # a subclass of Communicator sets rank and size
+        if path.parent.name != "distributed":  # Subclasses of Communicator set rank and size.
             assert declared <= stored, f"{path}: {tree.name} declares {declared - stored}."
 
 

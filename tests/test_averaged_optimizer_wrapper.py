@@ -1,4 +1,4 @@
-"""What all wrappers share: constructor, clock, slots, forwarding, and rules of one's own."""
+"""What all wrappers share: constructor, clock, slots, forwarding, and rules of users."""
 
 import keras
 import numpy as np
@@ -34,7 +34,7 @@ def variable_of(value, dtype="float32"):
     return keras.Variable(value, dtype=dtype)
 
 
-LARGEST = 2**31 - 1  # that fits where steps are counted in int32
+LARGEST = 2**31 - 1  # the largest number of steps in int32
 
 
 class TestConstructor:
@@ -154,7 +154,7 @@ class TestRulesOfOnesOwn:
     def test_two_methods_are_enough_for_a_rule(self):
         optimizer, variable = EveryOther(optimizers.SGD(1.0)), variable_of([0.0])
 
-        small.apply(optimizer, [variable], [[-1.0]], times=5)  # 1 2 3 4 5
+        small.apply(optimizer, [variable], [[-1.0]], times=5)  # the variable is 1, 2, 3, 4, 5
 
         assert optimizer.num_snapshots == 2
         expected = 0.75 * (0.25 * 2) + 0.25 * 4
@@ -162,7 +162,7 @@ class TestRulesOfOnesOwn:
 
     def test_average_op_alone_is_enough_for_a_rule(self):
         optimizer, variable = RunningMaximum(optimizers.SGD(1.0)), variable_of([0.0])
-        for gradient in (-2.0, 1.0, 1.0):  # 2, 1, 0
+        for gradient in (-2.0, 1.0, 1.0):  # the variable is 2, 1, 0
             small.apply(optimizer, [variable], [[gradient]])
 
         np.testing.assert_array_equal(optimizer.get_slot(variable, "average"), [2.0])
@@ -182,7 +182,7 @@ class TestRulesOfOnesOwn:
 
     def test_average_op_gives_the_next_value_and_assigns_nothing(self):
         optimizer, variable = SWA(optimizers.SGD(1.0), 0, 1), variable_of([0.0])
-        small.apply(optimizer, [variable], [[-1.0]], times=3)  # mean of 1, 2, 3
+        small.apply(optimizer, [variable], [[-1.0]], times=3)  # the average is that of 1, 2, 3
         average = optimizer.get_slot(variable, "average")
         variable.assign([6.0])
 
@@ -285,8 +285,8 @@ class TestAverages:
         optimizer = SWA(optimizers.SGD(1.0), 0, 1)
         variable = variable_of([1.0], "float64")
 
-        small.apply(optimizer, [variable], [[-1.0]], times=2)  # 2, 3
-        small.apply(optimizer, [variable], [[-5.0]])  # 8
+        small.apply(optimizer, [variable], [[-1.0]], times=2)  # the variable is 2, 3
+        small.apply(optimizer, [variable], [[-5.0]])  # the variable is 8
 
         average = optimizer.get_slot(variable, "average")
         assert average.dtype == "float64"
@@ -298,7 +298,7 @@ class TestAverages:
         optimizer = MovingAverage(optimizers.SGD(1.0), average_decay=0.1, **arguments)
         variable = variable_of([0.0], "float64")
 
-        small.apply(optimizer, [variable], [[-1.0]], times=3)  # 1, 2, 3
+        small.apply(optimizer, [variable], [[-1.0]], times=3)  # the variable is 1, 2, 3
 
         decays = [0.0 if "start_step" in arguments else 0.1, 0.1, 0.1]
         expected = 0.0
@@ -405,7 +405,7 @@ class TestForwarding:
         np.testing.assert_allclose([fast.learning_rate, slow.learning_rate], [0.125, 0.0025])
 
     def test_a_wrapper_without_members_inside_has_no_attribute_optimizers(self):
-        assert not hasattr(SWA("sgd"), "optimizers")  # Keras' callbacks ask for them this way
+        assert not hasattr(SWA("sgd"), "optimizers")  # Keras' callbacks use `hasattr` for this.
 
     def test_the_loss_scale_is_that_of_the_inner_optimizer(self):
         inner = optimizers.SGD(0.5, loss_scale_factor=4.0)
@@ -441,7 +441,7 @@ class TestForwarding:
 
     @pytest.mark.slow_on("jax", "tensorflow")
     def test_use_ema_of_the_inner_optimizer_is_finished_by_each_fit(self):
-        """Without a wrapper a second `fit` fails on JAX: buffers are then shared."""
+        """Without a wrapper, a second `fit` fails on JAX, because variables share buffers."""
         model = small.model(SWA(optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5), 0, 2))
         small.fit(model, epochs=1)
         small.fit(model, epochs=1)
@@ -464,7 +464,7 @@ class TestApply:
 
     @pytest.mark.slow_on("jax", "tensorflow")
     def test_a_model_can_be_trained_twice_after_averages_were_assigned(self):
-        """Keras' own average leaves one buffer under two variables, and JAX cannot donate it."""
+        """After the assignment no buffer is shared by two variables. JAX could not donate it."""
         for optimizer in (SWA("sgd", 0, 1), MovingAverage("sgd", average_decay=0.0)):
             model = small.fit(small.model(optimizer))
             optimizer.assign_average_vars(model.variables)
@@ -494,7 +494,7 @@ class TestApply:
 
         assert members[".*bias"].num_snapshots == 2 * small.BATCHES
         assert members[".*kernel"].num_snapshots == 4
-        model.get_state_tree()  # raises where two variables have one path
+        model.get_state_tree()  # It raises if two variables have the same path.
 
     @pytest.mark.slow_on("jax", "tensorflow")
     def test_a_model_without_input_shape_is_averaged_from_its_first_step(self):

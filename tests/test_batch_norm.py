@@ -1,4 +1,4 @@
-"""Statistics recomputed by one pass: exact pools of each call's moments, and nothing else moves."""
+"""`update_batch_norm` recomputes the statistics exactly by one pass, and changes nothing else."""
 
 import inspect
 import itertools
@@ -13,9 +13,10 @@ from keras_avg.batch_norm import update_batch_norm
 
 BACKEND = keras.backend.backend()
 TOLERANCE = 2e-6  # rounding of moments that the framework computes in float32, of order 1
-HALF_TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3}  # half a unit in the last place, and rounding
+HALF_TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3}  # half a unit in the last place, plus rounding
 
-X = np.random.default_rng(3).normal(3.0, 2.0, size=(29, 5)).astype("float32")  # 8 + 8 + 8 + 5
+# In batches of 8, these are 8 + 8 + 8 + 5 samples.
+X = np.random.default_rng(3).normal(3.0, 2.0, size=(29, 5)).astype("float32")
 
 
 def update(model, x, **arguments):
@@ -36,13 +37,13 @@ def assert_statistics(layer, mean, variance, tolerance=TOLERANCE):
 
 
 def whole_data(x, axis=-1):
-    """The oracle: moments of all elements at once, by no pool at all."""
+    """The oracle: the moments of all elements at once, without a pool."""
     x = np.moveaxis(np.asarray(x, "float64"), axis, -1).reshape(-1, np.shape(x)[axis])
     return x.mean(axis=0), x.var(axis=0)
 
 
 def normalized(layer, x):
-    """NumPy's training-mode output, for one batch."""
+    """The output of the layer in training mode for one batch, computed in NumPy."""
     x = np.asarray(x, "float64")
     axes = tuple(range(x.ndim - 1))
     x = (x - x.mean(axis=axes)) / np.sqrt(x.var(axis=axes) + layer.epsilon)
@@ -50,7 +51,7 @@ def normalized(layer, x):
 
 
 def randomized(model):
-    """Weights of no special value, as after training; variances stay positive."""
+    """Give the model random weights, as after training. Variances stay positive."""
     random = np.random.default_rng(5)
     for variable in model.weights:
         if "seed" not in variable.path:
@@ -60,7 +61,7 @@ def randomized(model):
 
 
 def everything(model):
-    """All variables' values, and what else layers remember, by layer."""
+    """The values of all variables, and all other state of the layers, by layer."""
     flags = ("trainable", "momentum", "renorm", "synchronized", "renorm_momentum")
     found = model._flatten_layers()
     state = [(getattr(layer, f, None)) for layer in found for f in flags]
@@ -91,8 +92,8 @@ class TestNumbers:
 
         assert update(model, np.array([[0.0], [2.0], [7.0]], "float32"), batch_size=2) is None
 
-        # Batches (0, 2) and (7): means 1 and 7, variances 1 and 0. All three: mean 3, and
-        # variance (9 + 1 + 16) / 3.
+        # The batches (0, 2) and (7) have the means 1 and 7, and the variances 1 and 0. All three
+        # numbers have the mean 3 and the variance (9 + 1 + 16) / 3.
         assert_statistics(model.layers[0], [3.0], [26 / 3])
 
     @pytest.mark.slow_on("jax")
@@ -116,7 +117,8 @@ class TestNumbers:
         assert_statistics(norm, *whole_data(X))
 
     def test_the_variance_is_exact_for_a_mean_far_from_zero(self):
-        # Exact in float32, as are a single element's moments; squares fill float64 to the brim.
+        # These values are exact in float32, and so are the moments of a single element. Their
+        # squares need all digits of float64.
         values = 2.0**30 + 128 * np.arange(6.0).reshape(-1, 1)
         norm = layers.BatchNormalization()
         update(sequential(norm, shape=(1,)), values.astype("float32"), batch_size=1)
@@ -238,7 +240,7 @@ class Block(layers.Layer):
 
 
 class Network(keras.Model):
-    """Layers in lists, in layers."""
+    """A model whose layers are in lists of other layers."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -252,7 +254,7 @@ class Network(keras.Model):
         return inputs
 
     def expected(self, x):
-        """Statistics of the three layers in NumPy, over batches of 8."""
+        """The statistics of the three layers over batches of 8, computed in NumPy."""
         inputs, results = x, [whole_data(x)]
         norms = [self.first] + [block.parts[1] for block in self.blocks]
         batches = [normalized(self.first, b) for b in batches_of(inputs)]
@@ -339,7 +341,7 @@ class TestDepth:
 
 
 class Noise(layers.Layer):
-    """Draws and counts in inference too."""
+    """A layer that draws random numbers and counts its calls, in inference too."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

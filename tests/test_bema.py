@@ -13,9 +13,10 @@ TOLERANCE = 1e-6  # rounding of a few float32 operations on numbers of order 1
 
 
 def trl(trajectory, update_freq=1, update_after=0, power=0.5, bias_power=0.2, lag=10.0, slope=1.0):
-    """As TRL's callback goes: what is read after each step, in float64.
+    """The average after each step, computed like TRL's callback in float64.
 
-    Up to `update_after` everything follows; then every `update_freq` steps, with `t` from there.
+    Up to `update_after` the average follows the weights. After that it is updated every
+    `update_freq` steps, and `t` counts from there.
     """
     start = average = read = np.asarray(trajectory[0], "float64")
     for step, value in enumerate(trajectory[1:], start=1):
@@ -30,10 +31,11 @@ def trl(trajectory, update_freq=1, update_after=0, power=0.5, bias_power=0.2, la
 
 
 def test_bema_of_two_values_is_computed_in_the_head():
-    # The age is 1 at the first update.
+    # With these arguments the age is 1 at the first update.
     optimizer = BEMA(optimizers.SGD(1.0), power=0.5, bias_power=1.0, lag=0.0, multiplier=1.0)
     variable = keras.Variable([4.0])
-    small.apply(optimizer, [variable], [[2.0]])  # 2: EMA 4 + 1 (2 - 4), read 2 + 1 (2 - 4)
+    # The variable goes from 4 to 2. EMA = 4 + 1 (2 - 4), and average = 2 + 1 (2 - 4).
+    small.apply(optimizer, [variable], [[2.0]])
     np.testing.assert_allclose(optimizer.get_slot(variable, "average"), [2.0])
     np.testing.assert_allclose(optimizer.get_slot(variable, "start"), [4.0])
     np.testing.assert_allclose(optimizer.get_slot(variable, "read"), [0.0])

@@ -1,4 +1,4 @@
-"""Averages are judged, kept and saved; raw weights are trained; neither disturbs the other."""
+"""Callbacks evaluate and save the averages, and training of the raw weights does not change."""
 
 import warnings
 
@@ -13,7 +13,7 @@ from keras_avg import SWA, MovingAverage
 from keras_avg.callbacks import AverageModelCheckpoint, SwapAverageWeights, swap_average_weights
 
 VALIDATION = (small.X[:20], small.Y[:20])
-TOLERANCE = 1e-6  # of a loss computed twice on the same weights, in batches of another size
+TOLERANCE = 1e-6  # of a loss on the same weights, computed with batches of two sizes
 
 
 def swa():
@@ -38,7 +38,7 @@ def loss(model):
 
 
 class Records(keras.callbacks.Callback):
-    """What the model holds at each hook."""
+    """Records at each hook which values the model holds."""
 
     def __init__(self):
         super().__init__()
@@ -172,7 +172,7 @@ class TestStandAlone:
 
         with pytest.raises(KeyError):
             model.evaluate(*VALIDATION, verbose=0, callbacks=[callback, Fails()])
-        if keras.backend.backend() == "jax":  # where Keras leaves the model without values
+        if keras.backend.backend() == "jax":  # Keras leaves the model without values there.
             model.jax_state_sync()
         assert model.optimizer.averages_in_model
 
@@ -289,7 +289,7 @@ class TestTogetherWithOtherCallbacks:
         np.testing.assert_allclose(loss(loaded), best, rtol=TOLERANCE)
         assert loaded.optimizer.averages_in_model
         small.assert_same_bits(trainable(loaded), averages(loaded))
-        fit(loaded, SwapAverageWeights())  # goes on
+        fit(loaded, SwapAverageWeights())  # training goes on
 
     @pytest.mark.parametrize("first", [True, False])
     def test_early_stopping_restores_the_averages_that_were_best(self, first):
@@ -645,13 +645,13 @@ class TestAverageModelCheckpoint:
 )
 class TestOrbax:
     def restored(self, folder, swap_on_epoch):
-        """A model trained with Orbax checkpoints, and the last of them, loaded."""
+        """A model that was trained with Orbax checkpoints, and the model of the last one."""
         orbax = keras.callbacks.OrbaxCheckpoint(
             str(folder), save_freq="epoch", save_on_background=False
         )
         swap = SwapAverageWeights(swap_on_epoch=swap_on_epoch)
-        # Not a Sequential model: Keras 3.15 names its variables otherwise when it loads one from
-        # Orbax, finds none of them in the checkpoint, and says nothing.
+        # Not a Sequential model: Keras 3.15 gives its variables other names when it loads one from
+        # Orbax. Then it finds none of them in the checkpoint, and does not say so.
         inputs = keras.Input((5,))
         trained = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Dense(6)(inputs)))
         trained.compile(swa(), "mse")

@@ -1,4 +1,4 @@
-"""The calls of Keras 2 and TensorFlow Addons: steps from a loss, and slots."""
+"""The methods of Keras 2 and TensorFlow Addons: steps from a loss, and slots."""
 
 import keras
 import numpy as np
@@ -10,7 +10,7 @@ from keras_avg import SWA, MovingAverage
 
 BACKEND = keras.backend.backend()
 TOLERANCE = 1e-6  # rounding of a few float32 operations on numbers of order 1
-# A dozen steps, compiled and not: kernels are fused, and sums are taken in another order.
+# For a dozen steps that are compiled or not. Compiled kernels are fused, and sum in another order.
 COMPILED_TOLERANCE = 1e-5
 
 about_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="about TensorFlow")
@@ -21,14 +21,14 @@ def two_variables():
 
 
 def noisy_model():
-    """Has batch-normalization statistics and seeds, which the loss moves on."""
+    """A model with batch-normalization statistics and seeds. A training loss changes them."""
     keras.utils.set_random_seed(42)
     return keras.Sequential(
         [
             keras.Input((5,)),
             keras.layers.Dense(6, activation="tanh"),
             keras.layers.BatchNormalization(),
-            keras.layers.Dropout(0.5),  # on torch it draws from torch's global generator
+            keras.layers.Dropout(0.5),  # On torch it draws from torch's global generator.
             keras.layers.GaussianDropout(0.5),
             keras.layers.Dense(1),
         ]
@@ -42,7 +42,7 @@ def loss_of(model, batch=0):
 
 
 def gradients_by_the_framework(model, loss):
-    """As one writes it without keras_avg; statistics and seeds stay as they are."""
+    """Gradients as users compute them without keras_avg. Statistics and seeds do not change."""
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -99,7 +99,7 @@ def test_minimize_is_apply_gradients_of_the_same_loss_bit_for_bit():
         applied.optimizer.apply_gradients(pairs)
         keras.utils.set_random_seed(batch)
         minimized.optimizer.minimize(loss_of(minimized, batch), minimized.trainable_variables)
-        if BACKEND == "jax":  # where `gradients_by_the_framework` leaves statistics and seeds
+        if BACKEND == "jax":  # Here `gradients_by_the_framework` does not change the statistics.
             copy_values(minimized.non_trainable_variables, applied.non_trainable_variables)
 
     small.assert_same_bits(
@@ -153,7 +153,7 @@ def test_variables_that_the_loss_makes_are_trained():
     for variable, other in zip(
         model.non_trainable_variables, called.non_trainable_variables, strict=True
     ):
-        np.testing.assert_allclose(variable, other, rtol=TOLERANCE)  # one pass, not two
+        np.testing.assert_allclose(variable, other, rtol=TOLERANCE)  # There was only one pass.
     optimizer.minimize(loss_of(model), lambda: model.trainable_weights)
     assert int(optimizer.iterations) == 2
 
@@ -180,7 +180,7 @@ def test_a_statistic_that_the_loss_assigns_is_assigned_once():
         count.assign_add(1.0)
         return ops.sum(v * v) * count
 
-    # Not built: JAX computes the loss once more, to have the variables made.
+    # The optimizer is not built. So JAX computes the loss once more, to make the variables.
     optimizer = SWA(optimizers.SGD(0.0))
     for step in range(3):
         optimizer.minimize(loss, lambda: [v])
@@ -543,7 +543,7 @@ def test_an_initializer_that_returns_the_variable_itself_is_copied():
 
 @pytest.mark.slow_on("jax", "tensorflow")
 def test_training_works_with_a_slot_that_began_with_the_variable():
-    # On JAX a train step gives its buffers away, and two variables may not share one.
+    # On JAX a train step donates its buffers, so two variables must not share one.
     optimizer = SWA("sgd", 0, 1)
     model = small.fit(small.model(optimizer), epochs=1)
     kernel = model.trainable_variables[0]
@@ -633,10 +633,10 @@ def test_paths_of_added_variables_are_unique_in_nested_wrappers():
 
 
 def with_added(optimizer):
-    """A model trained for an epoch, whose optimizer has slots and weights of all kinds."""
+    """A model that was trained for an epoch. Its optimizer has added slots and weights."""
     model = small.fit(small.model(optimizer), epochs=1)
     random = np.random.default_rng(3)
-    # In an order that a file does not keep.
+    # They are added in an order that a file does not keep.
     optimizer.add_weight("second", (), dtype="int32").assign(7)
     for variable in reversed(model.trainable_variables):
         optimizer.add_slot(variable, "start").assign(random.normal(size=variable.shape))
@@ -773,7 +773,7 @@ def test_a_shadow_copy_starts_from_the_variables():
         optimizer.assign_average_vars(model.variables)
     optimizer.minimize(loss_of(model), model.trainable_variables)
     averages = small.slots(optimizer, model.trainable_variables)
-    optimizer.shadow_copy(model.variables)  # training has started: the averages stay
+    optimizer.shadow_copy(model.variables)  # Training has started, so the averages do not change.
     small.assert_same_bits(small.slots(optimizer, model.trainable_variables), averages)
     with pytest.raises(ValueError, match="was not built with this variable"):
         optimizer.shadow_copy([keras.Variable([1.0])])

@@ -1,4 +1,4 @@
-"""Copies that other routes than Keras' files make: pickles, Orbax, `tf.train.Checkpoint`."""
+"""Copies without Keras' files: by `copy`, pickles, Orbax, and `tf.train.Checkpoint`."""
 
 import copy
 import importlib.util
@@ -48,7 +48,7 @@ def test_a_copy_of_an_optimizer_has_its_config(route):
 def test_a_copy_of_an_optimizer_with_state_has_its_config_and_no_state(route):
     optimizer = small.fit(small.model(nested())).optimizer
     before = optimizer.get_weights()
-    with pytest.warns(UserWarning, match="Skipping variable loading"):  # as Keras has it
+    with pytest.warns(UserWarning, match="Skipping variable loading"):  # Keras' own optimizers do.
         copied = COPIES[route](optimizer)
     assert copied.get_config() == optimizer.get_config()
     assert not copied.built
@@ -81,8 +81,8 @@ def test_a_copy_of_a_model_has_its_optimizers_state(route, swapped):
 
 
 def functional_model():
-    # Not a Sequential model: Keras 3.15 names its variables otherwise when it loads one from Orbax,
-    # finds none of them in the checkpoint, and says nothing.
+    # Not a Sequential model: Keras 3.15 gives its variables other names when it loads one from
+    # Orbax. Then it finds none of them in the checkpoint, and does not say so.
     inputs = keras.Input((5,))
     model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Dense(6)(inputs)))
     model.compile(nested(), "mse")

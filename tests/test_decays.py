@@ -1,4 +1,4 @@
-"""Decays give the weight of the new value, exactly at ten million steps too."""
+"""Decays give the weight of the new value. It is exact at ten million steps too."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from keras_avg import MovingAverage, decays
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "ema_pytorch.json"
 TOLERANCE = 1e-6  # rounding of a few float32 operations on numbers of order 1
-# Of a weight, relative: float32 rounds t, the logarithm and the exponential.
+# The relative tolerance of a weight. float32 rounds t, the logarithm and the exponential.
 WEIGHT_TOLERANCE = 1e-5 if keras.backend.backend() == "jax" else 1e-13
 LATE = [1, 2, 3, 10, 1000, 10**5, 10**7, 2**30]
 
@@ -25,7 +25,7 @@ def weight(decay, t, period=1):
 
 
 def fed(optimizer, values):
-    """The averages after each of the values that a variable is given; SGD(1) takes it there."""
+    """The averages after each of the given values of a variable. SGD(1) moves it to each value."""
     variable, averages = keras.Variable(values[0]), []
     for value in values[1:]:
         gradient = small.numpy(variable) - value
@@ -74,10 +74,10 @@ def test_weights_equal_those_of_float64_at_any_time(t, period):
 
 @pytest.mark.parametrize("f", [0.05, 0.5])
 def test_a_half_life_fraction_is_the_half_life_divided_by_the_time(f):
-    """Of what there was at time t, half is left at the time at which f t have passed."""
+    """After further f t steps, the average of time t has half of its weight."""
     decay, t = decays.PowerFunction(half_life_fraction=f), 10**6
     left = math.exp((decay.gamma + 1) * math.log(1 - f))
-    assert left == pytest.approx(0.5, abs=f / 2)  # for small f
+    assert left == pytest.approx(0.5, abs=f / 2)  # This is exact only for small f.
     assert weight(decay, t) * t == pytest.approx(math.log(2) / f, rel=1e-4)
 
 

@@ -1,4 +1,7 @@
-"""What needs a process of its own: several devices, and settings that Keras reads when imported."""
+"""Tests that need a process of their own.
+
+They use several devices, or settings that Keras reads when it is imported.
+"""
 
 import importlib.util
 import os
@@ -16,7 +19,11 @@ on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="a setting 
 
 
 def run_tests(tests, **settings):
-    """Runs tests in a process where `settings` are in the environment and known to have worked."""
+    """Run tests in a process with `settings` in its environment.
+
+    Each setting is the name of a variable, which becomes 1, and an expression that is true if Keras
+    has used the variable.
+    """
     checks = "; ".join(["import sys, keras, pytest", *(f"assert {c}" for c in settings.values())])
     command = [sys.executable, "-c", f"{checks}; sys.exit(pytest.main(sys.argv[1:]))"]
     arguments = ["-q", "-p", "no:cacheprovider", *(f"{HERE / test}" for test in tests)]

@@ -1,4 +1,4 @@
-"""Communicators without a network: the environment, packing, and sums over threads."""
+"""Communicators without a network: the launcher's environment, packing, and sums over threads."""
 
 import json
 
@@ -43,7 +43,7 @@ not_tensorflow = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def without_launcher(monkeypatch):
-    """No launcher's variables, and no communicator from an earlier test."""
+    """Removes the variables of launchers, and the communicator of an earlier test."""
     for names in VARIABLES.values():
         for name in names:
             monkeypatch.delenv(name, raising=False)
@@ -52,7 +52,7 @@ def without_launcher(monkeypatch):
 
 @pytest.fixture
 def launcher(monkeypatch):
-    """Sets the launcher's variables, changed as told; None leaves one out."""
+    """Sets the launcher's variables, with some changes. The value None leaves a variable out."""
 
     def sets(changes):
         for name, value in (VARIABLES[BACKEND] | changes).items():
@@ -148,7 +148,7 @@ def test_an_evaluator_is_not_a_worker_of_the_job(launcher):
 
 
 class Pair(keras_avg.distributed.Communicator):
-    """One of two workers that hold the same; as short as a subclass can be."""
+    """One of two workers with the same values. It is the shortest possible subclass."""
 
     def __init__(self, rank):
         self.rank, self.size = rank, 2
@@ -179,7 +179,7 @@ def test_a_communicator_is_given_arrays_and_not_variables(dtype):
     assert optimizer.num_snapshots == 1
     for array in pair.brought:
         assert not isinstance(array, keras.Variable)
-        assert np.asarray(array).dtype == "float32"  # apart from gradients, too
+        assert np.asarray(array).dtype == "float32"  # NumPy refuses a tensor that needs gradients.
 
 
 def test_the_sum_of_one_worker_is_a_copy():
@@ -304,7 +304,7 @@ def test_the_weighted_mean_equals_the_mean_of_repeated_arrays(weights, seed):
         assert total == sum(weights)
         if total == 0:
             assert not np.any(sums[0])
-        else:  # float32 rounds each product and each sum
+        else:  # float32 rounds each product and each sum.
             np.testing.assert_allclose(sums[0] / total, repeated.mean(0), rtol=0, atol=2e-6)
         np.testing.assert_array_equal(sums[1], sums[0][0])
 
@@ -335,7 +335,7 @@ def test_a_weight_that_is_negative_or_not_finite_is_refused(weight):
 
 
 class FakeEngine:
-    """Worker 1 of three; `brought` and `error` are what its meetings give."""
+    """The engine of worker 1 of three. Its meetings return `brought`, or raise `error`."""
 
     rank, size = 1, 3
 
@@ -384,7 +384,7 @@ def test_a_lost_worker_is_an_error_in_this_call_and_all_later_ones(missing, who)
 
 
 def test_fake_workers_sum_in_the_order_of_ranks():
-    big = [1.0, 2.0**-24, 2.0**-24]  # in float32 the sum depends on the order
+    big = [1.0, 2.0**-24, 2.0**-24]  # The sum in float32 depends on the order.
 
     def work(communicator):
         array = np.array(big[communicator.rank], "float32")

@@ -1,4 +1,4 @@
-"""A test that the docs name as a proof exists."""
+"""Each test that the docs name as a proof exists."""
 
 import ast
 import pathlib
@@ -8,7 +8,7 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 PAGES = sorted((HERE.parent / "docs").glob("*.md"))
-# `test_file.py::test_name`, perhaps with folder, class, or one of its parameters in brackets
+# `test_file.py::test_name`. It may have a folder, a class, and a parameter in brackets.
 PROOF = re.compile(
     r"`((?:integration_tests/|tests/)?test_\w+\.py)::(?:\w+::)*(\w+)(?:\[([^\]]+)\])?`"
 )
@@ -19,10 +19,10 @@ def path_of(file):
 
 
 def names_and_strings(file):
-    """Functions and classes of a test file, and all that may name a parameter in it."""
+    """The functions and classes of a test file, and all strings that may name a parameter in it."""
     nodes = list(ast.walk(ast.parse(path_of(file).read_text())))
     defined = {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-    nodes += ast.walk(ast.parse((HERE / "wrappers.py").read_text()))  # the contract's parameters
+    nodes += ast.walk(ast.parse((HERE / "wrappers.py").read_text()))  # parameters of the contract
     strings = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     return defined, defined | strings
 

@@ -1,4 +1,4 @@
-"""Variables that are left out of averages, and averages that are read without a swap."""
+"""Variables can be excluded from averaging, and averages can be read without a swap."""
 
 import keras
 import numpy as np
@@ -115,7 +115,8 @@ class TestReadingAverages:
         model = self.trained()
         weights = model.get_weights()
         with model.optimizer.reading_averages():
-            model(ops.convert_to_tensor(small.X), training=True)  # moves batch-norm statistics
+            # This call changes batch-normalization statistics.
+            model(ops.convert_to_tensor(small.X), training=True)
         small.assert_same_bits(model.get_weights(), weights)
 
     @pytest.mark.skipif(BACKEND == "jax", reason="a compiled JAX step is a function of states")

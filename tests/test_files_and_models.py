@@ -1,4 +1,4 @@
-"""Files of models that changed: low-rank layers, quantized and float8 models, members, bombs."""
+"""Files of unusual models: low-rank, quantized and float8 ones, members, and very large files."""
 
 import h5py
 import keras
@@ -12,7 +12,7 @@ from keras_avg import SWA, MovingAverage
 
 X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
 Y = X.sum(1, keepdims=True)
-TOLERANCE = 1e-4  # of predictions of order 1, after a kernel and its factors were added up
+TOLERANCE = 1e-4  # of predictions of order 1, after a kernel and its factors were merged
 
 
 def predictions(model, x=X):
@@ -20,7 +20,7 @@ def predictions(model, x=X):
 
 
 def dropped(caught):
-    """How many warnings say that averages were dropped; Keras warns of the inner optimizer."""
+    """The number of warnings about dropped averages. Keras itself warns of the inner optimizer."""
     return sum("belong to no variable any more" in str(warning.message) for warning in caught)
 
 
@@ -29,7 +29,7 @@ def has_method(layer, method):
 
 
 def low_rank(layer, inputs):
-    """A model with one layer of low-rank factors, which alone are trained beside the last bias."""
+    """A model with one layer of low-rank factors. Only these and the last bias are trained."""
     x = keras.Input(inputs)
     model = keras.Model(x, layers.Dense(1)(layers.Flatten()(layer(x))))
     layer.enable_lora(2)
@@ -73,7 +73,7 @@ class TestLayersThatStoreSomethingElse:
             ):
                 use(loaded)
         np.testing.assert_allclose(predictions(loaded, x), raw, atol=TOLERANCE)
-        with model.optimizer.average_weights():  # those in the process stay
+        with model.optimizer.average_weights():  # The averages in this process are still there.
             assert np.abs(predictions(model, x) - raw).max() > 10 * TOLERANCE
 
     @pytest.mark.sample(1)
@@ -258,7 +258,7 @@ class TestFloat8:
 
 
 def named(names, optimizer):
-    """Layers of one shape under these names, in this order."""
+    """A model of layers with the same shape and these names, in this order."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [keras.Input((4,)), *(layers.Dense(4, name=name) for name in names)], name="named"
@@ -269,7 +269,7 @@ def named(names, optimizer):
 
 @pytest.mark.slow_on("tensorflow")
 def test_an_average_goes_to_the_variable_of_its_path_and_not_of_its_number(tmp_path):
-    """The file's averages are numbered in one order, the model's variables are in another."""
+    """The file numbers the averages in another order than that of the model's variables."""
     model = named("ab", SWA(optimizers.SGD(0.01), 0, 1))
     model.fit(X, X, batch_size=8, verbose=0)
     model.save_weights(tmp_path / "model.weights.h5")
@@ -307,9 +307,10 @@ def test_averages_go_by_order_if_paths_are_missing_as_in_files_of_0_1(tmp_path, 
 @pytest.mark.skipif(
     not hasattr(optimizers, "MultiOptimizer"), reason="MultiOptimizer came with Keras 3.15"
 )
-@pytest.mark.filterwarnings("ignore:Skipping variable loading")  # by Keras, of its own optimizers
+# Keras gives this warning about its own optimizers.
+@pytest.mark.filterwarnings("ignore:Skipping variable loading")
 class TestMembersOfAMultiOptimizer:
-    """Keras visits a member twice, the second time with an empty store."""
+    """Keras loads a member twice. The second time its store is empty."""
 
     def model(self, pattern, wrap=lambda member: member):
         model = named("ab", wrap(self.members(pattern)))
@@ -343,7 +344,7 @@ class TestMembersOfAMultiOptimizer:
             other.load_weights(tmp_path / "m.weights.h5")
         other.load_weights(tmp_path / "o.weights.h5")
         fresh = named("ab", self.members("nothing"))
-        fresh.save_weights(tmp_path / "unbuilt.weights.h5")  # an empty store
+        fresh.save_weights(tmp_path / "unbuilt.weights.h5")  # This store is empty.
         other.load_weights(tmp_path / "unbuilt.weights.h5")
 
 

@@ -1,7 +1,8 @@
-"""Files that version 0.1 wrote, on torch, load bit for bit on every backend.
+"""Files that version 0.1 wrote on torch are loaded bit for bit on every backend.
 
-`SWA(MovingAverage(Adam))` after six steps of the small model, with an added slot and an added
-weight: with the raw weights in the model, and swapped with batch-norm statistics of the averages.
+They hold the small model after six steps of `SWA(MovingAverage(Adam))`, with an added slot and an
+added weight. In one file the model has the raw weights. In the other it is swapped, and has
+batch-normalization statistics of the averages.
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""Words that people bring from other libraries are told the name they have here."""
+"""If a user passes an argument of another library, the error says its name here."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""What loops ask that keep the optimizer's state in a list of their own."""
+"""Functions for training loops that keep the optimizer's state in a list."""
 
 import keras
 import numpy as np
@@ -41,7 +41,7 @@ def test_stateless_average_returns_raw_values_before_the_first_snapshot():
         if done < 3:
             assert not any(map(np.any, arrays(optimizer.stateless_average(state))))
         trainable, state = step(optimizer, trainable, state)
-    assert not optimizer.has_average  # which is about the optimizer's own variables
+    assert not optimizer.has_average  # It reads the optimizer's own variables, and not the list.
 
 
 @cannot_apply

@@ -1,4 +1,4 @@
-"""Aggregating, transforming and clipping before the inner optimizer sees the gradients."""
+"""Gradients are aggregated, transformed and clipped before the inner optimizer sees them."""
 
 import keras
 import numpy as np
@@ -22,12 +22,12 @@ def minus_one(grads_and_vars):
 
 
 def moved(variables):
-    """How far variables of one element have gone from 0, downhill."""
+    """How far variables with one element have moved from 0, against the gradient."""
     return [-small.numpy(v)[0] for v in variables]
 
 
 def step(gradient=(3.0, 4.0), inner=None, **arguments):
-    """How far one step of size 1 goes."""
+    """How far one step of size 1 moves a variable."""
     variable = keras.Variable(np.zeros(len(gradient)), dtype="float32")
     optimizer = SWA(inner or optimizers.SGD(1.0), **arguments)
     small.apply(optimizer, [variable], [gradient])

@@ -1,4 +1,4 @@
-"""Memory that communicators use over again, on JAX and torch."""
+"""Communicators on JAX and torch use the same memory again."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_host_memory_is_used_again_once_nothing_uses_it():
     first = address(memory)
     nbytes = memory.nbytes + ALIGNMENT
     del memory
-    others = [np.empty(nbytes, "uint8") for _ in range(10)]  # which would get what is free
+    others = [np.empty(nbytes, "uint8") for _ in range(10)]  # They would get memory that is free.
     assert address(host_memory(10_000, "float32")) == first
     del others
 

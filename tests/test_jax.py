@@ -1,4 +1,4 @@
-"""What is special about JAX: donated buffers, purged variables, functional loops."""
+"""Tests of what only JAX has: donated buffers, variables without values, functional loops."""
 
 import keras
 import numpy as np
@@ -61,7 +61,7 @@ def test_errors_during_an_epoch_say_how_to_get_the_variables(use):
     class Looks(keras.callbacks.Callback):
         def __init__(self, optimizer):
             super().__init__()
-            self.optimizer = optimizer  # `self.model` would sync the state
+            self.optimizer = optimizer  # Reading `self.model` would sync the state.
 
         def on_train_batch_end(self, batch, logs=None):
             try:
@@ -105,12 +105,13 @@ def test_a_functional_loop_averages_the_values_it_is_given():
     optimizer = MovingAverage(keras.optimizers.SGD(1.0), average_decay=0.5)
     variable = keras.Variable([0.0], dtype="float32")
     optimizer.build([variable])
-    trainable = [jax.numpy.array([4.0])]  # not the variable's value
+    trainable = [jax.numpy.array([4.0])]  # The variable has another value.
     state = [v.value for v in optimizer.variables]
     step = jax.jit(optimizer.stateless_apply)
 
     for _ in range(2):
-        trainable, state = step(state, [jax.numpy.array([1.0])], trainable)  # 3, 2
+        # The value is 3, and then 2.
+        trainable, state = step(state, [jax.numpy.array([1.0])], trainable)
 
     (average,) = optimizer.stateless_average(state)
     np.testing.assert_allclose(average, [0.5 * (0.5 * 4 + 0.5 * 3) + 0.5 * 2])
@@ -119,7 +120,10 @@ def test_a_functional_loop_averages_the_values_it_is_given():
 
 
 class TestAnErrorBeforeTheFirstStep:
-    """Keras takes the values away before it traces the step, and restores those of the last one."""
+    """Keras takes the values away before it traces the step.
+
+    After an error it restores the values of the last step, but here there was no step.
+    """
 
     def fail(self, optimizer):
         class Fails(keras.Sequential):

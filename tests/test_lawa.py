@@ -18,7 +18,7 @@ def averages(optimizer, steps):
 
 
 def test_lawa_is_the_mean_of_all_snapshots_and_then_of_the_last_ones():
-    # SGD(1) takes the variable to 9, 8, 7, ...
+    # SGD(1) moves the variable to 9, 8, 7, ...
     assert averages(LAWA(optimizers.SGD(1.0), window=3, average_period=1), 5) == [9, 8.5, 8, 7, 6]
 
 
@@ -35,7 +35,7 @@ def test_a_window_that_is_never_full_equals_swa():
 
 
 def test_a_snapshot_that_left_the_window_leaves_no_rounding_error():
-    """A running difference would still show the 1e8 that went through."""
+    """A running sum would still have the rounding error of the value 1e8."""
     optimizer, variable = LAWA(optimizers.SGD(1.0), 2, average_period=1), keras.Variable([1e8])
     small.apply(optimizer, [variable], [[0.0]])
     variable.assign([0.1])

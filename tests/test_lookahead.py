@@ -1,4 +1,4 @@
-"""Lookahead: the rule, the flow back into the model, and other people's Lookahead."""
+"""Lookahead: the rule, the flow back into the model, and the Lookahead of other libraries."""
 
 import keras
 import numpy as np
@@ -27,7 +27,7 @@ def test_two_fast_steps_are_followed_by_one_slow_step():
     seen = descend(optimizer, [[1.0]], [[[0.25]]] * 4)
     fast = [values[0][0] for values, _ in seen]
     slow = [slow[0][0] for _, slow in seen]
-    assert fast == [0.75, 0.75, 0.5, 0.5]  # at 0.5 it is called back half way to 1
+    assert fast == [0.75, 0.75, 0.5, 0.5]  # At 0.5 it is moved back half of the way to 1.
     assert slow == [1.0, 0.75, 0.75, 0.5]
     assert optimizer.num_snapshots == 2
 
@@ -42,7 +42,7 @@ def test_fast_and_slow_weights_are_those_of_algorithm_1(period, step_size):
     seen = descend(optimizer, list(start), [list(g) for g in grads])
 
     slow, step = start, 0
-    for _ in range(len(grads) // period):  # the paper's outer loop, then its inner one
+    for _ in range(len(grads) // period):  # the outer loop of the paper, and then its inner loop
         fast = slow
         for _ in range(period):
             fast = fast - 0.1 * grads[step]
@@ -80,7 +80,7 @@ def test_weights_that_are_loaded_after_build_are_the_first_slow_weights():
     optimizer.build([variable])
     variable.assign([9.0])
     small.apply(optimizer, [variable], [[1.0]], times=2)
-    np.testing.assert_array_equal(variable, [8.0])  # half way from 9 to 7
+    np.testing.assert_array_equal(variable, [8.0])  # This is half of the way from 9 to 7.
 
 
 def test_slow_weights_of_bfloat16_variables_are_float32():
@@ -89,7 +89,7 @@ def test_slow_weights_of_bfloat16_variables_are_float32():
     small.apply(optimizer, [variable], [[-1.0]], times=1)
     average = optimizer.get_slot(variable, "average")
     assert average.dtype == "float32"
-    np.testing.assert_array_equal(average, [1 + 2.0**-9])  # not a bfloat16 number
+    np.testing.assert_array_equal(average, [1 + 2.0**-9])  # bfloat16 cannot hold this number.
     assert float(small.numpy(variable)[0]) == 1.0
 
 

@@ -1,4 +1,4 @@
-"""How the workers of a ModelAverage begin, who are threads here."""
+"""The workers of a ModelAverage start together. Here the workers are threads."""
 
 import gc
 
@@ -18,7 +18,7 @@ def half_of_square(variable):
 
 
 class TestTheFirstGradientsAreThoseOfTheChiefsVariables:
-    """Of v^2 / 2 the gradient is v: SGD(0.5) halves the chief's 1."""
+    """The gradient of v^2 / 2 is v. So SGD(0.5) halves the chief's value, 1."""
 
     def first_step(self, take_step, is_built):
         def work(communicator):
@@ -99,7 +99,7 @@ def test_workers_that_load_the_state_of_a_failed_round_do_not_take_the_chiefs_va
 def test_a_step_without_a_round_reads_no_number_from_the_device(monkeypatch):
     import torch
 
-    gc.collect()  # models that hold averages: whether they still do is looked up
+    gc.collect()  # While other models hold averages, each step reads their flags.
     reads = []
 
     def counting(name, original):

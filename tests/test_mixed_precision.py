@@ -1,4 +1,4 @@
-"""Dtype policies, loss scaling and accumulation: what counts as an update is Keras' decision."""
+"""Dtype policies, loss scaling and accumulation. Keras decides which step counts as an update."""
 
 import os
 
@@ -22,7 +22,7 @@ SGD = {
 }
 
 
-# Not by Adam: its beta_2 is 1 in bfloat16, and nothing moves.
+# Not Adam: its beta_2 is rounded to 1 in bfloat16, and then nothing moves.
 @pytest.mark.sample(3, tensorflow=1)
 @pytest.mark.parametrize("inner", SGD)
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "bfloat16"])
@@ -32,7 +32,7 @@ def test_averages_are_right_under_low_precision_policies(policy, inner, dtype_po
     model = bare_training.assert_invisible(small.model, SGD[inner])
 
     scaled = isinstance(model.optimizer, optimizers.LossScaleOptimizer)
-    assert scaled == (policy == "mixed_float16")  # `compile` puts it outside
+    assert scaled == (policy == "mixed_float16")  # `compile` puts the scaling outside.
     average = bare_training.outermost(model).get_slot(model.trainable_variables[0], "average")
     assert average.dtype == "float32"
 
@@ -43,7 +43,7 @@ def test_averages_are_right_under_low_precision_policies(policy, inner, dtype_po
 def test_steps_that_loss_scaling_skips_do_not_average(wrapper, inner, dtype_policy):
     dtype_policy("mixed_float16")
     targets = small.Y.copy()
-    targets[2 * small.BATCH_SIZE] = np.inf  # in the third batch of each epoch
+    targets[2 * small.BATCH_SIZE] = np.inf  # This is in the third batch of each epoch.
 
     def model(optimizer):
         return small.model(optimizers.LossScaleOptimizer(optimizer, initial_scale=64.0))
@@ -67,7 +67,7 @@ def test_averages_are_right_while_the_loss_scale_grows(dtype_policy):
 
     trained = bare_training.assert_invisible(model, INNER["adam"])
 
-    assert float(trained.optimizer.dynamic_scale) == 2.0**15 * 2**4  # in twelve steps
+    assert float(trained.optimizer.dynamic_scale) == 2.0**15 * 2**4  # after twelve steps
 
 
 @pytest.mark.skipif(
@@ -86,7 +86,7 @@ def test_float64_weights_have_float64_averages(dtype_policy):
 
 
 def test_the_average_of_a_bfloat16_variable_is_kept_in_float32(dtype_policy):
-    """Weights 1 and then 1 + 1/128, the next bfloat16: the average lies between."""
+    """The weight is 1, and then 1 + 1/128, the next bfloat16. The average is between them."""
     variable = keras.Variable([1.0], dtype="bfloat16")
     optimizer = MovingAverage(optimizers.SGD(1.0), average_decay=0.75)
 
@@ -106,7 +106,7 @@ STRIDED = pytest.param(
 
 @pytest.mark.parametrize("is_strided", [False, STRIDED])
 def test_float32_averages_of_large_low_precision_variables_are_right(is_strided):
-    """Of such variables torch averages a piece at a time, and others whole."""
+    """On torch, such variables are averaged piece by piece, and all others as a whole."""
     rng = np.random.default_rng(0)
     shapes = [(3,), (300, 500), (2,), (70_000,), (1, 1)]
     variables = [keras.Variable(rng.normal(size=shape), dtype="bfloat16") for shape in shapes]
@@ -128,7 +128,7 @@ def test_float32_averages_of_large_low_precision_variables_are_right(is_strided)
 
 
 def strided(tensor):
-    """The same values in every second place of the memory."""
+    """The same values, but in every second place of a larger memory."""
     wider = tensor.new_empty((*tensor.shape, 2))
     wider[..., 0] = tensor
     return wider[..., 0]

@@ -1,4 +1,4 @@
-"""ModelAverage: rounds of several workers, who are threads here."""
+"""ModelAverage: rounds of several workers. Here the workers are threads."""
 
 import fake_workers
 import keras
@@ -15,7 +15,7 @@ TOLERANCE = 1e-6  # float32, over two dozen steps of variables of order 1
 OUTER_TOLERANCE = 2e-6  # with a momentum of rounds on top
 RANDOM = np.random.default_rng(5)
 STARTS = [RANDOM.normal(size=(3,)).astype("float32") for _ in range(2)]
-GRADS = RANDOM.normal(size=(3, 24, 3)).astype("float32")  # of worker, step
+GRADS = RANDOM.normal(size=(3, 24, 3)).astype("float32")  # by worker and step
 
 of_schedule_free = pytest.mark.skipif(
     not hasattr(optimizers, "ScheduleFreeAdamW"), reason="of a later Keras"
@@ -25,8 +25,8 @@ of_schedule_free = pytest.mark.skipif(
 def simulated(steps, interval, outer=None, start_step=0):
     """Local SGD(0.1, momentum=0.9) of workers with these numbers of steps, in NumPy float64.
 
-    `outer`: rate, momentum of Nesterov's method for the center. Returns the workers' values and
-    the center.
+    `outer` has the rate and the momentum of Nesterov's method for the center. Returns the workers'
+    values and the center.
     """
     size = len(steps)
     values = np.array([STARTS[0]] * size, "float64")
@@ -118,7 +118,7 @@ def test_the_check_of_the_original_gives_the_same_numbers():
 def test_local_steps_and_rounds_equal_those_in_numpy(size, arguments, outer):
     def work(communicator):
         optimizer = ModelAverage(inner(), communicator=communicator, **arguments)
-        start = STARTS[min(communicator.rank, 1)]  # all take the chief's
+        start = STARTS[min(communicator.rank, 1)]  # All workers take the chief's value.
         return steps_of(communicator, optimizer, keras.Variable(start), steps=20)
 
     results = fake_workers.run(size, work)
@@ -179,7 +179,7 @@ class TestInnerState:
     def test_a_reset_slot_that_begins_with_the_variable_equals_it_again(self, dtype, size, outer):
         def work(communicator):
             wrapper = ModelAverage(
-                optimizers.ScheduleFreeAdamW(0.01, beta_2=0.9),  # bfloat16 has no 0.999
+                optimizers.ScheduleFreeAdamW(0.01, beta_2=0.9),  # bfloat16 cannot hold 0.999.
                 interval_steps=2,
                 inner_state="reset",
                 outer_optimizer=outer,
@@ -204,7 +204,7 @@ class TestInnerState:
         variables = model.trainable_variables
         momenta = [small.numpy(model.optimizer.get_slot(v, "momentum")) for v in variables]
         small.assert_same_bits(momenta, [small.numpy(v) for v in variables])
-        small.fit(model)  # on JAX, variables that share memory could not be trained on
+        small.fit(model)  # On JAX this fails if variables share memory.
 
     @pytest.mark.slow_on("jax")
     @pytest.mark.skipif(not hasattr(optimizers, "Muon"), reason="of a later Keras")
@@ -256,7 +256,8 @@ class TestInnerState:
         model = small.model(ModelAverage(inner(), interval_steps=3, inner_state="reset"))
         small.fit(model, epochs=1)
         momenta = model.optimizer.inner_optimizer.variables[2:]
-        assert not any(np.any(small.numpy(m)) for m in momenta)  # six steps, two rounds
+        # In six steps there are two rounds, the last of them after step 6.
+        assert not any(np.any(small.numpy(m)) for m in momenta)
 
     def test_counters_in_the_inner_state_do_not_change(self):
         def work(communicator):
@@ -340,7 +341,7 @@ def test_a_worker_with_infinite_weights_adds_nothing_to_the_mean():
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 7])
 def test_means_are_rounded_once(workers):
-    """To the center, and to the variables from there."""
+    """The mean is rounded to the center's dtype, and from there to the variables' dtype."""
     sums = np.random.default_rng(workers).normal(size=(50, 20)).astype("float32")
     center, low = keras.Variable(np.zeros_like(sums)), keras.Variable(sums, dtype="bfloat16")
     variable = keras.Variable(np.zeros_like(sums))
@@ -362,13 +363,13 @@ def test_means_are_exact_for_arrays_of_any_size(size, workers):
 
     for each in (center, variable):
         np.testing.assert_array_equal(small.numpy(each), sums / np.float32(workers))
-    variable.assign(np.zeros_like(sums))  # each has memory of its own
+    variable.assign(np.zeros_like(sums))  # The center does not change with the variable.
     np.testing.assert_array_equal(small.numpy(center), sums / np.float32(workers))
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="buffers are donated on JAX")
 def test_means_have_buffers_of_their_own():
-    sums = [np.full(2**14, number, "float32") for number in range(64)]  # some of them aligned
+    sums = [np.full(2**14, number, "float32") for number in range(64)]  # Some of them are aligned.
     centers = [keras.Variable(array) for array in sums]
     variables = [keras.Variable(array) for array in sums]
 

@@ -1,4 +1,4 @@
-"""A wrapper and its model: found by variables, one model a wrapper, shared layers, any nesting."""
+"""A wrapper belongs to one model. It is found by its variables, also with shared layers."""
 
 import keras
 import numpy as np
@@ -16,7 +16,7 @@ has_multi_optimizer = pytest.mark.skipif(
 
 
 def own_loop(optimizer=None, steps=3):
-    """A model that is not compiled, and an optimizer that has taken steps on it."""
+    """A model that is not compiled, and an optimizer that has trained its variables."""
     model, optimizer = small.model(), optimizer or MovingAverage(optimizers.SGD(0.1))
     ones = [np.ones(v.shape) for v in model.trainable_variables]
     small.apply(optimizer, model.trainable_variables, ones, times=steps)
@@ -190,7 +190,7 @@ def averages_of(model):
 
 
 class TwoOptimizers(keras.Model):
-    """As a GAN has them: each trains a part of the model, in a `train_step` of the model's own."""
+    """A model with two optimizers, as a GAN. Its own `train_step` trains a part with each."""
 
     def __init__(self):
         super().__init__()
@@ -233,7 +233,7 @@ class TestSeveralOptimizers:
 
 
 class TestOneOptimizerInTwoModels:
-    """As in a loop over folds that makes the model anew and not the optimizer."""
+    """This happens in a loop over folds that makes a new model, but keeps the optimizer."""
 
     def models(self):
         shared = MovingAverage("sgd")

@@ -16,7 +16,7 @@ TOLERANCE = 1e-6
 
 
 def walk(optimizer, steps, gradient=0.1, dtype="float32"):
-    """One variable under a constant gradient, and its values before and after each step."""
+    """A variable with a constant gradient, and its values before and after each step."""
     variable = keras.Variable([1.0], dtype=dtype)
     values = [small.numpy(variable)]
     for _ in range(steps):
@@ -80,7 +80,7 @@ def test_average_is_the_weighted_sum_of_all_values(decay, start_step, dynamic, p
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_averages_of_low_precision_weights_are_float32_and_move(dtype):
-    """Keras' own average with decay 0.999 in bfloat16 never moves: 0.999 rounds to 1 there."""
+    """Keras' own average in bfloat16 with decay 0.999 never moves, because 0.999 rounds to 1."""
     optimizer = MovingAverage(optimizers.SGD(1.0), average_decay=0.999)
 
     variable, values = walk(optimizer, steps=50, gradient=-1.0, dtype=dtype)
@@ -97,7 +97,7 @@ def test_one_minus_a_decay_near_one_keeps_its_digits():
 
     small.apply(optimizer, [variable], [[-1.0]])
 
-    # 1 - float32(0.99999) would be off by 1.4e-3.
+    # 1 - float32(0.99999) has an error of 1.4e-3.
     np.testing.assert_allclose(optimizer.get_slot(variable, "average"), [1e-5], rtol=TOLERANCE)
 
 
@@ -107,7 +107,7 @@ def test_a_period_keeps_the_half_life():
     variable = keras.Variable([0.0], dtype="float32")
     for optimizer in (every, each_fifth):
         variable.assign([0.0])
-        small.apply(optimizer, [variable], [[-1.0]])  # to 1, where it stays
+        small.apply(optimizer, [variable], [[-1.0]])  # The variable moves to 1, and stays there.
         small.apply(optimizer, [variable], [[0.0]], times=4)
 
     every, each_fifth = (o.get_slot(variable, "average") for o in (every, each_fifth))

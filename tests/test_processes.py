@@ -1,4 +1,4 @@
-"""What takes processes of their own: being killed, and several devices."""
+"""Tests that need processes of their own: a process is killed, or has several devices."""
 
 import pathlib
 import signal

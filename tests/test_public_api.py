@@ -1,4 +1,4 @@
-"""What the package shows is what it says it shows, and each part is documented."""
+"""`__all__` lists exactly the public names, and each public name is documented."""
 
 import inspect
 import re

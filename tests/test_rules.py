@@ -1,4 +1,4 @@
-"""Rules of one's own keep what they say: in training, in files, in swaps, nested, in bfloat16."""
+"""Rules of users work in training, in files, in swaps, when nested, and in bfloat16."""
 
 import inspect
 

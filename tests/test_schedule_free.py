@@ -1,4 +1,4 @@
-"""Training between an average and an iterate: schedule-free, and primal averaging."""
+"""ScheduleFree and PrimalAverage train between an average and an iterate."""
 
 import json
 import pathlib
@@ -50,7 +50,7 @@ def test_schedule_free_training_equals_that_of_the_original(case):
 
 
 def by_hand(inner, gradients, interpolation, shares, start):
-    """y and x after each step, with z stepped by the bare optimizer, in float64."""
+    """y and x after each step, in float64. The bare optimizer steps z."""
     z = keras.Variable(start)
     x = np.asarray(start, "float64")
     for gradient, c in zip(gradients, shares, strict=True):

@@ -1,8 +1,8 @@
-"""Learning rates by hand, by another formula, and as TensorFlow Addons and torch were seen to do.
+"""Learning rates equal numbers by hand, another formula, and recordings of Addons and torch.
 
-A deviation is |difference| / the largest rate of the schedule. Both come from float32, whose
-resolution is 6e-8 to 1.2e-7: of a few operations here, of the position `t / step_size - 2 cycle`
-in Addons, which loses a digit to the subtraction.
+A deviation is |difference| / the largest rate of the schedule. Deviations come from float32, whose
+resolution is 6e-8 to 1.2e-7. Here a few operations round. In Addons, the subtraction in
+`t / step_size - 2 cycle` loses a digit.
 """
 
 import fractions
@@ -54,7 +54,7 @@ SCALE_FUNCTIONS = {
 
 @pytest.fixture(scope="session")
 def note_deviation(record_testsuite_property):
-    """Keeps the largest deviation of each family, for those who ask pytest for `--junitxml`."""
+    """Notes the largest deviation of each family. pytest writes it with `--junitxml`."""
     largest = {}
 
     def note(family, deviation):
@@ -77,7 +77,7 @@ def rates(schedule, steps):
 
 
 def integer(step):
-    """A step as Keras' optimizers pass it."""
+    """A step number in the form in which Keras' optimizers pass it."""
     return ops.convert_to_tensor(step, "int32")
 
 
@@ -88,7 +88,7 @@ def deviation(actual, expected):
 
 
 def annealed(strategy, first, last, start_step, anneal_steps, steps):
-    """From one rate to another in NumPy float64; `first` is the rate up to `start_step`."""
+    """Annealing to the last rate in NumPy float64. `first` is the rate up to `start_step`."""
     if strategy == "linear":
         return np.interp(steps, [start_step, start_step + anneal_steps], [first, last])
     angles = np.interp(steps, [start_step, start_step + anneal_steps], [0.0, np.pi])
@@ -96,7 +96,7 @@ def annealed(strategy, first, last, start_step, anneal_steps, steps):
 
 
 def triangles(initial, maximal, step_size, steps, scale, scale_mode):
-    """A zigzag line drawn through its corners, in NumPy float64."""
+    """A zigzag line through given corners, in NumPy float64."""
     corners = step_size * np.arange(0, 4 + max(steps) // step_size)
     heights = np.interp(steps, corners, np.arange(len(corners)) % 2)
     cycles = np.searchsorted(corners[::2], steps, side="right")
@@ -200,7 +200,7 @@ def test_annealing_equals_the_formula_in_float64(strategy, last, start_step, ann
 def test_cycles_equal_a_zigzag_line(initial, step_size, scale_mode, gamma, steps):
     schedule = ExponentialCyclicalLearningRate(initial, 1.0, step_size, scale_mode, gamma)
 
-    # Half the period that integers can tell; the next test says how close that is.
+    # Half of the period that the schedule uses. The next test says how exact this period is.
     half = float(schedule._period / 2)
     expected = triangles(initial, 1.0, half, steps, lambda x: gamma**x, scale_mode)
 
@@ -250,7 +250,7 @@ def test_rates_equal_recordings_of_torch(recording, note_deviation):
     )
 
     largest = deviation(*after, recording.annealed)
-    if recording.anneal_steps > 0:  # Else torch's jump is at construction, and all this decays.
+    if recording.anneal_steps > 0:  # Otherwise torch jumps at construction, before these steps.
         expected = [recording.learning_rate, *recording.decayed]
         largest = max(largest, deviation([*decayed, *at_start], expected))
     note_deviation(f"SWALR, {recording.anneal_strategy}", largest)
@@ -317,7 +317,8 @@ def test_any_kind_of_step_gives_the_same_float32_scalar(schedule):
     assert len({float(rate) for rate in given_rates}) == 1
 
 
-@pytest.mark.parametrize("schedule", ALL[1:], ids=_name)  # Keras' CosineDecay computes in floatx.
+# The first is left out, because Keras' CosineDecay computes in floatx.
+@pytest.mark.parametrize("schedule", ALL[1:], ids=_name)
 def test_rates_do_not_depend_on_floatx(schedule, floatx):
     before = rates(schedule, range(8))
 
@@ -348,7 +349,7 @@ def test_cycles_count_single_steps_beyond_the_integers_of_float32(step_size):
 def test_a_decay_near_one_keeps_its_digits():
     schedule = ExponentialCyclicalLearningRate(0, 1, step_size=1, gamma=0.99999)
 
-    # float32(0.99999) to this power would be off by 5e-3.
+    # float32(0.99999) to this power has an error of 5e-3.
     np.testing.assert_allclose(rates(schedule, [200_001]), [0.99999**200_001], rtol=1e-6)
 
 
@@ -420,7 +421,7 @@ def test_compiled_training_follows_the_rates(schedule):
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
     model.layers[0].kernel.assign([[0.0]])
     optimizer = keras_avg.SWA(keras.optimizers.SGD(schedule), start_averaging=2, average_period=1)
-    model.compile(optimizer, loss=lambda _, prediction: prediction)  # a gradient of 1
+    model.compile(optimizer, loss=lambda _, prediction: prediction)  # The gradient is 1.
     weights = [0.0]
     remember = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda *_: weights.append(small.numpy(model.layers[0].kernel).item())

@@ -1,4 +1,4 @@
-"""docs/seed-api.md names every member of the original API, and what it is here."""
+"""docs/seed-api.md names every member of the original API, and its counterpart here."""
 
 import pathlib
 import re
@@ -16,7 +16,7 @@ SHARED = {
     *("get_slot", "get_slot_names", "get_updates", "get_weights", "iterations", "minimize"),
     *("set_weights", "variables", "weights", "__init__"),
 }
-# What the five pages list, by the heading of its table.
+# The members on each of the five pages, by the heading of its table.
 MEMBERS = {
     "tf.keras.optimizers.Optimizer": SHARED
     | {"clipnorm", "clipvalue", "global_clipnorm", "gradient_aggregator", "gradient_transformers"},
@@ -66,7 +66,7 @@ def test_each_row_names_a_test_or_says_that_the_member_does_not_exist(row):
     else:
         assert re.fullmatch(
             r"`tests/test_\w+\.py(::\w+)+`", row["test"]
-        )  # test_docs.py looks it up
+        )  # test_docs.py checks that the test exists.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The examples of the original API pages, with today's names: `keras` for `tf.keras`."""
+"""The examples of the original API pages work, with `keras` instead of `tf.keras`."""
 
 import keras
 import numpy as np
@@ -12,7 +12,7 @@ BACKEND = keras.backend.backend()
 TOLERANCE = 1e-6  # rounding of a few float32 operations on numbers of order 1
 
 about_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="about TensorFlow")
-# The pages show plain optimizers, of which these classes inherit everything.
+# The pages show plain optimizers. A wrapper must work in the same examples.
 each_wrapper = pytest.mark.parametrize(
     "wrapped", [keras_avg.SWA, keras_avg.MovingAverage], ids=lambda kind: kind.__name__
 )
@@ -80,7 +80,7 @@ def test_the_example_of_processing_gradients_works(wrapped):
 @about_tensorflow
 @each_wrapper
 def test_the_example_of_processing_gradients_of_a_tape_works(wrapped):
-    """Pages AveragedOptimizerWrapper and Optimizer, "Processing gradients", as it stands there."""
+    """Pages AveragedOptimizerWrapper and Optimizer, "Processing gradients", word for word."""
     import tensorflow as tf
 
     variables = [tf.Variable([1.0]), tf.Variable([2.0])]
@@ -183,7 +183,7 @@ def test_a_learning_rate_may_be_a_function():
 
 @about_tensorflow
 def test_the_example_of_aggregated_gradients_works():
-    """Page Optimizer, `apply_gradients`. On two replicas: tests/test_processes.py."""
+    """Page Optimizer, `apply_gradients`. tests/test_processes.py tries it on two replicas."""
     import tensorflow as tf
 
     variables = [keras.Variable([1.0])]
@@ -210,7 +210,7 @@ def trained_on_a_hundred_numbers():
 
 @pytest.mark.slow_on("jax")
 def test_get_weights_returns_the_slots_of_the_example():
-    """Page Optimizer, `get_weights`: root mean squares of kernel and bias, the count, and ours."""
+    """Page Optimizer, `get_weights`: the count, the root mean squares, and the wrapper's own."""
     model, opt = trained_on_a_hundred_numbers()
     kernel, bias = model.trainable_variables
 

@@ -1,4 +1,4 @@
-"""What `ModelAverage` in one process is called elsewhere: SNOO, MuLoCo with one worker, DiLoCo."""
+"""`ModelAverage` in one process equals methods of other names: SNOO, MuLoCo, DiLoCo."""
 
 import keras
 import numpy as np
@@ -10,8 +10,8 @@ from keras_avg import SWA, Lookahead, ModelAverage, MovingAverage
 
 TOLERANCE = 1e-6  # rounding of a few float32 operations on numbers of order 1
 
-# torchft's published history of one layer: start 1, gradient 2, SGD(1) inside and SGD(2) outside,
-# synchronized at 6 and 12.
+# The history of one layer that torchft has published. It starts at 1, the gradient is 2, SGD(1) is
+# inside and SGD(2) outside, and the rounds are at steps 6 and 12.
 TORCHFT = [1, -1, -3, -5, -7, -9, -23, -25, -27, -29, -31, -33, -47]
 
 
@@ -27,7 +27,7 @@ def test_the_history_equals_that_of_torchft():
 
 
 def snoo(trajectory_of, start, k, rate, momentum, rounds):
-    """SNOO as its paper has it: s = w - w_K, b = mu b + s, w <- w - eta (mu b + s)."""
+    """SNOO as in its paper: s = w - w_K, b = mu b + s, w <- w - eta (mu b + s)."""
     w, b = np.asarray(start, "float64"), 0.0
     for _ in range(rounds):
         s = w - trajectory_of(w, k)

@@ -1,4 +1,4 @@
-"""State in lists, files and configs: what fits is loaded whole, what does not is refused."""
+"""State in lists, files and configs is loaded completely if it fits, and otherwise refused."""
 
 import json
 import zipfile
@@ -22,7 +22,7 @@ def test_weights_are_first_the_wrappers_variables_and_then_the_inner_ones():
 
     own = len(optimizer.variables) - len(optimizer.inner_optimizer.variables)
 
-    assert own == 3 + 6  # three numbers, one average for each trainable variable
+    assert own == 3 + 6  # three counters, and an average for each trainable variable
     assert [v is w for v, w in zip(optimizer.weights, optimizer.variables, strict=True)]
     assert optimizer.variables[own:] == optimizer.inner_optimizer.variables
     for array, variable in zip(optimizer.get_weights(), optimizer.variables, strict=True):
@@ -32,7 +32,7 @@ def test_weights_are_first_the_wrappers_variables_and_then_the_inner_ones():
 
 @keras.saving.register_keras_serializable(package="keras_avg_tests")
 class Drift(SWA):
-    """Adds up gradients in state that it makes as Keras' own optimizers do."""
+    """Sums gradients in variables that it makes in the way of Keras' own optimizers."""
 
     def build(self, variables):
         super().build(variables)
@@ -141,7 +141,8 @@ def test_files_restore_every_bit(tmp_path, name):
 
 
 @pytest.mark.slow_on("tensorflow")
-@pytest.mark.parametrize("momentum", [0.0, 0.9])  # 0.9: as many arrays, of the same shapes
+# With a momentum of 0.9, the other optimizer has as many arrays, and of the same shapes.
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_file_of_another_optimizer_is_refused_and_changes_nothing(tmp_path, momentum):
     trained(optimizers.SGD(0.1, momentum=momentum)).save_weights(tmp_path / "other.weights.h5")
     model = trained(SWA(MovingAverage("adam"), 0, 2))
@@ -159,7 +160,8 @@ def test_averaging_can_start_from_a_file_of_another_optimizer(tmp_path):
     model = small.model(SWA(optimizers.SGD(0.1, momentum=0.9), 0, 1))
     model.optimizer.build(model.trainable_variables)
 
-    # Keras' own words about the averages and about the inner optimizer, which change with releases.
+    # These are warnings of Keras about the averages and the inner optimizer. Their text changes
+    # between releases.
     with pytest.warns(UserWarning, match="could not be loaded|Skipping variable loading"):
         model.load_weights(tmp_path / "plain.weights.h5", skip_mismatch=True)
 
@@ -227,7 +229,8 @@ def test_an_optimizer_built_for_no_variables_can_be_built_for_some():
 
 
 @pytest.mark.slow_on("jax", "tensorflow")
-@pytest.mark.filterwarnings("ignore:Skipping variable loading")  # Keras, of its own optimizers
+# Keras gives this warning about its own optimizers.
+@pytest.mark.filterwarnings("ignore:Skipping variable loading")
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -258,5 +261,5 @@ def test_weights_from_before_training_are_not_loaded_over_averages(tmp_path):
     small.fit(model, epochs=1)
     model.load_weights(tmp_path / "untrained.weights.h5")
     model.optimizer.swap_weights()
-    with pytest.raises(ValueError, match="without raw weights is refused"):  # Keras says it on
+    with pytest.raises(ValueError, match="without raw weights is refused"):
         model.load_weights(tmp_path / "untrained.weights.h5")

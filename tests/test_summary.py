@@ -1,4 +1,4 @@
-"""What a person sees of the averages: the table, the line of an epoch, the two numbers."""
+"""The texts and numbers about averages: the table, the line of an epoch, the two logs."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""SWA: which snapshots are taken, and what they average to."""
+"""SWA takes the right snapshots, and averages them right."""
 
 import keras
 import numpy as np
@@ -16,7 +16,7 @@ TOLERANCE = 1e-6
 
 
 def walk(optimizer, steps, gradient=0.1, start=1.0):
-    """One variable under a constant gradient, and its values before and after each step."""
+    """A variable with a constant gradient, and its values before and after each step."""
     variable = keras.Variable([start], dtype="float32")
     values = [small.numpy(variable)]
     for _ in range(steps):
@@ -77,7 +77,7 @@ def test_float32_counts_snapshots_beyond_its_own_integers():
     optimizer = SWA(optimizers.SGD(1.0), 0, 1)
     variable = keras.Variable([0.0], dtype="float32")
     optimizer.build([variable])
-    count = 2**24 + 1  # not a float32
+    count = 2**24 + 1  # float32 cannot hold this integer.
     state = optimizer.get_weights()
     state[1] = np.asarray(count)
     optimizer.set_weights(state)

@@ -1,4 +1,4 @@
-"""SWAG: mean, squares and deviations of snapshots, and samples from what they span."""
+"""SWAG: the mean, squares and deviations of snapshots, and samples from their distribution."""
 
 import keras
 import numpy as np
@@ -25,7 +25,7 @@ def flat(arrays):
 
 
 def test_the_mean_and_the_square_of_two_snapshots_are_computed_in_the_head():
-    # SGD(1) takes the variable to 3 and to 1: mean 2, mean of squares 5.
+    # SGD(1) moves the variable to 3 and to 1. The mean is 2, and the mean of the squares is 5.
     optimizer, variable = SWAG(optimizers.SGD(1.0), 0, 1, rank=2), keras.Variable([5.0])
     small.apply(optimizer, [variable], [[2.0]], times=2)
     for name, expected in (("average", 2), ("square", 5), ("deviation_0", 0), ("deviation_1", -1)):
@@ -50,7 +50,7 @@ def test_moments_and_columns_equal_those_in_numpy():
 
 @pytest.mark.slow_on("jax", "tensorflow")
 def test_samples_have_the_moments_of_the_distribution():
-    """Of 400 samples: their mean and covariance, within five standard errors."""
+    """The mean and covariance of 400 samples are right within five standard errors."""
     random = np.random.default_rng(0)
     optimizer, variable = SWAG(optimizers.SGD(1.0), 0, 1, rank=4), keras.Variable(np.zeros(6))
     steps = random.normal(size=(8, 6))
@@ -81,13 +81,14 @@ def test_one_vector_for_all_variables_weights_the_columns():
     optimizer = model.optimizer
     mean = [small.numpy(v) for v in optimizer.kept["average"].kept]
     for square, value in zip(optimizer.kept["square"].kept, mean, strict=True):
-        square.assign(value * value)  # no variance
+        square.assign(value * value)  # There is no variance.
     columns = [[small.numpy(v) for v in optimizer.kept[f"deviation_{i}"].kept] for i in range(3)]
     with optimizer.sample_weights(1):
         moved = flat(weights(model)) - flat(mean)
     directions = np.stack([flat(column) for column in columns], axis=1)
     shares, *_ = np.linalg.lstsq(directions, moved, rcond=None)
-    np.testing.assert_allclose(directions @ shares, moved, atol=1e-3)  # of float32 squares
+    # The tolerance is for squares in float32.
+    np.testing.assert_allclose(directions @ shares, moved, atol=1e-3)
     assert np.all(np.abs(shares) > 1e-3)
 
 

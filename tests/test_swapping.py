@@ -1,4 +1,4 @@
-"""The raw and the averaged values take turns in the model, and no bit is lost."""
+"""Swaps exchange the raw and the averaged values in the model, and no bit is lost."""
 
 import keras
 import numpy as np
@@ -24,7 +24,7 @@ def trainable(model):
 
 
 def wide_variable():
-    """Weights of all magnitudes: adding and subtracting averages would change about half."""
+    """Weights of all magnitudes. A swap by addition and subtraction would change half of them."""
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=4000)
     return keras.Variable(np.geomspace(1e-8, 1e8, 4000) * signs, dtype="float32")
 
@@ -32,7 +32,7 @@ def wide_variable():
 def test_a_swap_puts_averages_in_and_a_second_swap_restores_raw_weights():
     optimizer, variable = MovingAverage(optimizers.SGD(2.0), average_decay=0.5), None
     variable = keras.Variable([1.0], dtype="float32")
-    small.apply(optimizer, [variable], [[0.1]])  # 0.8, average 0.9
+    small.apply(optimizer, [variable], [[0.1]])  # The variable is 0.8, and the average is 0.9.
 
     optimizer.swap_weights()
     assert optimizer.averages_in_model
@@ -179,7 +179,7 @@ class TestTrainingWhileSwapped:
         model = trained()
         raw = trainable(model)
         model.optimizer.swap_weights()
-        model.compile(model.optimizer, "mse")  # forgets the compiled step
+        model.compile(model.optimizer, "mse")  # The compiled step is dropped.
         averages, state = trainable(model), model.optimizer.get_weights()
 
         with pytest.raises(RuntimeError, match="so training is refused"):
@@ -199,7 +199,7 @@ class TestTrainingWhileSwapped:
         for train in (small.fit, lambda m: m.train_on_batch(small.X[:8], small.Y[:8])) * 2:
             with pytest.raises(RuntimeError, match=r"`keras_avg.swap_weights\(model\)`"):
                 train(model)
-        small.assert_same_bits(model.get_weights(), averages)  # batch-norm statistics too
+        small.assert_same_bits(model.get_weights(), averages)  # These include the statistics.
         small.assert_same_bits(model.optimizer.get_weights(), state)
 
         swap(model)
@@ -307,7 +307,7 @@ def test_a_new_optimizer_starts_from_the_averages_that_another_left_in_the_model
     second.swap_weights()
 
     small.assert_same_bits(trainable(model), raw)
-    assert first.averages_in_model  # for all it knows
+    assert first.averages_in_model  # It cannot know that the other optimizer has trained them.
 
 
 class TestFilesWrittenWhileSwapped:

@@ -1,4 +1,4 @@
-"""SynchronizeWorkers: workers, who are threads here, each with a `fit` on its own shard."""
+"""SynchronizeWorkers: each worker runs `fit` on its own shard. Here the workers are threads."""
 
 import contextlib
 import json
@@ -20,12 +20,13 @@ from keras_avg.callbacks import SwapAverageWeights, SynchronizeWorkers
 
 
 class TestInFit:
-    """`fit` of workers in threads, each on its shard."""
+    """Workers in threads run `fit`, each on its own shard."""
 
     def fit_shards(self, sizes, make_optimizer, *more_callbacks, epochs=2, **compile_arguments):
         models = [small.model() for _ in sizes]
         if len(sizes) > 1:
-            models[1].set_weights([w + 1 for w in models[1].get_weights()])  # the chief's count
+            # These values must not matter, because all workers take the chief's.
+            models[1].set_weights([w + 1 for w in models[1].get_weights()])
 
         def work(communicator):
             model, size = models[communicator.rank], sizes[communicator.rank]
@@ -45,7 +46,7 @@ class TestInFit:
         return ModelAverage(inner(), interval_steps=3, communicator=communicator)
 
     def by_hand(self, sizes, epochs=2):
-        """The same with plain models and rounds in NumPy."""
+        """The same training with plain models, and with rounds in NumPy."""
         models = [small.model(inner()) for _ in sizes]
         steps = [epochs * size // 4 for size in sizes]
         done = [0] * len(sizes)
@@ -380,7 +381,7 @@ class TestInFit:
     @pytest.mark.parametrize("epochs", [2, 3])
     def test_training_goes_on_from_a_state_that_another_callback_loads(self, epochs, tmp_path):
         class Returns(keras.callbacks.Callback):
-            """To the end of the first epoch, at the end of the second."""
+            """At the end of the second epoch, it loads the state of the end of the first."""
 
             def on_epoch_end(self, epoch, logs=None):
                 if epoch == 0:
@@ -391,12 +392,13 @@ class TestInFit:
         def trained(epochs, *callbacks):
             model = small.model(self.optimizer(Twin()))
             callbacks = [SynchronizeWorkers(), *callbacks]
-            return small.fit(model, epochs, batch_size=12, callbacks=callbacks)  # four batches
+            # An epoch has four batches.
+            return small.fit(model, epochs, batch_size=12, callbacks=callbacks)
 
         model = trained(epochs, Returns())
         expected = trained(epochs - 1)
         small.assert_same_bits(model.get_weights(), expected.get_weights())
-        assert model.optimizer.num_snapshots == epochs - 1  # after steps 3 and 6
+        assert model.optimizer.num_snapshots == epochs - 1  # The rounds are after steps 3 and 6.
 
     def test_a_worker_without_an_epoch_left_joins_the_rounds_of_the_others(self):
         models = [small.model() for _ in range(2)]
@@ -416,7 +418,7 @@ class TestInFit:
             inside = SWA(inner(), start_averaging=4, average_period=1)
             return ModelAverage(inside, interval_steps=3, communicator=communicator)
 
-        models = self.fit_shards((24, 12), optimizer, epochs=1)  # 6 and 3 steps
+        models = self.fit_shards((24, 12), optimizer, epochs=1)  # The workers take 6 and 3 steps.
         wrappers = [model.optimizer.inner_optimizer for model in models]
         assert [wrapper.num_snapshots for wrapper in wrappers] == [2, 2]
         averages = (
@@ -430,7 +432,7 @@ class TestInFit:
 
 
 class TestBackups:
-    """Of epochs of four batches, and rounds after every third."""
+    """Backups in epochs of four batches, with a round after every third batch."""
 
     @staticmethod
     def fit(communicator, model, folder, *callbacks, batches=4):
@@ -449,20 +451,20 @@ class TestBackups:
 
         def work(communicator):
             model = models[communicator.rank]
-            if communicator.is_chief:  # it ends with the first round
+            if communicator.is_chief:  # It ends with the first round.
                 self.fit(communicator, model, tmp_path, batches=1)
             else:
                 self.fit(communicator, model, tmp_path, Looks())
 
         fake_workers.run(2, work)
-        assert seen[2]  # after two rounds
+        assert seen[2]  # This was after two rounds.
         assert not any((tmp_path / rank).exists() for rank in "01")
 
     def test_backups_of_different_epochs_are_refused_and_one_workers_backup_serves_all(
         self, tmp_path
     ):
         class Dies(keras.callbacks.Callback):
-            """After step 8, of which only the chief makes a backup."""
+            """Dies after step 8. Only the chief makes a backup of this step."""
 
             def on_train_batch_end(self, batch, logs=None):
                 if int(self.model.optimizer.iterations) == 8:
@@ -471,7 +473,8 @@ class TestBackups:
                     raise KeyError("killed")
 
             def chief_is_ahead(self):
-                with contextlib.suppress(OSError, ValueError):  # not there, half written
+                # The file may not exist yet, or may be written just now.
+                with contextlib.suppress(OSError, ValueError):
                     return json.loads(metadata.read_text())["epoch"] == 2
 
         def start(*callbacks_of_the_other):
@@ -499,7 +502,7 @@ class TestBackups:
 
 
 class MovesTheClock(keras.callbacks.Callback):
-    """As anything that counts a step which no callback hears of."""
+    """Moves the optimizer's counter by a step, without a call of the other callbacks."""
 
     def __init__(self, at_end_of_epoch):
         super().__init__()

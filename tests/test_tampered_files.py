@@ -1,4 +1,4 @@
-"""Files that were cut short or changed: no code runs, and what is refused leaves no trace."""
+"""Truncated and changed files run no code. If a file is refused, it changes nothing."""
 
 import codecs
 import io
@@ -18,7 +18,7 @@ from keras_avg import SWA, MovingAverage
 
 
 def trained(optimizer=None):
-    """A model after three steps by hand: nothing to compile."""
+    """A model after three steps by hand, so that nothing must be compiled."""
     model = small.model(optimizer or SWA(MovingAverage("adam"), 0, 2))
     ones = [np.ones(v.shape, "float32") for v in model.trainable_variables]
     small.apply(model.optimizer, model.trainable_variables, ones, times=3)
@@ -35,9 +35,9 @@ def swapped_file(tmp_path):
 
 
 def expect_own_state_kept(loaded, load, error, match):
-    """`load` fails, and a swap that is under way still ends in the same raw weights.
+    """Check that `load` fails, and that the end of a swap still gives the same raw weights.
 
-    Keras reads the model's weights before it comes to the optimizer, and keeps them.
+    Keras loads the model's weights before the optimizer, and does not undo that.
     """
     optimizer = loaded.optimizer
     raw = loaded.get_weights()
@@ -152,7 +152,7 @@ def test_raw_values_of_a_state_that_is_not_swapped_are_dropped(swapped_file):
 
 
 class TestOtherFiles:
-    """What fits by half is refused too, before anything of the optimizer's is taken from it."""
+    """A file of which only a part fits is refused, before the optimizer takes anything from it."""
 
     def test_a_file_of_another_model_is_refused(self, tmp_path):
         other = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3), keras.layers.Dense(1)])
@@ -160,7 +160,7 @@ class TestOtherFiles:
         other.optimizer.build(other.trainable_variables)
         other.save_weights(tmp_path / "m.weights.h5")
         model = trained()
-        match = "could not be loaded"  # Keras' own words about the layers come first
+        match = "could not be loaded"  # Keras' own error about the layers comes first.
         load = lambda: model.load_weights(tmp_path / "m.weights.h5")  # noqa: E731
         expect_own_state_kept(model, load, ValueError, match)
 
@@ -194,12 +194,12 @@ class TestOtherFiles:
         trained().save_weights(tmp_path / "m.weights.h5")
         model = trained(optimizers.SGD(momentum=0.5))
         before = [small.numpy(v) for v in model.optimizer.variables]
-        with pytest.warns(UserWarning, match="Skipping variable loading"):  # as Keras has it
+        with pytest.warns(UserWarning, match="Skipping variable loading"):  # a warning of Keras
             model.load_weights(tmp_path / "m.weights.h5")
         small.assert_same_bits([small.numpy(v) for v in model.optimizer.variables], before)
 
     def test_averages_of_another_rule_are_loaded_if_they_fit(self, tmp_path):
-        """The averages of `SWA` can be the start of a `MovingAverage`: number and shapes fit."""
+        """A `MovingAverage` can start from the averages of `SWA`, because names and shapes fit."""
         saved = trained(SWA("adam", 0, 2))
         saved.save_weights(tmp_path / "m.weights.h5")
         model = trained(MovingAverage("adam"))

@@ -1,4 +1,4 @@
-"""What is special about TensorFlow: traces that build, native variables, replicas."""
+"""Tests of what only TensorFlow has: builds in a trace, native variables, steps without a batch."""
 
 import keras
 import numpy as np
@@ -42,7 +42,7 @@ def test_a_first_apply_inside_a_function_starts_the_averages_once(kind, jit_comp
         gradients = tape.gradient(loss, model.trainable_variables)
         optimizer.apply(gradients, model.trainable_variables)
 
-    if jit_compile:  # XLA cannot create variables
+    if jit_compile:  # XLA cannot create variables.
         optimizer.build(model.trainable_variables)
     trajectory = [[small.numpy(v)] for v in model.trainable_variables]
     for _ in range(6):
@@ -75,7 +75,8 @@ def test_averages_made_in_the_trace_of_the_model_start_at_the_initial_weights():
     for _ in range(3):
         step(tf.constant(small.X[:8]))
 
-    # Nothing moves at rate 0: averages that began elsewhere would differ.
+    # With learning rate 0 nothing moves. If the averages had begun with other values, they would
+    # still differ.
     small.assert_same_bits(
         small.slots(optimizer, model.trainable_variables),
         [small.numpy(v) for v in model.trainable_variables],
@@ -102,7 +103,7 @@ def test_native_variables_are_averaged_in_a_custom_loop():
 
 
 def test_a_trace_does_not_depend_on_a_variable_that_it_only_looked_at():
-    """Else the code could not run once the other model, whose flag that was, is deleted."""
+    """The flag may belong to another model. The code must still run after this model is deleted."""
     import tensorflow as tf
 
     flag = tf.Variable(7)
@@ -174,7 +175,7 @@ EPOCHS = 3
 
 
 def of_unknown_length():
-    """Data whose end Keras finds by one more step, for which there is no batch."""
+    """Data of unknown length. Keras finds its end by one more step, which has no batch."""
     import tensorflow as tf
 
     def batches():
@@ -188,7 +189,7 @@ def of_unknown_length():
 
 @pytest.mark.filterwarnings("ignore:.*shuffle=True|Your input ran out of data")
 class TestAStepThatHadNoBatch:
-    """Keras without XLA: the iterator fails, and what does not depend on the batch runs."""
+    """Without XLA, the iterator fails, but operations that do not depend on the batch run."""
 
     def fit(self, optimizer, **arguments):
         model = small.model(optimizer, jit_compile=False)
@@ -217,7 +218,8 @@ class TestAStepThatHadNoBatch:
             assert found.num_snapshots == snapshots
             assert int(found.iterations) == EPOCHS * small.BATCHES
         for ours, theirs in zip(model.get_weights(), known.get_weights(), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)  # XLA rounds otherwise
+            # XLA rounds differently.
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
     def test_a_step_without_a_batch_does_not_count_with_accumulation(self):
         inner = optimizers.Adam(0.01, gradient_accumulation_steps=2)

@@ -1,4 +1,4 @@
-"""All kinds of variables, and optimizers for some of them: trained as without the wrappers."""
+"""Wrappers do not change training of any kind of variable, or with optimizers for some of them."""
 
 import bare_training
 import keras
@@ -16,11 +16,11 @@ has_multi_optimizer = pytest.mark.skipif(
 )
 
 WORDS = np.random.default_rng(3).integers(0, 9, size=(small.BATCH_SIZE * small.BATCHES, 4))
-WORDS[:, 2:] = WORDS[:, :2]  # each word stands twice in its row
+WORDS[:, 2:] = WORDS[:, :2]  # Each word occurs twice in its row.
 
 
 def compiled(optimizer, stack):
-    """A model of these layers, with the same weights each time."""
+    """A compiled model of these layers. Its weights are the same each time."""
     keras.utils.set_random_seed(42)
     model = keras.Sequential([keras.Input((5,)), *stack()])
     model.compile(optimizer, "mse")
@@ -50,7 +50,7 @@ def of_several_dtypes(optimizer):
 
 
 def low_rank(optimizer):
-    """A layer with LoRA: its kernel is frozen, two factors are trained."""
+    """A model with a LoRA layer: its kernel is frozen, and two factors are trained."""
     model = compiled(optimizer, lambda: [layers.Dense(6, activation="tanh"), layers.Dense(1)])
     model.layers[0].enable_lora(rank=2)
     model.compile(optimizer, "mse")
@@ -65,7 +65,7 @@ def partly_frozen(optimizer):
 
 
 def in_float8(optimizer):
-    """Scales and histories are variables that their gradients overwrite."""
+    """A float8 model. Its scales and histories are overwritten by their gradients."""
     model = compiled(optimizer, lambda: [layers.Dense(16, activation="tanh"), layers.Dense(1)])
     model.layers[0].quantize("float8")
     model.compile(optimizer, "mse")
@@ -87,7 +87,7 @@ def fit_words(model, callbacks):
 
 
 def test_averages_are_right_for_layers_of_several_dtypes():
-    # Not by Adam: its beta_2 is 1 in bfloat16, and nothing moves.
+    # Not Adam: its beta_2 is rounded to 1 in bfloat16, and then nothing moves.
     bare_training.assert_invisible(of_several_dtypes, INNER["nesterov"])
 
 
@@ -212,7 +212,7 @@ def test_averages_are_right_with_three_nested_wrappers(tmp_path):
         wrappers, [swa_of_variables, warm_moving_average, halves], strict=True
     ):
         assert_averages_of(wrapper, model.trainable_variables, record.values, oracle)
-    model.get_state_tree()  # raises where two variables have one path
+    model.get_state_tree()  # It raises if two variables have the same path.
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     small.assert_same_bits(

@@ -1,6 +1,6 @@
 """Every wrapper around every kind of inner optimizer keeps the same promises.
 
-A new wrapper is admitted with one row in `wrappers.py`.
+A new wrapper needs one row in `wrappers.py`.
 """
 
 import keras
@@ -52,7 +52,8 @@ def test_averages_equal_the_oracle(wrapper, inner, record_property):
 @pytest.mark.sample(12, jax=8, tensorflow=5)
 @product()
 def test_a_loaded_model_trains_on_as_if_it_had_never_stopped(wrapper, inner, tmp_path):
-    # Five batches an epoch: with two micro-steps an update the file is written in mid-accumulation.
+    # An epoch has five batches. With two micro-steps for each update, the file is written in the
+    # middle of an accumulation.
     model = small.fit(small.model(wrapped(wrapper, inner)), epochs=1, steps_per_epoch=5)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
@@ -107,7 +108,7 @@ def test_a_snapshot_takes_place_after_every_real_update_that_is_due(wrapper):
     model = small.model(wrapped(wrapper, "accumulation"))
     wrappers, _ = chain(model.optimizer)
 
-    small.fit(model)  # twelve micro-steps
+    small.fit(model)  # These are twelve micro-steps.
 
     assert [w.num_snapshots for w in wrappers] == WRAPPERS[wrapper].snapshots
     assert all(w.has_average for w in wrappers)
@@ -161,7 +162,7 @@ def test_stores_of_low_precision_variables_are_float32(wrapper, dtype_policy):
         kept = [variable for store in optimizer.kept.values() for variable in store.kept]
         assert {keras.backend.standardize_dtype(variable.dtype) for variable in kept} == {"float32"}
         if not WRAPPERS[wrapper].is_transparent:
-            continue  # what is kept cannot be told from variables that are rounded to bfloat16
+            continue  # Variables rounded to bfloat16 do not say what their unrounded values are.
         for average, values in zip(shown(optimizer), trajectories, strict=True):
             expected = oracle([value.astype("float64") for value in values])
             deviation = np.abs(average.astype("float64") - expected) / (1 + np.abs(expected))
@@ -185,7 +186,7 @@ def test_a_nonfinite_variable_is_not_averaged_with_skip_nonfinite(wrapper, bad):
 @pytest.mark.sample(4)
 @each_wrapper
 def test_steps_by_hand_and_compiled_steps_can_alternate(wrapper):
-    """No buffer is shared, which a compiled JAX step could not donate twice."""
+    """No buffer is shared. A compiled JAX step could not donate a shared buffer twice."""
     model = small.model(wrapped(wrapper, "adam"))
     ones = [np.ones(v.shape) for v in model.trainable_variables]
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""`save FOLDER` trains and saves, `load FOLDER SOURCE...` loads; both write down what they have."""
+"""`save FOLDER` trains and saves, and `load FOLDER SOURCE...` loads. Both write their values."""
 
 import pathlib
 import sys
@@ -100,14 +100,14 @@ def loaded(path):
 
 
 def state_and_future(model):
-    """All values, then those after swapping back, after steps by hand, and after an epoch."""
+    """All values: first as they are, then after a swap, after steps by hand, and after an epoch."""
     optimizer = model.optimizer
     found = {"averages_in_model": np.asarray(optimizer.averages_in_model)} | state(model)
     if optimizer.averages_in_model:
         optimizer.swap_weights()
     found |= numbered("raw", model.variables)
     if keras.config.dtype_policy().name != "float32":
-        return found  # in bfloat16 each backend computes in its own way
+        return found  # In bfloat16 each backend computes differently.
     found["predicted"] = model.predict(small_model.X, verbose=0)
     found["bare"] = predicted_without_keras_avg(model.get_weights())
     ones = [keras.ops.ones(v.shape, v.dtype) for v in model.trainable_variables]

@@ -1,6 +1,7 @@
-"""The vocabulary on PyTorch: Python decides, on the host; multi-tensor kernels update in place.
+"""The operations on PyTorch. Python decides on the host. Multi-tensor kernels update in place.
 
-What asks for a Python number stays outside a compiled graph, `torch.compile` breaks there.
+Functions that need a Python number run outside of a compiled graph: `torch.compile` breaks the
+graph there.
 """
 
 import contextlib
@@ -16,8 +17,8 @@ import torch
 
 from keras_avg import _keras_internals
 
-IN_CACHE = 2**16  # elements: what is read again soon stays in the processor's cache
-ON_GPU = 2**24  # elements: few kernels, and little memory beside the averages
+IN_CACHE = 2**16  # elements. So many stay in the processor's cache until they are read again.
+ON_GPU = 2**24  # elements. So many need few kernels, and little memory beside the averages.
 
 outside_graph = torch.compiler.disable
 
@@ -59,9 +60,10 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _divide_on_host(value: torch.Tensor, divisor: float, memories: list[torch.Tensor]) -> None:
-    # By NumPy: torch would let all cores of the machine meet at each of the tensors.
+    # NumPy, because torch would start a parallel region (a barrier over all cores) per tensor.
     source, *arrays = [tensor.numpy().reshape(-1) for tensor in (value, *memories)]
-    is_power_of_two = math.frexp(divisor)[0] == 0.5  # the same bits in a fraction of the time
+    # For a power of two, the product with the reciprocal has the same bits, and is much faster.
+    is_power_of_two = math.frexp(divisor)[0] == 0.5
     divide, number = (np.multiply, 1 / divisor) if is_power_of_two else (np.divide, divisor)
     for start in range(0, source.size, IN_CACHE):
         part = slice(start, start + IN_CACHE)
@@ -71,7 +73,7 @@ def _divide_on_host(value: torch.Tensor, divisor: float, memories: list[torch.Te
 
 
 class Counter:
-    """Mirrors the variable on the host, and reads it again only when it was changed elsewhere."""
+    """Keeps a copy of the number on the host. It is read again only after a change by others."""
 
     def __init__(self, variable: Any) -> None:
         self._variable = variable
@@ -130,7 +132,7 @@ def lerp(averages: Sequence[Any], values: Sequence[Any], weight: Any) -> list[An
 
 
 def _lerp_(average: torch.Tensor, value: torch.Tensor, weight: float) -> torch.Tensor:
-    # `torch.lerp` at weight 1 makes NaN of an infinite value.
+    # For an infinite value and weight 1, `torch.lerp` gives NaN.
     if weight == 1.0:
         return average.copy_(value)
     return average.lerp_(value.to(average.dtype), weight)
@@ -180,11 +182,11 @@ def lerp_if(
         return
     w = weight()
     kept, values = map(_keras_internals.values_of, (averages, variables))
-    if w == 1.0:  # `lerp` makes NaN of an infinite value
+    if w == 1.0:  # For an infinite value, `lerp` would give NaN.
         torch._foreach_copy_(kept, values)
         return
     same = [average.dtype == value.dtype for average, value in zip(kept, values, strict=True)]
-    if any(same):  # the multi-tensor kernel wants equal dtypes
+    if any(same):  # The multi-tensor kernel needs equal dtypes.
         torch._foreach_lerp_(*(list(compress(tensors, same)) for tensors in (kept, values)), w)
     if all(same):
         return
@@ -198,7 +200,7 @@ def lerp_if(
 def _pieces(
     averages: Iterable[Any], values: Iterable[Any]
 ) -> Iterator[tuple[list[Any], list[Any]]]:
-    """Parts of the tensors, in lists of the size of a cache, or on a GPU of a large kernel."""
+    """Parts of the tensors, in lists that fit into the cache, or on a GPU into one large kernel."""
     some: list[tuple[Any, Any]] = []
     size = 0
     for average, value in zip(averages, values, strict=True):

@@ -196,7 +196,7 @@ class AveragedOptimizerWrapper(ShowsAverages):
 
     @property
     def snapshots_so_far(self) -> Any:
-        """How many averagings have been done: an integer scalar, in compiled code too."""
+        """The number of averagings so far. It is an integer scalar, in compiled code too."""
         return self._snapshots.read()
 
     def average_op(self, var: Any, average_var: Any) -> Any:

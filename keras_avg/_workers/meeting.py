@@ -154,7 +154,7 @@ class Meeting:
         return PRESENT if is_bad else 1.0
 
     def refuse_missed_round(self) -> None:
-        """Raise if a round was due since the last one, and nobody met."""
+        """Raise if a round was due since the last one, but did not take place."""
         if not self.is_of_several or self.is_in_fit():
             return  # `fit` ended well, or is already raising: on JAX this is called then too.
         met, now = self.met_until or 0, self._center.updates_so_far()

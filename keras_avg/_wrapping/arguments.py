@@ -48,7 +48,7 @@ def refuse_what_must_be_outermost(optimizer: Any, wrapper: str) -> None:
 
 
 def refuse_owners_of_variables(optimizer: Any, wrapper: str) -> None:
-    """Refuse to change variables that a wrapper inside computes anew at each step."""
+    """Refuse a wrapper that changes variables if a wrapper inside computes them at each step."""
     for each in nesting.walk(optimizer):
         if getattr(each, "owns_variables", False):
             kind = type(each).__name__

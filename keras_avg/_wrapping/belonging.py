@@ -29,7 +29,7 @@ WHY = {
 
 
 class Labels(NamedTuple):
-    """What a file says about the variables of its averages.
+    """The facts about the variables of the averages that a file contains.
 
     Attributes:
         gone: Paths of variables that have averages, but are no longer in the saved model.

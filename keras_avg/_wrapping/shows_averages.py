@@ -452,7 +452,7 @@ class ShowsAverages(OptimizerWrapper):
                 compiled before the swap can do that.
         """
         if not _keras_internals.reattach_state(self):
-            return  # `fit` is already raising; do not replace its error
+            return  # `fit` is already raising. Do not replace its error.
         if self._swap is not None:
             if self.averages_in_model:
                 self._swap.refuse_training_meanwhile()

@@ -11,8 +11,8 @@ from keras_avg._wrapping import finding
 def swap_weights(model: Any) -> None:
     """Exchange the raw and the averaged values in a model.
 
-    A second call restores every bit of the raw values. The averages are those of the outermost
-    wrapper that has a snapshot. The wrapper may be inside a `LossScaleOptimizer`, in a member of a
+    A second call restores every bit of the raw values. The function uses the outermost wrapper that
+    has a snapshot. The wrapper may be inside a `LossScaleOptimizer`, in a member of a
     `MultiOptimizer`, or inside another wrapper. If the model already holds averages of any wrapper,
     its raw values are put back.
 

@@ -16,9 +16,9 @@ class AverageModelCheckpoint(keras.callbacks.ModelCheckpoint):
     holds the averages. If `SwapAverageWeights` is also among the callbacks, `val_*` are the metrics
     of the averages, and the same averages are saved.
 
-    The saved batch-normalization statistics are those of the raw weights. They are those of the
-    averages only if `SwapAverageWeights` has `batch_norm_data` and `swap_on_epoch=True`. Before the
-    first snapshot, the raw model is saved, with one warning.
+    The saved batch-normalization statistics belong to the raw weights. To save the statistics of
+    the averages, pass `batch_norm_data` and `swap_on_epoch=True` to `SwapAverageWeights`. Before
+    the first snapshot, the raw model is saved, with one warning.
 
     Args:
         update_weights: Bool. True: when a file is written, the averages are assigned to the model

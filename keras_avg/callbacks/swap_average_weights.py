@@ -20,7 +20,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
     """Puts the averages into the model for evaluation, and the raw weights back for training.
 
     In `fit`, the model holds the averages from the start of validation until the next epoch begins.
-    So the `val_*` metrics are those of the averages. `ModelCheckpoint`, `BackupAndRestore` and
+    So the `val_*` metrics describe the averages. `ModelCheckpoint`, `BackupAndRestore` and
     `EarlyStopping(restore_best_weights=True)` save the averages that were evaluated. The order of
     these callbacks does not matter.
 
@@ -38,8 +38,8 @@ class SwapAverageWeights(keras.callbacks.Callback):
     callback. Afterwards the model holds what it held before. Before the first snapshot, all of
     these use the raw weights.
 
-    The averages are those of the outermost wrapper that has a snapshot. The callback also finds it
-    inside a `LossScaleOptimizer` and among the members of a `MultiOptimizer`.
+    The callback uses the outermost wrapper that has a snapshot. It also finds it inside a
+    `LossScaleOptimizer` and among the members of a `MultiOptimizer`.
 
     Args:
         swap_on_epoch: Bool. If False, the raw weights are put back right after validation. Then

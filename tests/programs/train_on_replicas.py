@@ -1,4 +1,4 @@
-"""On two logical devices: every replica has the averages that training on one device would give.
+"""On two logical devices, every replica has the averages of a training on one device.
 
 python train_on_replicas.py FOLDER POLICY [resumed]
 
@@ -17,12 +17,13 @@ import bare_training
 import small_training as small
 from wrappers import chain
 
-# Two replicas sum half a batch each: rounding of float32 gradients, over twelve steps.
+# Each of two replicas sums half a batch. The difference is rounding of float32 gradients, over
+# twelve steps.
 TOLERANCE = 1e-4
 
 
 def model(optimizer):
-    """No batch normalization: its moments are each replica's own."""
+    """A model without batch normalization, because each replica would have its own moments."""
     keras.utils.set_random_seed(42)
     layers = [keras.layers.Dense(6, activation="tanh"), keras.layers.Dense(1)]
     new = keras.Sequential([keras.Input((5,)), *layers])

@@ -26,7 +26,7 @@ from typing import Any
 import keras
 import numpy as np
 
-ALIGNMENT = 64  # bytes; frameworks use an array without a copy if it is aligned to this
+ALIGNMENT = 64  # bytes. Frameworks use an array without a copy if it is aligned to this.
 
 # At most one block of memory, with a weak reference to the array that used it last.
 _kept_memory: list[tuple[Any, Any]] = []

@@ -32,8 +32,8 @@ from keras_avg._backend.communicators import (
 ADDRESSES = "KERAS_DISTRIBUTION_JOB_ADDRESSES"
 SIZE = "KERAS_DISTRIBUTION_NUM_PROCESSES"
 RANK = "KERAS_DISTRIBUTION_PROCESS_ID"
-LONGEST_SILENCE = 100  # seconds without a heartbeat; this is JAX' own default
-MARGIN = 2  # seconds; calls with a timeout of their own get this much longer to end by it
+LONGEST_SILENCE = 100  # seconds without a heartbeat. This is the default of JAX.
+MARGIN = 2  # seconds. A call with a timeout of its own gets this much more time to end by itself.
 
 
 def launched() -> tuple[int, int] | None:

@@ -17,7 +17,7 @@ from tensorflow.python.eager import context
 from keras_avg._backend.communicators import TooLateError, UnreachableError, place
 
 WORKERS = ("chief", "worker")
-ALIGNMENT = 16  # elements; TensorFlow splits a tensor without a copy if the parts are aligned
+ALIGNMENT = 16  # elements. TensorFlow splits a tensor without a copy if the parts are aligned.
 GROUP = 0x6B61  # Strategies count their keys from 1, so this key is not one of theirs.
 
 
