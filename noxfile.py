@@ -56,6 +56,7 @@ def thorough(session):
         session.notify(f"rest({backend})")
     session.notify("oldest")
     session.notify("across")
+    session.notify("docs")
 
 
 @nox.session
@@ -95,6 +96,14 @@ def quickstart(session):
     backend = session.posargs[0] if session.posargs else "jax"
     session.install(".[examples]", f"keras=={KERAS}", FRAMEWORKS[backend])
     session.run("python", "examples/quickstart.py", env=environment(backend))
+
+
+@nox.session
+def docs(session):
+    """The documentation, in build/docs. A warning, such as of a dead link, is an error."""
+    session.install(".[docs]", f"keras=={KERAS}", FRAMEWORKS["jax"])
+    build = ("sphinx-build", "-q", "-E", "-W", "--keep-going", "docs", "build/docs")
+    session.run(*build, *session.posargs, env=environment("jax"))
 
 
 def prepare(session, backend, keras=f"keras=={KERAS}"):
