@@ -1,6 +1,5 @@
 """How Sphinx builds the documentation. Nothing here needs a network, nor do the pages."""
 
-import importlib.metadata
 import os
 import pathlib
 import sys
@@ -12,9 +11,11 @@ sys.path[:0] = [str(HERE), str(HERE / "_extensions")]
 
 import gallery  # noqa: E402
 
+import keras_avg  # noqa: E402
+
 project = "keras_avg"
 author = copyright = "the keras_avg contributors"
-version = release = importlib.metadata.version("keras-avg")
+version = release = keras_avg.__version__
 
 extensions = [
     "sphinx.ext.autodoc",

@@ -11,6 +11,7 @@ The pictures stand in `docs/pictures/gallery`, because a build runs no example. 
 
 import ast
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ SOURCE = "https://github.com/keras-avg/keras-avg/blob/main/examples"
 
 
 def write_pages():
-    """One page for each example, and the page that lists them."""
+    """Make one page for each example, and the page that lists them."""
     PAGES.mkdir(exist_ok=True)
     examples = sorted(EXAMPLES.glob("*.py"))
     for old in PAGES.glob("*.md"):
@@ -36,22 +37,27 @@ def write_pages():
 
 
 def index(examples):
-    """The page that lists the examples, each with its first sentence."""
-    rows = [f"* [{title(path)}]({path.stem}.md)" for path in examples]
+    """The page that lists the examples, by their titles."""
+    rows = [f"* [{opening(path)[0]}]({path.stem}.md)" for path in examples]
     toctree = ["```{toctree}", ":hidden:", "", *(path.stem for path in examples), "```"]
     opening = "Each runs as it stands, on every backend, in less than two minutes on two cores."
     return "\n".join(["# Gallery", "", opening, "", *rows, "", *toctree, ""])
 
 
-def title(path):
-    """The first line of an example's docstring, without its period."""
-    return _docstring(path).splitlines()[0].removeprefix("Title:").strip().removesuffix(".")
+def opening(path):
+    """Title and opening text of an example, by its docstring or by the fields of keras.io."""
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    fields = dict(re.findall(r"^(\w[\w ]*): (.*)$", docstring, re.MULTILINE))
+    if docstring.startswith("Title:"):
+        return fields["Title"], fields["Description"]
+    first, _, text = docstring.partition("\n")
+    return first.removesuffix("."), text.strip()
 
 
 def page(path):
     """An example as a page in Markdown."""
-    _, _, text = _docstring(path).partition("\n")
-    lines = [f"# {title(path)}", "", text.strip(), ""]
+    title, text = opening(path)
+    lines = [f"# {title}", "", text, ""]
     lines += [f"The example is [`examples/{path.name}`]({SOURCE}/{path.name}).", ""]
     for picture in sorted(PICTURES.glob(f"{path.stem}*.png")):
         lines += [f"![What the example draws](../pictures/gallery/{picture.name})", ""]
@@ -92,15 +98,12 @@ def draw(names):
         if names and path.stem not in names:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([sys.executable, str(path)], cwd=folder, check=True)
+            shutil.copy(path, folder)  # a picture may be written beside the example
+            subprocess.run([sys.executable, path.name], cwd=folder, check=True)
             pictures = sorted(pathlib.Path(folder).rglob("*.png"))
             for number, picture in enumerate(pictures):
                 suffix = f"_{number}" if len(pictures) > 1 else ""
                 shutil.copy(picture, PICTURES / f"{path.stem}{suffix}.png")
-
-
-def _docstring(path):
-    return ast.get_docstring(ast.parse(path.read_text()))
 
 
 def _is_text(node):
