@@ -1,6 +1,8 @@
 """What CI runs: `nox`, then `nox -s thorough`. `nox --list` shows the parts."""
 
+import pathlib
 import re
+import shutil
 
 import nox
 
@@ -57,6 +59,7 @@ def thorough(session):
     session.notify("oldest")
     session.notify("across")
     session.notify("docs")
+    session.notify("package")
 
 
 @nox.session
@@ -96,6 +99,17 @@ def quickstart(session):
     backend = session.posargs[0] if session.posargs else "jax"
     session.install(".[examples]", f"keras=={KERAS}", FRAMEWORKS[backend])
     session.run("python", "examples/quickstart.py", env=environment(backend))
+
+
+@nox.session
+def package(session):
+    """Wheel and sdist, in dist/, and a look at what is in them."""
+    shutil.rmtree("dist", ignore_errors=True)
+    session.install(*tools("build", "twine"))
+    session.run("python", "-m", "build")
+    built = sorted(map(str, pathlib.Path("dist").iterdir()))
+    session.run("twine", "check", "--strict", *built)
+    session.run("python", "tests/programs/check_package.py", *built)
 
 
 @nox.session

@@ -15,6 +15,8 @@ from keras_avg._wrapping.finding import averaging_optimizers
 from keras_avg._wrapping.swap_weights import assign_average_vars, average_weights, swap_weights
 from keras_avg.batch_norm import update_batch_norm
 
+__version__ = "0.2.0"
+
 __all__ = [
     "BEMA",
     "LAWA",
