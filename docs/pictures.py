@@ -10,8 +10,8 @@ import matplotlib
 
 matplotlib.use("Agg")  # to files, without a window
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
 
 PICTURES = pathlib.Path(__file__).parent / "pictures"
 RAW, SWA, EMA, OTHER = "0.6", "tab:orange", "tab:blue", "tab:green"

@@ -44,8 +44,9 @@ def title(page):
     return str(page.relative_to(ROOT))
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=title)
-def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, dtype_policy):
     monkeypatch.chdir(tmp_path)
     run(page.read_text(), str(page), {"__name__": "__main__"})
 
@@ -81,7 +82,7 @@ class Quiet(keras.Sequential):
     """A model that shows no progress, which takes longer than its steps."""
 
     def fit(self, *arguments, **keywords):
-        return super().fit(*arguments, verbose=0, **keywords)
+        return super().fit(*arguments, **{"verbose": 0} | keywords)
 
 
 def make_model(optimizer="sgd"):
@@ -94,7 +95,7 @@ def make_model(optimizer="sgd"):
 def names_of_examples():
     """What the examples take for granted: a model that was trained with averages, and data."""
     model = make_model(keras_avg.SWA("sgd", average_period=1))
-    model.fit(X[:64], Y[:64], verbose=0)
+    model.fit(X[:64], Y[:64])
     return {
         **{"keras": keras, "keras_avg": keras_avg, "ops": keras.ops},
         **{"model": model, "optimizer": model.optimizer, "make_model": make_model},

@@ -10,7 +10,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def in_wheel(path):
     """The package whole, its metadata, and nothing else."""
-    names = set(zipfile.ZipFile(path).namelist())
+    archive = zipfile.ZipFile(path)
+    names = set(archive.namelist())
     (about,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
     package = {name for name in names if not name.startswith(f"{about}/")}
     source = {str(p.relative_to(ROOT)) for p in (ROOT / "keras_avg").rglob("*") if p.is_file()}
@@ -18,7 +19,7 @@ def in_wheel(path):
     assert package == source, package ^ source
     assert "keras_avg/py.typed" in package
     assert f"{about}/licenses/LICENSE" in names, names
-    text = zipfile.ZipFile(path).read(f"{about}/METADATA").decode()
+    text = archive.read(f"{about}/METADATA").decode()
     assert "](docs/" not in text, "A link of the README leads nowhere on PyPI."
     assert "Project-URL: " in text, text
     return names
@@ -26,7 +27,8 @@ def in_wheel(path):
 
 def in_sdist(path):
     """What is needed to build and to test, and no files of a service."""
-    names = {name.partition("/")[2] for name in tarfile.open(path).getnames()}
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     for wanted in ("pyproject.toml", "README.md", "LICENSE", "keras_avg/py.typed", "noxfile.py"):
         assert wanted in names, wanted
     assert any(name.startswith("tests/") for name in names)
