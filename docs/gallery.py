@@ -40,8 +40,8 @@ def index(examples):
     """The page that lists the examples, by their titles."""
     rows = [f"* [{opening(path)[0]}]({path.stem}.md)" for path in examples]
     toctree = ["```{toctree}", ":hidden:", "", *(path.stem for path in examples), "```"]
-    opening = "Each runs as it stands, on every backend, in less than two minutes on two cores."
-    return "\n".join(["# Gallery", "", opening, "", *rows, "", *toctree, ""])
+    about = "Each runs as it stands, on every backend, in less than two minutes on two cores."
+    return "\n".join(["# Gallery", "", about, "", *rows, "", *toctree, ""])
 
 
 def opening(path):
