@@ -1,6 +1,8 @@
 """The sessions for CI: it runs `nox`, and then `nox -s thorough`. `nox --list` shows them all."""
 
+import pathlib
 import re
+import shutil
 
 import nox
 
@@ -56,6 +58,8 @@ def thorough(session):
         session.notify(f"rest({backend})")
     session.notify("oldest")
     session.notify("across")
+    session.notify("docs")
+    session.notify("package")
 
 
 @nox.session
@@ -95,6 +99,25 @@ def quickstart(session):
     backend = session.posargs[0] if session.posargs else "jax"
     session.install(".[examples]", f"keras=={KERAS}", FRAMEWORKS[backend])
     session.run("python", "examples/quickstart.py", env=environment(backend))
+
+
+@nox.session
+def package(session):
+    """Wheel and sdist, in dist/, and a look at what is in them."""
+    shutil.rmtree("dist", ignore_errors=True)
+    session.install(*tools("build", "twine"))
+    session.run("python", "-m", "build")
+    built = sorted(map(str, pathlib.Path("dist").iterdir()))
+    session.run("twine", "check", "--strict", *built)
+    session.run("python", "tests/programs/check_package.py", *built)
+
+
+@nox.session
+def docs(session):
+    """The documentation, in build/docs. A warning, such as of a dead link, is an error."""
+    session.install(".[docs]", f"keras=={KERAS}", FRAMEWORKS["jax"])
+    build = ("sphinx-build", "-q", "-E", "-W", "--keep-going", "docs", "build/docs")
+    session.run(*build, *session.posargs, env=environment("jax"))
 
 
 def prepare(session, backend, keras=f"keras=={KERAS}"):

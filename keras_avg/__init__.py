@@ -16,6 +16,8 @@ from keras_avg._wrapping.summary import summary
 from keras_avg._wrapping.swap_weights import assign_average_vars, average_weights, swap_weights
 from keras_avg.batch_norm import update_batch_norm
 
+__version__ = "0.2.0"
+
 __all__ = [
     "BEMA",
     "LAWA",

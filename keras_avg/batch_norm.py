@@ -74,7 +74,7 @@ def update_batch_norm(
     Example:
 
     ```python
-    model.compile(optimizer=keras_avg.SWA("sgd", start_averaging=750), loss="mse")
+    model.compile(optimizer=keras_avg.SWA("sgd", start_averaging=200), loss="mse")
     model.fit(x, y, epochs=20)
     model.optimizer.assign_average_vars(model.variables)
     keras_avg.update_batch_norm(model, x, batch_size=32)

@@ -50,7 +50,7 @@ class BEMA(AveragedOptimizerWrapper):
     Example:
 
     ```python
-    model.compile(optimizer=keras_avg.BEMA("adamw", average_period=400), loss="mse")
+    model.compile(optimizer=keras_avg.BEMA("adamw", average_period=50), loss="mse")
     model.fit(x, y, epochs=3)
     keras_avg.assign_average_vars(model)
     ```

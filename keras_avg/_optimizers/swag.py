@@ -60,7 +60,7 @@ class SWAG(SnapshotsAtIntervals):
     Example:
 
     ```python
-    model.compile(optimizer=keras_avg.SWAG("sgd", start_averaging=1000), loss="mse")
+    model.compile(optimizer=keras_avg.SWAG("sgd", start_averaging=200), loss="mse")
     model.fit(x, y, epochs=20)
     predictions = []
     for seed in range(30):
