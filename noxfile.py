@@ -100,7 +100,7 @@ def quickstart(session):
 def prepare(session, backend, keras=f"keras=={KERAS}"):
     """Installs the wheel, one framework and what the tests need."""
     needs = [FRAMEWORKS[backend], *BESIDE[backend]]
-    session.install(".", *needs, *tools("pytest", "pytest-xdist", "hypothesis"))
+    session.install(".[examples]", *needs, *tools("pytest", "pytest-xdist", "hypothesis"))
     if keras.startswith("keras-nightly"):  # in the place of the release, under the same name
         session.run("pip", "uninstall", "-q", "-y", "keras")
         session.install("--pre", "--no-deps", "--force-reinstall", keras)

@@ -1,0 +1,47 @@
+"""Each example runs in a small setting, and leaves one picture where it is told to."""
+
+import pathlib
+import runpy
+import sys
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).parents[1] / "examples"
+PNG = b"\x89PNG\r\n\x1a\n"
+SMALL = {
+    "noisy_quadratic.py": ["--coordinates", "50"],
+    "swag_uncertainty.py": ["--epochs", "2", "--samples", "2"],
+}
+QUICK = ("noisy_quadratic.py",)
+
+each_example = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.thorough) for name in SMALL],
+)
+
+
+def run(name, arguments, monkeypatch):
+    """As `python examples/name` does, in this process."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(FOLDER / name), run_name="__main__")
+
+
+@each_example
+def test_an_example_draws_its_picture(name, tmp_path, monkeypatch, capsys):
+    picture = tmp_path / "picture.png"
+    run(name, [*SMALL[name], "--out", picture], monkeypatch)
+    assert picture.read_bytes().startswith(PNG)
+    assert f"Picture: {picture}" in capsys.readouterr().out
+
+
+def test_every_example_is_run_here_or_elsewhere():
+    elsewhere = {"quickstart.py", "model_average.py"}
+    assert {path.name for path in FOLDER.glob("*.py")} == set(SMALL) | elsewhere
+
+
+@each_example
+def test_an_example_says_how_to_run_it(name):
+    text = (FOLDER / name).read_text()
+    assert f"python examples/{name}" in text.split('"""')[1]
