@@ -9,6 +9,9 @@ import pytest
 FOLDER = pathlib.Path(__file__).parents[1] / "examples"
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = {
+    "averages_side_by_side.py": ["--epochs", "1"],
+    "classifier_swa.py": ["--epochs", "2"],
+    "diffusion_ema.py": ["--epochs", "1"],
     "noisy_quadratic.py": ["--coordinates", "50"],
     "swag_uncertainty.py": ["--epochs", "2", "--samples", "2"],
 }
