@@ -1,4 +1,4 @@
-"""What the studies share: intervals over seeds, the table, and the JSON beside the script."""
+"""What the studies share: intervals over seeds, tables, and the files beside the script."""
 
 import json
 import os
@@ -50,13 +50,42 @@ def table(found, compared_with):
     return "\n".join(lines)
 
 
-def save(path, settings, **results):
-    """Write the results with all that is needed to read them."""
+def save(path, description, settings, seeds, values, compared_with, **more):
+    """Write and print the results: a JSON file, and a page with the tables beside it.
+
+    Args:
+        path: Where the JSON goes; the page has the ending `.md`.
+        description: The docstring of the study.
+        settings: Dict: all that was chosen, and how.
+        seeds: Integer.
+        values: Dict of headings, of methods, of scores, of lists with one value for each seed.
+        compared_with: The method that differences are taken from.
+        **more: Dicts of numbers, each a small table of its own.
+    """
+    path = pathlib.Path(path)
     about = {
         "hardware": f"{os.cpu_count()} CPU cores",
         "keras": keras.__version__,
         "backend": keras.backend.backend(),
+        "seeds": seeds,
         "settings": settings,
     }
-    pathlib.Path(path).write_text(json.dumps(about | results, indent=1) + "\n")
-    print(f"Results: {path}", flush=True)
+    path.write_text(json.dumps(about | {"values": values} | more, indent=1) + "\n")
+    title, _, text = description.strip().partition("\n")
+    lines = [
+        f"# {title.rstrip('.')}",
+        text.strip("\n"),
+        f"Mean over {seeds} seeds, and its 95 % interval.",
+    ]
+    for heading, found in values.items():
+        lines += [f"## {heading}", table(found, compared_with)]
+    for heading, numbers in more.items():
+        rows = "\n".join(f"| {name} | {number:.2f} |" for name, number in numbers.items())
+        lines += [f"## {heading}", "| | |\n|---|---|\n" + rows]
+    lines.append(
+        f"Keras {about['keras']} on {about['backend']}, {about['hardware']}. "
+        f"The values of each seed are in `{path.name}`."
+    )
+    page = "\n\n".join(lines) + "\n"
+    path.with_suffix(".md").write_text(page)
+    print(page, flush=True)

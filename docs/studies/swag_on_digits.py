@@ -68,11 +68,10 @@ def main():
         for seed in range(arguments.seeds):
             keras.backend.clear_session()
             runs.append(one_run(seed, arguments.epochs, arguments.samples, **settings))
-        found[name] = report.by_method(runs)
-        print(f"\n{name}: {settings}, {arguments.seeds} seeds\n")
-        print(report.table(found[name], "raw"), flush=True)
+        found[f"{settings['pictures']} pictures"] = report.by_method(runs)
+        print(f"{name}: done", flush=True)
     settings = SETTINGS | {"epochs": arguments.epochs, "samples": arguments.samples, "rank": 20}
-    report.save(arguments.out, settings, seeds=arguments.seeds, values=found)
+    report.save(arguments.out, __doc__, settings, arguments.seeds, found, "raw")
 
 
 if __name__ == "__main__":
