@@ -111,7 +111,7 @@ def draw(history, schedule, first, path):
         label="SWA",
     )
     axes.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(60, 100), xlim=(0, epochs[-1] + 0.5))
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower center")
     for each in (top, axes):
         each.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
