@@ -52,6 +52,7 @@ def build_model():
 
 
 def compile_model(model, epochs):
+    """Returns the schedule of the rate, to draw it."""
     cycle = EPOCHS_OF_A_CYCLE * STEPS
     rate = keras_avg.schedules.TriangularCyclicalLearningRate(LOWEST, HIGHEST, step_size=cycle / 2)
     sgd = keras.optimizers.SGD(rate, momentum=0.9, weight_decay=0.01)
@@ -60,6 +61,7 @@ def compile_model(model, epochs):
     swa = keras_avg.SWA(sgd, start_averaging=first, average_period=cycle)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(swa, loss=loss, metrics=["accuracy"])
+    return rate
 
 
 def fit(model, train, test, epochs):
@@ -125,12 +127,11 @@ def main():
     keras.utils.set_random_seed(0)
     train, test = load_digits()
     model = build_model()
-    compile_model(model, arguments.epochs)
+    rate = compile_model(model, arguments.epochs)
     history = fit(model, train, test, arguments.epochs)
     print(f"{model.optimizer.num_snapshots} snapshots; accuracy on {len(test[0])} test pictures:")
     print_accuracies(model, test)
-    swa = model.optimizer
-    draw(history, swa.inner_optimizer._learning_rate, swa.start_averaging, arguments.out)
+    draw(history, rate, model.optimizer.start_averaging, arguments.out)
     print(f"Picture: {arguments.out}")
 
 
