@@ -66,7 +66,7 @@ def thorough(session):
 @each_backend
 def rest(session, backend):
     """Runs the thorough tests on one backend."""
-    prepare(session, backend)
+    prepare(session, backend, package=".[examples]")
     run_tests(session, backend, *THOROUGH, *ALL)
 
 
@@ -120,10 +120,10 @@ def docs(session):
     session.run(*build, *session.posargs, env=environment("jax"))
 
 
-def prepare(session, backend, keras=f"keras=={KERAS}"):
+def prepare(session, backend, keras=f"keras=={KERAS}", package="."):
     """Installs the wheel, one framework, and the packages that the tests need."""
     needs = [FRAMEWORKS[backend], *BESIDE[backend]]
-    session.install(".", *needs, *tools("pytest", "pytest-xdist", "hypothesis"))
+    session.install(package, *needs, *tools("pytest", "pytest-xdist", "hypothesis"))
     if keras.startswith("keras-nightly"):  # It replaces the release, and has the same import name.
         session.run("pip", "uninstall", "-q", "-y", "keras")
         session.install("--pre", "--no-deps", "--force-reinstall", keras)
