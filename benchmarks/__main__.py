@@ -27,6 +27,7 @@ def main() -> None:
         for part in options.parts:
             print(f"{backend}: {part}", flush=True)
             if (rows := measured(backend, part, options)) is not None:
+                rows = [row | {"clock": options.clock} for row in rows]
                 keep(file, options.hardware, backend, part, rows)
     if file.exists():
         results = json.loads(file.read_text())
@@ -47,6 +48,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--sizes", nargs="+", type=size, help="parameters x tensors x dtype: 1000000x10xfloat32"
     )
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: processor time of all threads, where others use the machine",
+    )
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--hardware", default=hardware.name(), help="its plain name")
     return parser.parse_args()
@@ -59,10 +66,12 @@ def size(text: str) -> tuple[int, int, str]:
 
 def measured(backend: str, part: str, options: argparse.Namespace) -> list[Any] | None:
     """The rows of one part on one backend; None if it failed, which is printed."""
-    chosen = {"quick": options.quick, "rounds": options.rounds, "sizes": options.sizes}
+    chosen = {name: getattr(options, name) for name in ("quick", "rounds", "sizes", "clock")}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"KERAS_BACKEND": backend, "PYTHONPATH": path}
     environment["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    if options.clock == "cpu":
+        environment["OMP_WAIT_POLICY"] = "passive"  # threads that wait take no processor time
     with tempfile.TemporaryDirectory() as folder:
         output = pathlib.Path(folder) / "rows.json"
         command = [sys.executable, "-m", "benchmarks.part", part, json.dumps(chosen), str(output)]

@@ -9,7 +9,6 @@ import importlib.util
 import json
 import pathlib
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,12 +22,12 @@ TENSORS = (20, 200, 2_000)
 STARTER = pathlib.Path(__file__).parents[1] / "integration_tests" / "workers.py"
 
 
-def measure(tensors: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
+def measure(tensors: tuple[int, ...], rounds: int, clock: str) -> list[dict[str, Any]]:
     """One row for each number of tensors and each part of a round."""
     rows = []
     for number in tensors:
         workers = _starter()
-        jobs = workers.start(__file__, WORKERS, number, rounds)
+        jobs = workers.start(__file__, WORKERS, number, rounds, clock)
         results = [result for _, result, _ in workers.finish(jobs, timeout=1200)]
         seconds = {name: [s for r in results for s in r[name]] for name in results[0]}
         for name in seconds:
@@ -91,11 +90,12 @@ def work(tensors: int, rounds: int) -> dict[str, list[float]]:
     for _ in range(rounds + warm_up):
         for name in names:
             communicator.barrier()
-            began = time.perf_counter()
+            began = measuring.clock()
             calls[name]()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(measuring.clock() - began)
     return {name: found[warm_up:] for name, found in seconds.items()}
 
 
 if __name__ == "__main__":
+    measuring.use_clock(sys.argv[3])
     print(json.dumps(work(int(sys.argv[1]), int(sys.argv[2]))))
