@@ -21,6 +21,9 @@ BESIDE = {
     "jax": ["flax==0.12.*", "orbax-checkpoint==0.12.*"],
     "torch": [],
 }
+LIGHTNING = ["pytorch-lightning", "lightning-utilities", "torchmetrics", "tqdm", "packaging"]
+# What else averages, to be measured beside.
+RIVALS = {"tensorflow": [], "jax": [], "torch": ["timm", "ema-pytorch", *LIGHTNING]}
 ACROSS = "integration_tests/test_files_across_backends.py"
 # Keras can also load models on NumPy, which is installed with it, and on this backend.
 LOADERS = ["openvino==2026.*"]
@@ -91,6 +94,17 @@ def next(session, backend):
     """Runs the quick tests on the next Keras. A failure here does not fail CI."""
     prepare(session, backend, "keras-nightly")
     run_tests(session, backend, "tests")
+
+
+@nox.session
+@each_backend
+def benchmarks(session, backend):
+    """What averaging costs beside what else averages. After `--`: options of benchmarks/."""
+    session.install(".", f"keras=={KERAS}", FRAMEWORKS[backend], *BESIDE[backend], "matplotlib")
+    for rival in RIVALS[backend]:
+        session.install("--no-deps", rival)  # without a second copy of the framework
+    command = ("python", "-m", "benchmarks", "--backend", backend)
+    session.run(*command, *session.posargs, env=environment(backend))
 
 
 @nox.session

@@ -1,0 +1,101 @@
+"""A round of ModelAverage on two workers, beside the engine's bare sum, by number of tensors.
+
+The bare sum is of the same bytes. All are measured in turn, each after a meeting of the workers, so
+that none waits for the other worker to start. The parts of a round beside the sum are measured one
+by one: what it writes, two copies, is unavoidable.
+"""
+
+import importlib.util
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from benchmarks import averages, measuring
+
+ELEMENTS, WORKERS = 10_000_000, 2
+TENSORS = (20, 200, 2_000)
+STARTER = pathlib.Path(__file__).parents[1] / "integration_tests" / "workers.py"
+
+
+def measure(tensors: tuple[int, ...], rounds: int, clock: str) -> list[dict[str, Any]]:
+    """One row for each number of tensors and each part of a round."""
+    rows = []
+    for number in tensors:
+        workers = _starter()
+        jobs = workers.start(__file__, WORKERS, number, rounds, clock)
+        results = [result for _, result, _ in workers.finish(jobs, timeout=1200)]
+        seconds = {name: [s for r in results for s in r[name]] for name in results[0]}
+        for name in seconds:
+            row = {"parameters": ELEMENTS, "tensors": number, "name": name}
+            row["sums"] = measuring.ratio(seconds[name], seconds["bare"])
+            row["ms"] = 1000 * measuring.summary(seconds[name])["median"]
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def _starter() -> Any:
+    spec = importlib.util.spec_from_file_location("workers_of_tests", STARTER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def bare_sum(engine: Any) -> Callable[[], Any]:
+    """The framework's own sum over the workers, of ELEMENTS float32 where it takes them from."""
+    if averages.backend() == "torch":
+        import torch
+
+        flat = torch.ones(ELEMENTS)
+        return lambda: torch.distributed.all_reduce(flat)
+    if averages.backend() == "jax":
+        import jax
+
+        row = jax.device_put(np.ones((1, ELEMENTS), "float32"), engine._device)
+        shape, sharding = (engine.size, ELEMENTS), engine._one_row_each
+        rows = jax.make_array_from_single_device_arrays(shape, sharding, [row])
+        return lambda: engine._sum_rows(rows).block_until_ready()
+    import tensorflow as tf
+
+    flat = tf.ones(ELEMENTS)
+    return lambda: engine.sum([flat], "float32")  # nothing to pack
+
+
+def work(tensors: int, rounds: int) -> dict[str, list[float]]:
+    """What one worker does: seconds of each call in each round."""
+    import keras_avg
+
+    communicator = keras_avg.distributed.initialize(timeout=600)
+    random = np.random.default_rng(communicator.rank)
+    variables = [
+        keras.Variable(random.normal(size=shape).astype("float32"))
+        for shape in averages.shapes(ELEMENTS, tensors)
+    ]
+    optimizer = keras_avg.ModelAverage("sgd", communicator=communicator)
+    optimizer.build(variables)
+    arrays = [*variables, np.ones((), "float32")]  # as many as in a round, with the weight
+    calls = {
+        "bare": bare_sum(communicator._engine),
+        "meeting": communicator.barrier,
+        "all_reduce_sum": lambda: communicator.all_reduce_sum(arrays),
+        "round": lambda: (optimizer.meet(), keras.ops.convert_to_numpy(variables[-1])),
+    }
+    names, warm_up = list(calls), 3
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds + warm_up):
+        for name in names:
+            communicator.barrier()
+            began = measuring.clock()
+            calls[name]()
+            seconds[name].append(measuring.clock() - began)
+    return {name: found[warm_up:] for name, found in seconds.items()}
+
+
+if __name__ == "__main__":
+    measuring.use_clock(sys.argv[3])
+    print(json.dumps(work(int(sys.argv[1]), int(sys.argv[2]))))
