@@ -18,7 +18,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if any(BACKEND in marker.args for marker in item.iter_markers("slow_on")):
             item.add_marker(pytest.mark.thorough)
-        if marker := item.get_closest_marker("sample"):
+        elif marker := item.get_closest_marker("sample"):
+            if item.get_closest_marker("thorough"):
+                continue
             key = item.nodeid.partition("[")[0]
             number = marker.kwargs.get(BACKEND, *marker.args)
             combinations.setdefault(key, (number, []))[1].append(item)

@@ -52,6 +52,7 @@ def rate_at(optimizer, step):
     return keras.ops.convert_to_numpy(optimizer._learning_rate(step))
 
 
+@pytest.mark.slow_on("jax")
 @pytest.mark.parametrize("config", [RECORDED_SWA, OLD_SWA], ids=["0.23", "0.7"])
 def test_a_recorded_swa_config_is_loaded(config):
     optimizer = SWA.from_config(config)
@@ -496,6 +497,7 @@ def test_a_legacy_h5_file_of_an_optimizer_without_counterpart_is_refused(tmp_pat
         keras.saving.load_model(tmp_path / "legacy.h5", custom_objects=CUSTOM_OBJECTS)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_a_legacy_h5_file_that_keras_3_writes_is_loaded_and_trains(tmp_path):
     """Keras builds the optimizer with no variables, and then cannot train with its own ones."""
     model = small.model()

@@ -38,6 +38,7 @@ LARGEST = 2**31 - 1  # the largest number of steps in int32
 
 
 class TestConstructor:
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.parametrize(
         "wrapper",
         [
@@ -167,6 +168,7 @@ class TestRulesOfOnesOwn:
         np.testing.assert_array_equal(optimizer.get_slot(variable, "average"), [2.0])
         assert optimizer.num_snapshots == 3
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.parametrize("kind", [EveryOther, RunningMaximum])
     def test_rules_of_users_run_in_compiled_code_and_are_saved(self, kind, tmp_path):
         model = small.fit(small.model(kind("adam")))
@@ -200,6 +202,7 @@ class TestRulesOfOnesOwn:
 
 
 class TestAverages:
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_assigning_averages_does_not_change_variables_without_an_average(self):
         model = small.fit(small.model(SWA("sgd", 0, 1)))
         untrained = [small.numpy(v) for v in model.non_trainable_variables]
@@ -210,6 +213,7 @@ class TestAverages:
         small.assert_same_bits([small.numpy(v) for v in model.trainable_variables], averages)
         small.assert_same_bits([small.numpy(v) for v in model.non_trainable_variables], untrained)
 
+    @pytest.mark.slow_on("tensorflow")
     def test_assigning_averages_to_no_averaged_variable_is_an_error(self):
         model = small.fit(small.model(SWA("sgd", 0, 1)))
         with pytest.raises(ValueError, match="None of the variables has an average"):
@@ -355,6 +359,7 @@ class TestNonFiniteVariables:
         assert optimizer.num_snapshots == 2
         small.assert_same_bits(small.slots(optimizer, variables), [[2.0, 2.0], [6.0]])
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_nonfinite_weights_are_not_averaged_in_compiled_training(self):
         model = small.model(MovingAverage(optimizers.SGD(0.01), skip_nonfinite=True))
         small.fit(model, epochs=1)
@@ -379,12 +384,14 @@ class TestForwarding:
         returned = optimizer.apply_gradients([(ops.ones((1,)), variable_of([1.0]))])
         assert int(returned) == int(inner.iterations) == 1
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_callbacks_can_set_the_learning_rate(self):
         model = small.model(SWA(optimizers.SGD(0.5)))
         schedule = keras.callbacks.LearningRateScheduler(lambda epoch: 0.1 / (epoch + 1))
         small.fit(model, epochs=2, callbacks=[schedule])
         np.testing.assert_allclose(model.optimizer.inner_optimizer.learning_rate, 0.05)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @has_multi_optimizer
     def test_callbacks_set_the_learning_rates_of_the_members_of_a_multi_optimizer(self):
         slow, fast = optimizers.SGD(0.01), optimizers.SGD(0.5)
@@ -432,6 +439,7 @@ class TestForwarding:
 
         small.assert_same_bits(wrapped.get_weights(), plain.get_weights())
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_use_ema_of_the_inner_optimizer_is_finished_by_each_fit(self):
         """Without a wrapper, a second `fit` fails on JAX, because variables share buffers."""
         model = small.model(SWA(optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5), 0, 2))
@@ -454,6 +462,7 @@ class TestApply:
         optimizer.apply([], [])
         assert int(optimizer.iterations) == 0
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_a_model_can_be_trained_twice_after_averages_were_assigned(self):
         """After the assignment no buffer is shared by two variables. JAX could not donate it."""
         for optimizer in (SWA("sgd", 0, 1), MovingAverage("sgd", average_decay=0.0)):
@@ -462,6 +471,7 @@ class TestApply:
             small.fit(small.fit(model))
             assert int(optimizer.iterations) == 6 * small.BATCHES
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_steps_skipped_by_loss_scaling_are_not_averaged(self):
         inner = SWA(optimizers.SGD(0.01), 0, 1)
         optimizer = optimizers.LossScaleOptimizer(inner, initial_scale=2.0**126)
@@ -472,6 +482,7 @@ class TestApply:
         assert inner.num_snapshots == int(inner.iterations)
         assert model.optimizer is optimizer
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @has_multi_optimizer
     def test_an_average_inside_a_multi_optimizer_counts_its_own_steps(self):
         members = {".*bias": MovingAverage("sgd"), ".*kernel": SWA("adam", 1, 3)}
@@ -485,6 +496,7 @@ class TestApply:
         assert members[".*kernel"].num_snapshots == 4
         model.get_state_tree()  # It raises if two variables have the same path.
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_a_model_without_input_shape_is_averaged_from_its_first_step(self):
         shaped = small.model(MovingAverage(optimizers.SGD(0.1), average_decay=0.5))
         unshaped = small.model(

@@ -86,6 +86,7 @@ def sequential(*parts, shape=(5,)):
 
 
 class TestNumbers:
+    @pytest.mark.slow_on("jax")
     def test_three_numbers_in_two_batches_give_their_mean_and_variance(self):
         model = keras.Sequential([keras.Input((1,)), layers.BatchNormalization()])
 
@@ -95,6 +96,7 @@ class TestNumbers:
         # numbers have the mean 3 and the variance (9 + 1 + 16) / 3.
         assert_statistics(model.layers[0], [3.0], [26 / 3])
 
+    @pytest.mark.slow_on("jax")
     def test_the_statistics_are_not_a_plain_mean_over_batches(self):
         norm = layers.BatchNormalization()
         update(sequential(norm), X, batch_size=8)
@@ -122,6 +124,7 @@ class TestNumbers:
         update(sequential(norm, shape=(1,)), values.astype("float32"), batch_size=1)
         assert_statistics(norm, *whole_data(values))
 
+    @pytest.mark.slow_on("jax")
     def test_the_second_layer_sees_batches_normalized_by_their_own_moments(self):
         first, hidden, second = (
             layers.BatchNormalization(),
@@ -135,6 +138,7 @@ class TestNumbers:
         assert_statistics(first, *whole_data(X))
         assert_statistics(second, *whole_data(np.concatenate(activations)))
 
+    @pytest.mark.slow_on("jax")
     @pytest.mark.parametrize("axis", [1, 2, -1, -2])
     def test_statistics_are_computed_for_any_axis(self, axis):
         images = np.random.default_rng(1).normal(1, 2, size=(7, 3, 4, 5)).astype("float32")
@@ -160,6 +164,7 @@ class TestNumbers:
         update(model, X, batch_size=8)
         small.assert_same_bits(statistics(norm), first)
 
+    @pytest.mark.slow_on("jax")
     def test_training_with_a_momentum_of_zero_agrees_on_a_single_batch(self):
         model = sequential(layers.Dense(3), layers.BatchNormalization(momentum=0.0))
         model(X, training=True)
@@ -177,6 +182,7 @@ class TestMasks:
             sequence[length:] = 0.0
         return sequences
 
+    @pytest.mark.slow_on("jax")
     def test_masked_elements_are_not_counted(self):
         sequences, norm = self.sequences(), layers.BatchNormalization()
         update(sequential(layers.Masking(), norm, shape=(6, 3)), sequences, batch_size=4)
@@ -287,12 +293,14 @@ class TestDepth:
         update(norm, X, batch_size=8)
         assert_statistics(norm, *whole_data(X))
 
+    @pytest.mark.slow_on("tensorflow")
     def test_a_time_distributed_layer_is_updated(self):
         sequences = np.random.default_rng(2).normal(2, 3, size=(11, 6, 3)).astype("float32")
         norm = layers.BatchNormalization()
         update(sequential(layers.TimeDistributed(norm), shape=(6, 3)), sequences, batch_size=4)
         assert_statistics(norm, *whole_data(sequences))
 
+    @pytest.mark.slow_on("tensorflow")
     def test_a_model_that_was_never_called_is_built_on_the_first_batch(self):
         model = Network()
         update(model, X, batch_size=8)
@@ -303,6 +311,7 @@ class TestDepth:
         update(model, X, batch_size=8)
         small.assert_same_bits([small.numpy(v) for v in model.variables], before)
 
+    @pytest.mark.slow_on("jax")
     def test_building_a_model_does_not_change_its_seeds_and_counters(self):
         model = keras.Sequential([Noise(), layers.BatchNormalization()])
         update(model, X, batch_size=8)
@@ -356,6 +365,7 @@ class TestNothingElseMoves:
         model.fit(X, np.zeros((29, 4)), verbose=0)
         return model, norms
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_weights_state_flags_and_the_optimizer_do_not_change(self):
         model, norms = self.model()
         before, others = everything(model), model.optimizer.variables + model.metrics_variables
@@ -373,6 +383,7 @@ class TestNothingElseMoves:
         update(model, X, batch_size=8)
         assert_statistics(norm, *whole_data(X))
 
+    @pytest.mark.slow_on("jax")
     def test_layers_that_draw_in_inference_draw_new_numbers_for_each_batch(self):
         norm = layers.BatchNormalization()
         model = sequential(Noise(), norm)
@@ -431,6 +442,7 @@ class TestNothingElseMoves:
         with pytest.raises(AssertionError, match="touched"):
             next(untouched)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_training_after_the_pass_moves_the_statistics_with_the_momentum(self):
         model = small.fit(small.model("sgd"), epochs=1)
         update(model, small.X)
@@ -594,6 +606,7 @@ class TestVariants:
         for actual, expected in zip((mean, variance), whole_data(rounded), strict=True):
             np.testing.assert_allclose(actual, expected, rtol=HALF_TOLERANCE[dtype])
 
+    @pytest.mark.slow_on("jax")
     def test_statistics_are_recomputed_under_the_global_policy(self, dtype_policy):
         dtype_policy("mixed_float16")
         model = sequential(layers.Dense(4), layers.BatchNormalization(), layers.Dense(1))

@@ -41,7 +41,7 @@ def test_bema_of_two_values_is_computed_in_the_head():
     np.testing.assert_allclose(optimizer.get_slot(variable, "read"), [0.0])
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(3, jax=1, tensorflow=1)
 @pytest.mark.parametrize("start_step", [0, 3])
 @pytest.mark.parametrize("average_period", [1, 2, 5])
 def test_bema_equals_that_of_trl(average_period, start_step):
@@ -53,6 +53,7 @@ def test_bema_equals_that_of_trl(average_period, start_step):
         np.testing.assert_allclose(small.numpy(average), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax")
 def test_bema_with_other_exponents_equals_the_oracle():
     arguments = {"power": 0.7, "bias_power": 0.4, "lag": 3.0, "multiplier": 0.5}
     model = small.model(BEMA(optimizers.Adam(0.05), **arguments))
@@ -62,6 +63,7 @@ def test_bema_with_other_exponents_equals_the_oracle():
         np.testing.assert_allclose(small.numpy(average), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax")
 def test_bema_shows_the_variable_before_the_start_step():
     model = small.model(BEMA(optimizers.Adam(0.05), start_step=4, average_period=1))
     small.trajectories(model, 3)

@@ -65,6 +65,7 @@ class Records(keras.callbacks.Callback):
 
 
 class TestWhatTheModelHolds:
+    @pytest.mark.slow_on("jax")
     def test_the_model_holds_averages_from_validation_to_the_next_epoch(self):
         records = Records()
         fit(small.model(swa()), SwapAverageWeights(), records, epochs=2)
@@ -76,6 +77,7 @@ class TestWhatTheModelHolds:
         ]
         assert records.seen == [*epoch, *epoch, ("training ends", True)]
 
+    @pytest.mark.slow_on("tensorflow")
     def test_raw_weights_come_back_after_validation_if_asked(self):
         records = Records()
         fit(small.model(swa()), SwapAverageWeights(swap_on_epoch=False), records, epochs=1)
@@ -87,6 +89,7 @@ class TestWhatTheModelHolds:
             ("training ends", True),
         ]
 
+    @pytest.mark.slow_on("tensorflow")
     def test_the_model_holds_averages_from_the_end_of_an_epoch_without_validation(self):
         records = Records()
         callbacks = [SwapAverageWeights(), records]
@@ -94,6 +97,7 @@ class TestWhatTheModelHolds:
         epoch = [("epoch begins", False), ("epoch ends", True)]
         assert records.seen == [*epoch, *epoch, ("training ends", True)]
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_validation_metrics_are_those_of_the_averages(self):
         model = fit(small.model(swa()), SwapAverageWeights())
         assert model.optimizer.averages_in_model
@@ -101,6 +105,7 @@ class TestWhatTheModelHolds:
         logged = model.history.history["val_loss"][-1]
         np.testing.assert_allclose(logged, loss(model), rtol=TOLERANCE)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_the_next_fit_goes_on_from_the_raw_weights(self):
         through, twice = small.model(swa()), small.model(swa())
         fit(through, SwapAverageWeights(), epochs=4)
@@ -123,6 +128,7 @@ def test_training_is_the_same_with_and_without_swap_average_weights(epoch_end, v
     small.assert_same_bits(judged.optimizer.get_weights(), plain.optimizer.get_weights())
 
 
+@pytest.mark.slow_on("tensorflow")
 @pytest.mark.parametrize("arguments", [{"batch_norm_data": small.X}, {"log_raw": True}])
 def test_recomputed_statistics_do_not_change_the_order_of_later_batches(arguments):
     plain = fit(small.model(swa()), shuffle=True)
@@ -177,6 +183,7 @@ class TestStandAlone:
 
 
 class TestBeforeTheFirstSnapshot:
+    @pytest.mark.slow_on("tensorflow")
     def test_callbacks_see_raw_weights_before_the_first_snapshot(self):
         model = small.model(SWA("adam", start_averaging=1000))
         records = Records()
@@ -184,6 +191,7 @@ class TestBeforeTheFirstSnapshot:
             fit(model, SwapAverageWeights(), records, epochs=1)
         assert not any(averages_in for _, averages_in in records.seen)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.parametrize(
         ("optimizer", "epochs", "is_too_short"),
         [
@@ -215,11 +223,13 @@ class TestBeforeTheFirstSnapshot:
             assert "Training will end without a snapshot" in ours[0]
             assert f"after {int(model.optimizer.iterations)} updates" in ours[0]
 
+    @pytest.mark.slow_on("jax")
     def test_updates_of_a_loaded_optimizer_count_for_the_warning(self):
         model = small.fit(small.model(SWA("sgd", start_averaging=12)), epochs=2)
         fit(model, SwapAverageWeights(), epochs=1)
         assert model.optimizer.num_snapshots == 1
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_the_outermost_wrapper_with_a_snapshot_is_used(self):
         moving_average = MovingAverage("adam")
         model = small.model(SWA(moving_average, start_averaging=8))
@@ -232,6 +242,7 @@ class TestBeforeTheFirstSnapshot:
         fit(model, SwapAverageWeights(), Looks(), epochs=2)
         assert seen == [(True, False), (False, True)]
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_the_wrapper_given_as_argument_is_used(self):
         moving_average = MovingAverage("adam")
         model = small.model(SWA(moving_average, 0, 1))
@@ -241,12 +252,14 @@ class TestBeforeTheFirstSnapshot:
 
 
 class TestWrappersAreFound:
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_a_wrapper_under_a_loss_scale_optimizer_is_found(self, dtype_policy):
         dtype_policy("mixed_float16")
         model = fit(small.model(SWA("adam", 0, 1)), SwapAverageWeights())
         assert isinstance(model.optimizer, optimizers.LossScaleOptimizer)
         assert model.optimizer.inner_optimizer.averages_in_model
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.skipif(
         not hasattr(optimizers, "MultiOptimizer"), reason="MultiOptimizer came with Keras 3.15"
     )
@@ -359,6 +372,7 @@ class TestTogetherWithOtherCallbacks:
         small.assert_same_bits(averages(three), averages(one))
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_the_callback_may_be_used_inside_its_own_fit():
     seen = []
     callback = SwapAverageWeights()
@@ -372,6 +386,7 @@ def test_the_callback_may_be_used_inside_its_own_fit():
     assert seen == [True, True, True]
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_statistics_are_recomputed_after_other_weights_were_loaded(tmp_path):
     def trained_after(callback):
         model = small.model(MovingAverage("sgd"))
@@ -396,6 +411,7 @@ def test_statistics_are_recomputed_after_other_weights_were_loaded(tmp_path):
 
 
 class TestLogRaw:
+    @pytest.mark.slow_on("tensorflow")
     def test_log_raw_logs_metrics_of_both_copies(self):
         raw = fit(small.model(swa())).history.history
         model = fit(small.model(swa()), SwapAverageWeights(log_raw=True))
@@ -406,12 +422,14 @@ class TestLogRaw:
         assert np.all(np.abs(np.subtract(both["val_loss"], both["val_raw_loss"]))[1:] > 0)
         assert model.optimizer.averages_in_model
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_logged_metrics_of_both_copies_are_equal_before_the_first_snapshot(self):
         model = small.model(SWA("adam", start_averaging=8))
         history = fit(model, SwapAverageWeights(log_raw=True), epochs=2).history.history
         assert history["val_loss"][0] == history["val_raw_loss"][0]
         assert history["val_loss"][1] != history["val_raw_loss"][1]
 
+    @pytest.mark.slow_on("tensorflow")
     def test_the_progress_bar_shows_metrics_of_both_copies(self, capsys):
         fit(small.model(swa()), SwapAverageWeights(log_raw=True), verbose=2)
         lines = [line for line in capsys.readouterr().out.splitlines() if "val_loss" in line]
@@ -427,6 +445,7 @@ class TestLogRaw:
         with pytest.raises(ValueError, match=r"twice.*Received: validation data from a Python gen"):
             fit(small.model(swa()), callback, validation_data=batches(), validation_steps=1)
 
+    @pytest.mark.slow_on("tensorflow")
     def test_log_raw_logs_nothing_without_validation(self):
         model = small.model(swa())
         fit(model, SwapAverageWeights(log_raw=True), validation_data=None)
@@ -434,6 +453,7 @@ class TestLogRaw:
 
 
 class TestBatchNormalization:
+    @pytest.mark.slow_on("tensorflow")
     def test_statistics_of_the_averages_are_swapped_together_with_them(self):
         model = fit(small.model(swa()), SwapAverageWeights(batch_norm_data=small.X))
         norm = model.get_layer("norm")
@@ -447,6 +467,7 @@ class TestBatchNormalization:
         plain = fit(small.model(swa()))
         small.assert_same_bits(model.get_weights(), plain.get_weights())
 
+    @pytest.mark.slow_on("tensorflow")
     def test_statistics_are_recomputed_once_for_each_average(self, monkeypatch):
         passes = []
 
@@ -462,6 +483,7 @@ class TestBatchNormalization:
             model.evaluate(*VALIDATION, verbose=0, callbacks=[callback])
         assert len(passes) == 2
 
+    @pytest.mark.slow_on("tensorflow")
     def test_statistics_are_recomputed_for_averages_that_were_loaded(self):
         model, other = fit(small.model(swa())), fit(small.model(swa()), shuffle=True)
         assert model.optimizer.num_snapshots == other.optimizer.num_snapshots
@@ -484,6 +506,7 @@ class TestBatchNormalization:
             with pytest.raises(ValueError, match=f"Received: batch_norm_data of type {kind}"):
                 SwapAverageWeights(batch_norm_data=data)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.sample(1)
     @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
     def test_a_file_restores_the_statistics_of_the_raw_weights(self, name, tmp_path):
@@ -507,6 +530,7 @@ class TestBatchNormalization:
         small.assert_same_bits(loaded.get_weights(), model.get_weights())
         small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_the_callback_swaps_back_a_state_that_was_loaded_without_its_model(self):
         model = fit(small.model(swa()), SwapAverageWeights(batch_norm_data=small.X))
         store, loaded = {}, small.model(swa())
@@ -525,6 +549,7 @@ class TestBatchNormalization:
         small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_use_ema_writes_its_average_into_the_raw_weights():
     def trained(*callbacks):
         inner = optimizers.Adam(0.02, use_ema=True, ema_momentum=0.5)
@@ -546,6 +571,7 @@ class TestAverageModelCheckpoint:
         with pytest.raises(TypeError, match="AverageModelCheckpoint is only used when training"):
             fit(small.model("rmsprop"), callback)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_a_checkpoint_holds_the_averages_while_training_goes_on_from_raw_weights(
         self, tmp_path
     ):
@@ -560,6 +586,7 @@ class TestAverageModelCheckpoint:
         saved.optimizer.swap_weights()
         small.assert_same_bits(saved.get_weights(), model.get_weights())
 
+    @pytest.mark.slow_on("tensorflow")
     def test_training_goes_on_from_the_averages_with_update_weights(self, tmp_path):
         callback = AverageModelCheckpoint(True, tmp_path / "m.{epoch}.keras")
 
@@ -570,6 +597,7 @@ class TestAverageModelCheckpoint:
         small.assert_same_bits(saved.get_weights(), model.get_weights())
         assert not saved.optimizer.averages_in_model
 
+    @pytest.mark.slow_on("tensorflow")
     def test_no_average_is_assigned_when_no_file_is_written(self, tmp_path):
         plain = fit(small.model(swa()))
         callback = AverageModelCheckpoint(
@@ -579,6 +607,7 @@ class TestAverageModelCheckpoint:
         small.assert_same_bits(model.get_weights(), plain.get_weights())
         assert not (tmp_path / "m.keras").exists()
 
+    @pytest.mark.slow_on("tensorflow")
     def test_before_the_first_snapshot_raw_weights_are_saved_with_one_warning(self, tmp_path):
         callback = AverageModelCheckpoint(False, tmp_path / "m.{epoch}.keras")
         with pytest.warns(UserWarning, match="raw weights until there is a first") as warned:
@@ -587,6 +616,7 @@ class TestAverageModelCheckpoint:
         saved = keras.saving.load_model(tmp_path / "m.3.keras")
         small.assert_same_bits(saved.get_weights(), model.get_weights())
 
+    @pytest.mark.slow_on("tensorflow")
     def test_a_checkpoint_every_few_batches_does_not_change_training(self, tmp_path):
         callback = AverageModelCheckpoint(
             False, tmp_path / "m.weights.h5", save_freq=4, save_weights_only=True
@@ -596,6 +626,7 @@ class TestAverageModelCheckpoint:
         assert (tmp_path / "m.weights.h5").exists()
         small.assert_same_bits(model.get_weights(), plain.get_weights())
 
+    @pytest.mark.slow_on("tensorflow")
     def test_a_checkpoint_saves_the_averages_that_were_evaluated(self, tmp_path):
         callback = AverageModelCheckpoint(False, tmp_path / "m.keras", save_best_only=True)
         model = fit(small.model(swa()), callback, SwapAverageWeights(), epochs=3)
@@ -627,6 +658,7 @@ class TestOrbax:
         fit(trained, swap, orbax, epochs=2)
         return trained, keras.saving.load_model(str(folder))
 
+    @pytest.mark.slow_on("jax")
     def test_training_resumes_from_an_orbax_checkpoint_of_raw_weights(self, tmp_path):
         trained, other = self.restored(tmp_path / "orbax", swap_on_epoch=False)
         trained.optimizer.swap_weights()

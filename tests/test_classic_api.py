@@ -72,6 +72,7 @@ def copy_values(sources, targets):
 # Steps from a loss.
 
 
+@pytest.mark.slow_on("jax")
 def test_minimize_takes_one_step_downhill():
     v, w = two_variables()
     optimizer = SWA(optimizers.SGD(0.1), 0, 1)
@@ -85,6 +86,7 @@ def test_minimize_takes_one_step_downhill():
     small.assert_same_bits(small.slots(optimizer, [v, w]), [small.numpy(v), small.numpy(w)])
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_minimize_is_apply_gradients_of_the_same_loss_bit_for_bit():
     minimized, applied = noisy_model(), noisy_model()
     for model in (minimized, applied):
@@ -107,6 +109,7 @@ def test_minimize_is_apply_gradients_of_the_same_loss_bit_for_bit():
     small.assert_same_bits(minimized.optimizer.get_weights(), applied.optimizer.get_weights())
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_minimize_has_the_effects_of_a_train_step_on_statistics_and_seeds():
     trained, minimized = noisy_model(), noisy_model()
     before = [small.numpy(v) for v in minimized.non_trainable_variables]
@@ -132,6 +135,7 @@ def test_minimize_has_the_effects_of_a_train_step_on_statistics_and_seeds():
         )
 
 
+@pytest.mark.slow_on("jax")
 def test_variables_that_the_loss_makes_are_trained():
     def deferred():
         keras.utils.set_random_seed(5)
@@ -325,6 +329,7 @@ def test_minimize_takes_a_tensor_with_its_tape(grad_loss):
     np.testing.assert_allclose(v, [0.0, 0.0] if grad_loss is None else [0.5, 1.0], atol=TOLERANCE)
 
 
+@pytest.mark.slow_on("tensorflow")
 @about_tensorflow
 def test_minimize_works_inside_a_compiled_function():
     import tensorflow as tf
@@ -536,6 +541,7 @@ def test_an_initializer_that_returns_the_variable_itself_is_copied():
     np.testing.assert_array_equal(weight, [1.0, 2.0])
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_training_works_with_a_slot_that_began_with_the_variable():
     # On JAX a train step donates its buffers, so two variables must not share one.
     optimizer = SWA("sgd", 0, 1)
@@ -639,6 +645,7 @@ def with_added(optimizer):
     return model
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("inner", [lambda: "adam", lambda: MovingAverage("adam")])
 def test_a_model_file_restores_added_variables(tmp_path, inner):
@@ -662,6 +669,7 @@ def test_a_model_file_restores_added_variables(tmp_path, inner):
     small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_a_weights_file_restores_added_variables(tmp_path):
     model, other = with_added(SWA("adam", 0, 2)), with_added(SWA("adam", 0, 2))
     for variable in other.optimizer.variables:
@@ -671,6 +679,7 @@ def test_a_weights_file_restores_added_variables(tmp_path):
     small.assert_same_bits(other.optimizer.get_weights(), model.optimizer.get_weights())
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_an_added_variable_that_a_file_lacks_keeps_its_value(tmp_path):
     plain = small.fit(small.model(SWA("adam", 0, 2)), epochs=2)
     plain.save_weights(tmp_path / "plain.weights.h5")

@@ -42,6 +42,7 @@ def test_a_copy_of_an_optimizer_has_its_config(route):
     assert copied.inner_optimizer is not optimizer.inner_optimizer
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.sample(1)
 @each_copy
 def test_a_copy_of_an_optimizer_with_state_has_its_config_and_no_state(route):
@@ -134,6 +135,7 @@ class TestTensorFlowCheckpoint:
         small.assert_same_bits(small.fit(other).get_weights(), small.fit(model).get_weights())
         small.assert_same_bits(other.optimizer.get_weights(), model.optimizer.get_weights())
 
+    @pytest.mark.slow_on("tensorflow")
     def test_a_tensorflow_checkpoint_of_averages_says_that_it_lost_the_raw_weights(self, tmp_path):
         import tensorflow as tf
 

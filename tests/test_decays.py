@@ -93,6 +93,7 @@ def test_the_profile_is_a_power_of_the_step(period):
     np.testing.assert_allclose(average, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_nested_averages_each_have_their_own_length():
     short, long = decays.PowerFunction(0.05), decays.PowerFunction(0.10)
     inner = MovingAverage(optimizers.SGD(0.1), average_decay=short)
@@ -106,6 +107,7 @@ def test_nested_averages_each_have_their_own_length():
             np.testing.assert_allclose(average, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.parametrize("case", ["warm-up", "warm-up 3/4, least 0.2"])
 def test_the_warm_up_equals_that_of_ema_pytorch(case):
     record = json.loads(GOLDEN.read_text())
@@ -150,7 +152,7 @@ class OneOverT(decays.Decay):
         return 1.0 / ops.cast(t, "float32")
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(2, jax=1, tensorflow=1)
 @pytest.mark.parametrize(
     "decay",
     [

@@ -57,6 +57,7 @@ def test_workers_of_two_replicas_average_like_workers_of_one_device():
     assert finished.returncode == 0, finished.stderr
 
 
+@pytest.mark.slow_on("tensorflow")
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's")
 def test_a_shadow_copy_can_be_made_in_the_scope_of_a_strategy():
     finished = run("shadow_copy_on_replicas.py")

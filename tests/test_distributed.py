@@ -66,6 +66,7 @@ def numpy(array):
     return np.array(ops.convert_to_numpy(array), copy=True)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_without_a_launcher_the_worker_is_alone():
     communicator = keras_avg.distributed.initialize()
     assert isinstance(communicator, LocalCommunicator)

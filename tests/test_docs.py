@@ -39,6 +39,7 @@ def missing(text):
             yield f"{file} has no parameter {parameter}"
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_test_named_in_the_docs_exists(page):
     assert list(missing(page.read_text())) == []
@@ -55,6 +56,7 @@ def test_each_cell_in_the_table_of_features_names_a_test_or_a_reason():
             assert any(PROOF.search(cell) for cell in cells), f"{feature} is not proven anywhere"
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_the_first_snippet_of_the_readme_makes_averages(tmp_path, monkeypatch):
     snippet = re.search(r"```python\n(.*?)```", (HERE.parent / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ BACKEND = keras.backend.backend()
 
 
 class TestExclude:
-    @pytest.mark.sample(4)
+    @pytest.mark.sample(4, jax=1, tensorflow=1)
     @each_wrapper
     def test_an_excluded_variable_has_no_average_and_keeps_its_raw_value(self, wrapper, tmp_path):
         optimizer = WRAPPERS[wrapper].make(optimizers.SGD(0.1), exclude=["bias", "^small/norm/"])
@@ -43,6 +43,7 @@ class TestExclude:
         optimizer = SWA("sgd", exclude=["bias", r"norm/.*"])
         assert SWA.from_config(optimizer.get_config()).exclude == ["bias", r"norm/.*"]
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_exclude_does_not_change_training(self):
         models = [small.fit(small.model(o)) for o in (SWA("adam", exclude=["bias"]), "adam")]
         small.assert_same_bits(*(m.get_weights() for m in models))
@@ -92,6 +93,7 @@ class TestReadingAverages:
     def trained(self):
         return small.fit(small.model(MovingAverage(optimizers.SGD(0.1), average_decay=0.9)))
 
+    @pytest.mark.slow_on("jax")
     def test_the_model_predicts_with_averages_while_it_holds_raw_weights(self):
         model = self.trained()
         weights, state = model.get_weights(), model.optimizer.get_weights()
@@ -108,6 +110,7 @@ class TestReadingAverages:
         small.assert_same_bits(model.optimizer.get_weights(), state)
         assert not model.optimizer.averages_in_model
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_assignments_inside_the_context_are_lost(self):
         model = self.trained()
         weights = model.get_weights()
@@ -145,6 +148,7 @@ class TestReadingAverages:
         with keras.StatelessScope(), pytest.raises(RuntimeError, match="stateless_call"), reading:
             pass
 
+    @pytest.mark.slow_on("jax")
     @pytest.mark.skipif(BACKEND != "jax", reason="about JAX")
     def test_stateless_call_with_averages_works_in_a_compiled_jax_step(self):
         import jax
@@ -164,6 +168,7 @@ class TestReadingAverages:
             expected = model.predict(small.X, verbose=0)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_reading_averages_before_the_first_snapshot_is_refused(self):
         model = small.fit(small.model(SWA("sgd", start_averaging=100)), epochs=1)
         with pytest.raises(ValueError, match="no snapshot yet"), model.optimizer.reading_averages():
@@ -179,6 +184,7 @@ class TestReadingAverages:
         with pytest.raises(ValueError, match="average_weights"), optimizer.reading_averages():
             pass
 
+    @pytest.mark.slow_on("tensorflow")
     def test_reading_averages_swaps_nothing(self):
         model = self.trained()
         with model.optimizer.reading_averages():

@@ -267,6 +267,7 @@ def named(names, optimizer):
     return model
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_an_average_goes_to_the_variable_of_its_path_and_not_of_its_number(tmp_path):
     """The file numbers the averages in another order than that of the model's variables."""
     model = named("ab", SWA(optimizers.SGD(0.01), 0, 1))
@@ -284,6 +285,7 @@ def test_an_average_goes_to_the_variable_of_its_path_and_not_of_its_number(tmp_p
     small.assert_same_bits(other.optimizer.get_weights(), model.optimizer.get_weights())
 
 
+@pytest.mark.slow_on("tensorflow")
 @pytest.mark.parametrize("without", ["paths", "names"])
 def test_averages_go_by_order_if_paths_are_missing_as_in_files_of_0_1(tmp_path, without):
     model = named("ab", SWA(MovingAverage("sgd"), 0, 1))
@@ -333,6 +335,7 @@ class TestMembersOfAMultiOptimizer:
         assert not wrapper.averages_in_model
         small.assert_same_bits(wrapper.get_weights()[:7], state[:7])
 
+    @pytest.mark.slow_on("tensorflow")
     def test_a_state_of_members_that_fits_is_loaded_after_one_that_did_not_fit(self, tmp_path):
         saved, other = self.model("named/b/.*"), self.model("nothing")
         saved.save_weights(tmp_path / "m.weights.h5")
@@ -376,6 +379,7 @@ def test_a_small_file_that_claims_gigabytes_is_refused_before_it_is_read(name, t
     small.assert_same_bits(model.optimizer.get_weights(), state)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_a_file_with_too_many_small_slots_is_refused(tmp_path):
     model = small.fit(small.model(SWA("sgd", 0, 1)), epochs=1)
     model.save_weights(tmp_path / "m.weights.h5")
@@ -401,6 +405,7 @@ class TestOptimizersWithoutVariables:
         with pytest.raises(ValueError, match="no variables to set before it is built"):
             optimizer.set_weights([np.zeros(3)] * 20)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_an_optimizer_that_is_not_built_takes_nothing_from_a_file(self, tmp_path):
         model = small.fit(small.model(SWA(MovingAverage(optimizers.SGD(0.5)), 0, 1)), epochs=1)
         model.save_weights(tmp_path / "m.weights.h5")

@@ -30,6 +30,7 @@ def built():
     return model
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.parametrize("name", ["raw.keras", "raw.weights.h5"])
 def test_a_file_of_0_1_with_raw_weights_is_loaded(name):
     if name == "raw.keras":

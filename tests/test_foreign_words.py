@@ -87,6 +87,7 @@ def test_the_error_for_a_function_as_decay_recommends_a_schedule():
 
 
 class TestHyperParameters:
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize(
         ("optimizer", "name", "value"),
         [
@@ -115,6 +116,7 @@ class TestHyperParameters:
         small.apply(optimizer, [variable], [[1.0]])
         np.testing.assert_array_equal(optimizer.get_slot(variable, "average"), variable)
 
+    @pytest.mark.slow_on("tensorflow")
     def test_the_learning_rate_can_be_set_after_build(self):
         model = small.fit(small.model(SWA("sgd")), epochs=1)
         model.optimizer.learning_rate = 0.5

@@ -16,6 +16,7 @@ def buffers(model):
     return [v.value.unsafe_buffer_pointer() for v in variables]
 
 
+@pytest.mark.slow_on("jax")
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -75,6 +76,7 @@ def test_errors_during_an_epoch_say_how_to_get_the_variables(use):
     assert all("model.jax_state_sync()" in error for error in errors)
 
 
+@pytest.mark.slow_on("jax")
 def test_a_scheduled_rate_and_update_batch_norm_say_how_to_get_the_variables():
     errors = []
 

@@ -27,6 +27,7 @@ def test_a_window_of_one_is_the_last_snapshot():
     assert found[1:] == [8, 8, 6, 6]
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_a_window_that_is_never_full_equals_swa():
     models = [small.fit(small.model(o), epochs=2) for o in (LAWA("sgd", 7, 1, 2), SWA("sgd", 1, 2))]
     for ours, swa in zip(*(m.optimizer.averages() for m in models), strict=True):

@@ -53,6 +53,7 @@ def test_fast_and_slow_weights_are_those_of_algorithm_1(period, step_size):
         np.testing.assert_array_equal(values, averages)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_fit_gives_the_same_weights_as_steps_by_hand():
     def optimizer():
         return Lookahead(optimizers.SGD(0.05, momentum=0.9), sync_period=4)

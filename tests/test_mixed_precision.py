@@ -23,7 +23,7 @@ SGD = {
 
 
 # Not Adam: its beta_2 is rounded to 1 in bfloat16, and then nothing moves.
-@pytest.mark.sample(3)
+@pytest.mark.sample(3, tensorflow=1)
 @pytest.mark.parametrize("inner", SGD)
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "bfloat16"])
 def test_averages_are_right_under_low_precision_policies(policy, inner, dtype_policy):
@@ -37,7 +37,7 @@ def test_averages_are_right_under_low_precision_policies(policy, inner, dtype_po
     assert average.dtype == "float32"
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(4, tensorflow=2)
 @pytest.mark.parametrize("inner", ["adam", "accumulation"])
 @each_wrapper
 def test_steps_that_loss_scaling_skips_do_not_average(wrapper, inner, dtype_policy):

@@ -194,6 +194,7 @@ class TestInnerState:
             np.testing.assert_array_equal(momentum, variable)
             np.testing.assert_array_equal(velocity, np.zeros(3))
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @of_schedule_free
     def test_a_slot_that_begins_with_the_variable_is_reset_in_fit_of_one_worker(self):
         inner = optimizers.ScheduleFreeAdamW(0.01)
@@ -205,6 +206,7 @@ class TestInnerState:
         small.assert_same_bits(momenta, [small.numpy(v) for v in variables])
         small.fit(model)  # On JAX this fails if variables share memory.
 
+    @pytest.mark.slow_on("jax")
     @pytest.mark.skipif(not hasattr(optimizers, "Muon"), reason="of a later Keras")
     def test_inner_state_is_reset_for_an_optimizer_that_uses_paths(self):
         wrapper = ModelAverage(optimizers.Muon(0.1), interval_steps=1, inner_state="reset")
@@ -249,6 +251,7 @@ class TestInnerState:
 
         assert all(np.all(value != 0) for value in fake_workers.run(2, work))
 
+    @pytest.mark.slow_on("jax")
     def test_inner_state_is_reset_in_fit_of_one_worker(self):
         model = small.model(ModelAverage(inner(), interval_steps=3, inner_state="reset"))
         small.fit(model, epochs=1)
@@ -505,6 +508,7 @@ class TestArguments:
         assert again.outer_optimizer.momentum == 0.9
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_the_outer_optimizers_state_is_saved_and_training_goes_on(tmp_path):
     def optimizer():
         outer = optimizers.SGD(0.7, momentum=0.9, nesterov=True)
@@ -521,6 +525,7 @@ def test_the_outer_optimizers_state_is_saved_and_training_goes_on(tmp_path):
     assert keras_avg.averaging_optimizers(loaded)[0].num_snapshots == 4
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.parametrize(
     ("written", "read"),
     [

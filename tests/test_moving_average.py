@@ -43,6 +43,7 @@ def test_the_examples_of_addons_give_the_same_averages(rate, steps, arguments, r
     np.testing.assert_allclose(optimizer.get_slot(variable, "average"), [average], rtol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @settings(max_examples=40, deadline=None)
 @given(
     decay=st.floats(0.0, 1.0),

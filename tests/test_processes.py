@@ -40,6 +40,7 @@ def test_sharded_averages_stay_on_their_devices_when_swapped_and_saved(kind, tmp
     assert finished.returncode == 0, finished.stderr
 
 
+@pytest.mark.slow_on("tensorflow")
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="strategies are TensorFlow's")
 def test_gradients_of_two_replicas_are_summed_once_by_keras_or_by_the_caller():
     finished = run("apply_aggregated.py")

@@ -87,6 +87,7 @@ def test_public_methods_have_docstrings(name):
     assert not undocumented
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_importing_the_package_loads_no_framework_that_keras_did_not_load():
     check = (
         "import sys, keras; before = set(sys.modules); import keras_avg; "

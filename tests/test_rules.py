@@ -56,7 +56,7 @@ def test_a_rule_is_short(rule):
     assert len(inspect.getsource(rule).splitlines()) <= LONGEST
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(8, jax=2, tensorflow=2)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", RULES)
 def test_the_shown_values_of_a_rule_equal_the_oracle(name, way):
@@ -71,7 +71,7 @@ def test_the_shown_values_of_a_rule_equal_the_oracle(name, way):
             )
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(6, jax=1, tensorflow=1)
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("way", ["plain", "inside"])
 @pytest.mark.parametrize("name", RULES)
@@ -100,6 +100,7 @@ def test_a_rule_is_saved_resumed_and_swapped_bit_for_bit(name, way, swapped, tmp
     small.assert_same_bits(loaded.get_weights(), model.get_weights())
 
 
+@pytest.mark.slow_on("jax")
 @pytest.mark.parametrize("name", RULES)
 def test_stores_beside_bfloat16_variables_are_float32(name, dtype_policy):
     dtype_policy("bfloat16")
@@ -135,6 +136,7 @@ def test_a_rule_does_not_change_training_and_skips_a_nonfinite_step(name):
     assert optimizer.num_snapshots == snapshots
 
 
+@pytest.mark.slow_on("jax")
 @pytest.mark.parametrize("name", RULES)
 def test_steps_by_hand_leave_buffers_that_a_compiled_step_can_donate(name):
     rule, _ = RULES[name]

@@ -93,6 +93,7 @@ def test_the_bare_optimizer_takes_the_same_steps_of_z(wrap, interpolation, share
         np.testing.assert_allclose(average, x, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_primal_averaging_with_interpolation_1_equals_heavy_ball():
     rate, m = 0.1, 0.9
     average = small.model(PrimalAverage(optimizers.SGD(rate), interpolation=1.0, average_decay=m))
@@ -103,6 +104,7 @@ def test_primal_averaging_with_interpolation_1_equals_heavy_ball():
         np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.parametrize("inner", [lambda: optimizers.Adam(0.01), lambda: optimizers.SGD(0.1)])
 def test_primal_averaging_without_decay_equals_the_inner_optimizer(inner):
     average, bare = small.model(PrimalAverage(inner(), average_decay=0.0)), small.model(inner())
@@ -112,6 +114,7 @@ def test_primal_averaging_without_decay_equals_the_inner_optimizer(inner):
         np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_a_learning_rate_of_zero_moves_nothing_and_gives_no_nan():
     model = small.model(ScheduleFree(optimizers.SGD(0.0)))
     before = [small.numpy(v) for v in model.trainable_variables]
@@ -153,6 +156,7 @@ def test_training_goes_on_from_averages_that_were_assigned(wrap, swapped):
     np.testing.assert_array_equal(variable, average)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_a_file_resumes_bit_for_bit_also_after_a_swap(tmp_path):
     model = small.fit(small.model(ScheduleFree(optimizers.Adam(0.01))), epochs=1)
     with model.optimizer.average_weights():
@@ -165,6 +169,7 @@ def test_a_file_resumes_bit_for_bit_also_after_a_swap(tmp_path):
     small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
 
 
+@pytest.mark.slow_on("jax")
 def test_wrappers_around_schedule_free_average_the_trained_variables():
     model = small.model(SWA(ScheduleFree(optimizers.SGD(0.1)), 0, 1))
     trajectories = small.trajectories(model, 6)
@@ -189,6 +194,7 @@ class TestNesting:
             with pytest.raises(ValueError, match="made of what it keeps"):
                 around(wrap("sgd"))
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_model_average_around_schedule_free_is_accepted(self, wrap):
         model = small.fit(small.model(ModelAverage(wrap("sgd"), interval_steps=2)), epochs=1)
         alone = small.fit(small.model(wrap("sgd")), epochs=1)

@@ -395,7 +395,7 @@ def test_a_scale_function_that_is_not_registered_has_no_config(scale_fn):
         schedule.get_config()
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(2, jax=1, tensorflow=1)
 @each
 def test_a_saved_model_goes_on_with_the_schedule(schedule, tmp_path):
     inner = keras.optimizers.SGD(schedule, momentum=0.5)

@@ -42,6 +42,7 @@ def test_the_usage_example_works(wrapped):
     np.testing.assert_allclose(var2, 2.0 - 0.1 * 8.0, rtol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax")
 @each_wrapper
 def test_the_example_of_a_custom_training_loop_works(wrapped):
     """Pages AveragedOptimizerWrapper and Optimizer, "Custom training loop"."""
@@ -109,6 +110,7 @@ def test_the_example_of_hyperparameters_works(wrapped):
     np.testing.assert_allclose(opt.lr, 0.05, rtol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax")
 def test_weights_are_updated_to_their_mean_before_saving(tmp_path):
     """Pages AveragedOptimizerWrapper, MovingAverage and SWA, `assign_average_vars`."""
     model = small.model()
@@ -206,6 +208,7 @@ def trained_on_a_hundred_numbers():
     return m, opt
 
 
+@pytest.mark.slow_on("jax")
 def test_get_weights_returns_the_slots_of_the_example():
     """Page Optimizer, `get_weights`: the count, the root mean squares, and the wrapper's own."""
     model, opt = trained_on_a_hundred_numbers()

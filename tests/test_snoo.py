@@ -65,6 +65,7 @@ def test_model_average_with_outer_momentum_is_snoo_or_muloco(inner):
         np.testing.assert_allclose(variable, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_model_average_without_outer_momentum_is_lookahead():
     average = ModelAverage(
         optimizers.SGD(0.1), interval_steps=3, outer_optimizer=optimizers.SGD(0.4)
@@ -76,6 +77,7 @@ def test_model_average_without_outer_momentum_is_lookahead():
         np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_a_wrapper_around_model_average_averages_the_center_of_one_worker(tmp_path):
     def make():
         center = ModelAverage(

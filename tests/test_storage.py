@@ -47,6 +47,7 @@ class Drift(SWA):
             last.assign(grad)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
 def test_the_state_of_a_subclass_is_part_of_variables_and_files(name, tmp_path):
@@ -72,6 +73,7 @@ def test_the_state_of_a_subclass_is_part_of_variables_and_files(name, tmp_path):
     small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_a_file_without_the_state_of_a_subclass_is_refused(tmp_path):
     trained(SWA("adam", 0, 2)).save_weights(tmp_path / "m.weights.h5")
     model = trained(Drift("adam", 0, 2))
@@ -81,6 +83,7 @@ def test_a_file_without_the_state_of_a_subclass_is_refused(tmp_path):
     small.assert_same_bits(model.optimizer.get_weights(), before)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_set_weights_takes_the_list_that_get_weights_returns():
     one, other = trained(SWA("adam", 0, 2)), small.model(SWA("adam", 0, 2))
     other.optimizer.build(other.trainable_variables)
@@ -106,6 +109,7 @@ def test_set_weights_before_build_is_refused():
         SWA("adam").set_weights([])
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_a_file_has_each_own_variable_once(tmp_path):
     model = trained(SWA(MovingAverage("adam"), 0, 2))
     model.save(tmp_path / "model.keras")
@@ -121,6 +125,7 @@ def test_a_file_has_each_own_variable_once(tmp_path):
     assert len(arrays) == len(model.optimizer.variables)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
 def test_files_restore_every_bit(tmp_path, name):
@@ -135,6 +140,7 @@ def test_files_restore_every_bit(tmp_path, name):
     small.assert_same_bits(other.optimizer.get_weights(), model.optimizer.get_weights())
 
 
+@pytest.mark.slow_on("tensorflow")
 # With a momentum of 0.9, the other optimizer has as many arrays, and of the same shapes.
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_file_of_another_optimizer_is_refused_and_changes_nothing(tmp_path, momentum):
@@ -204,6 +210,7 @@ def test_averages_of_low_precision_weights_survive_a_file(tmp_path, dtype_policy
     small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_an_optimizer_built_for_no_variables_can_be_built_for_some():
     model = small.model()
     optimizer = SWA(MovingAverage("nadam"), 0, 2)
@@ -221,6 +228,7 @@ def test_an_optimizer_built_for_no_variables_can_be_built_for_some():
     )
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 # Keras gives this warning about its own optimizers.
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def test_three_snapshots_average_to_the_middle_one():
     np.testing.assert_allclose(optimizer.get_slot(variable, "average"), [0.8], rtol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @settings(max_examples=25, deadline=None)
 @given(start=st.integers(0, 12), period=st.integers(1, 6), updates=st.integers(1, 16))
 def test_average_is_the_mean_of_the_snapshots(start, period, updates):
@@ -53,6 +54,7 @@ def test_average_is_the_mean_of_the_snapshots(start, period, updates):
         )
 
 
+@pytest.mark.slow_on("jax")
 def test_the_first_snapshot_is_the_variable_bit_for_bit():
     optimizer = SWA(optimizers.SGD(0.3), start_averaging=2, average_period=5)
     variable = keras.Variable(np.geomspace(1e-8, 1e8, 50), dtype="float32")

@@ -32,6 +32,7 @@ def test_the_mean_and_the_square_of_two_snapshots_are_computed_in_the_head():
         np.testing.assert_allclose(optimizer.get_slot(variable, name), [expected])
 
 
+@pytest.mark.slow_on("jax")
 def test_moments_and_columns_equal_those_in_numpy():
     model = small.model(SWAG(optimizers.SGD(0.1), 1, 2, rank=3))
     trajectories = small.trajectories(model, 12)
@@ -47,6 +48,7 @@ def test_moments_and_columns_equal_those_in_numpy():
             np.testing.assert_allclose(found, value, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_samples_have_the_moments_of_the_distribution():
     """The mean and covariance of 400 samples are right within five standard errors."""
     random = np.random.default_rng(0)
@@ -72,6 +74,7 @@ def test_samples_have_the_moments_of_the_distribution():
     assert np.max(np.abs(found - covariance) / spread) < 5
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_one_vector_for_all_variables_weights_the_columns():
     """Without diagonal noise, all variables move along the columns by the same amounts."""
     model = trained(rank=3, epochs=1)
@@ -105,6 +108,7 @@ def test_only_the_diagonal_is_drawn_with_less_than_two_columns(rank):
 
 
 class TestTheContext:
+    @pytest.mark.slow_on("tensorflow")
     def test_the_same_seed_gives_the_same_sample(self):
         model = trained()
         samples = []
@@ -115,6 +119,7 @@ class TestTheContext:
         for one, other in ((0, 2), (2, 3), (3, 4)):
             assert np.any(samples[one][0] != samples[other][0])
 
+    @pytest.mark.slow_on("tensorflow")
     def test_a_sample_of_scale_0_is_the_mean(self):
         model = trained()
         with model.optimizer.sample_weights(0, scale=0):
@@ -122,6 +127,7 @@ class TestTheContext:
         with model.optimizer.average_weights():
             small.assert_same_bits(weights(model), sample)
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize("swapped", [False, True])
     def test_sample_weights_restores_every_bit_after_an_exception_too(self, swapped):
         model = trained()
@@ -145,6 +151,7 @@ class TestTheContext:
             model.optimizer.swap_weights()
         small.fit(model, epochs=1)
 
+    @pytest.mark.slow_on("tensorflow")
     def test_sample_weights_of_a_swapped_model_restores_the_raw_statistics(self):
         model = trained()
         raw = model.get_weights()
@@ -164,11 +171,13 @@ class TestTheContext:
         ):
             small.fit(model, epochs=1)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_sample_weights_without_a_snapshot_is_refused(self):
         model = small.fit(small.model(SWAG("sgd", start_averaging=100)), epochs=1)
         with pytest.raises(ValueError, match="no snapshot yet"), model.optimizer.sample_weights():
             pass
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize(
         ("arguments", "received"),
         [({"scale": -1}, "scale=-1"), ({"seed": 0.5}, "seed=0.5"), ({"scale": "x"}, "scale='x'")],
@@ -186,6 +195,7 @@ def test_a_bad_rank_is_refused(rank):
         SWAG("sgd", rank=rank)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_swag_is_saved_and_sampled_after_loading(tmp_path):
     model = trained()
     model.save(tmp_path / "model.keras")

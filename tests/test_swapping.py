@@ -73,6 +73,7 @@ def test_nan_and_infinity_survive_a_swap():
     assert small.numpy(variable).tobytes() == raw.tobytes()
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_the_context_puts_raw_weights_back_after_an_exception():
     model = trained()
     raw = trainable(model)
@@ -89,6 +90,7 @@ def test_the_context_puts_raw_weights_back_after_an_exception():
     small.assert_same_bits(trainable(model), raw)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_statistics_computed_in_the_context_are_swapped_out_with_the_averages(tmp_path):
     model = trained()
     raw = model.get_weights()
@@ -106,6 +108,7 @@ def test_statistics_computed_in_the_context_are_swapped_out_with_the_averages(tm
     small.assert_same_bits(loaded.get_weights(), raw)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_statistics_of_a_model_that_lost_its_raw_weights_can_be_computed():
     model, other = trained(), trained()
     model.optimizer.swap_weights()
@@ -123,6 +126,7 @@ def test_the_context_keeps_raw_weights_that_were_put_back_inside_it():
     small.assert_same_bits(trainable(model), raw)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_the_context_keeps_averages_that_were_in_the_model_before():
     model = trained()
     model.optimizer.swap_weights()
@@ -131,6 +135,7 @@ def test_the_context_keeps_averages_that_were_in_the_model_before():
     assert model.optimizer.averages_in_model
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "optimizer",
@@ -149,6 +154,7 @@ def test_evaluating_the_averages_does_not_change_training(optimizer):
     small.assert_same_bits(looked_at.optimizer.get_weights(), undisturbed.optimizer.get_weights())
 
 
+@pytest.mark.slow_on("jax")
 def test_a_swap_before_the_first_snapshot_is_refused():
     model = trained(SWA("sgd", start_averaging=100))
     raw = trainable(model)
@@ -168,6 +174,7 @@ class TestTrainingWhileSwapped:
             small.apply(optimizer, [variable], [[1.0]])
         assert int(optimizer.iterations) == 1
 
+    @pytest.mark.slow_on("tensorflow")
     def test_training_while_swapped_is_refused_when_the_step_is_traced(self):
         model = trained()
         raw = trainable(model)
@@ -200,6 +207,7 @@ class TestTrainingWhileSwapped:
         small.assert_same_bits(trainable(model), raw)
         small.fit(model, epochs=1)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_a_second_fit_without_the_callback_is_refused(self):
         model = small.model(SWA(optimizers.Adam(0.01), 0, 2))
         small.fit(model, epochs=1, callbacks=[keras_avg.callbacks.SwapAverageWeights()])
@@ -212,6 +220,7 @@ class TestTrainingWhileSwapped:
         small.fit(model, epochs=1)
         assert int(model.optimizer.iterations) == 2 * updates
 
+    @pytest.mark.slow_on("tensorflow")
     @sees_compiled_steps
     def test_hidden_training_while_swapped_is_found_at_the_end_of_each_fit(self):
         model = trained()
@@ -238,6 +247,7 @@ class TestTrainingWhileSwapped:
             with pytest.raises(RuntimeError, match="1 updates since they were put in"):
                 model.save_weights(tmp_path / "mixed.weights.h5")
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @sees_compiled_steps
     def test_training_by_another_wrapper_while_swapped_is_found_at_the_end_of_fit(self):
         model = trained(SWA(optimizers.Adam(0.01), 0, 2))
@@ -283,6 +293,7 @@ class TestTrainingWhileSwapped:
         moving_average.swap_weights()
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_a_new_optimizer_starts_from_the_averages_that_another_left_in_the_model():
     model = trained()
     first = model.optimizer
@@ -405,6 +416,7 @@ class TestCopiesThatLostTheRawWeights:
         with pytest.raises(RuntimeError, match="does not carry them"):
             small.fit(model)
 
+    @pytest.mark.slow_on("jax")
     def test_a_state_of_another_update_than_the_raw_weights_is_not_saved(self, tmp_path):
         model = trained()
         model.optimizer.swap_weights()
@@ -421,6 +433,7 @@ class TestCopiesThatLostTheRawWeights:
         model.optimizer.swap_weights()
         small.assert_same_bits(trainable(model), raw)
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize("compiled_anew", [False, True])
     def test_restoring_an_unswapped_state_tree_ends_a_swap(self, compiled_anew):
         model = trained()

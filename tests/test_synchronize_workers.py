@@ -70,6 +70,7 @@ class TestInFit:
                 center = [small.numpy(v) for v in models[0].trainable_variables]
         return models, center
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.parametrize("sizes", [(16, 16), (16, 8, 12)], ids=["even", "uneven"])
     def test_workers_end_with_the_weights_of_the_numpy_oracle(self, sizes):
         models = self.fit_shards(sizes, self.optimizer)
@@ -84,6 +85,7 @@ class TestInFit:
                 np.testing.assert_allclose(slot, target, rtol=1e-5, atol=1e-5)
         assert len({model.optimizer.num_snapshots for model in models}) == 1
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_one_worker_needs_no_callback(self):
         (alone,) = self.fit_shards((16,), self.optimizer)
         plain = small.model(inner())
@@ -91,6 +93,7 @@ class TestInFit:
         small.assert_same_bits(alone.get_weights(), plain.get_weights())
         assert alone.optimizer.num_snapshots == 2
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_one_worker_with_an_outer_optimizer_trains_like_lookahead(self):
         def optimizer(communicator=None):
             return ModelAverage(
@@ -106,6 +109,7 @@ class TestInFit:
         for value, expected in zip(alone.get_weights(), by_hand.get_weights(), strict=True):
             np.testing.assert_allclose(value, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_the_center_is_evaluated_and_saved(self, tmp_path):
         models = self.fit_shards((16, 12), self.optimizer, SwapAverageWeights)
         for model in models:
@@ -122,6 +126,7 @@ class TestInFit:
         models = self.fit_shards((12, 12), self.optimizer, epochs=1)
         small.assert_same_bits(*(m.get_weights() for m in models))
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize("swap_first", [True, False], ids=["before", "behind"])
     @pytest.mark.parametrize("sizes", [(2, 6), (9, 3)], ids=["before a round", "after some"])
     def test_a_worker_that_finishes_first_ends_with_the_last_center_and_its_statistics(
@@ -147,6 +152,7 @@ class TestInFit:
             model.optimizer.swap_weights()
         small.assert_same_bits(*(m.get_weights() for m in models))
 
+    @pytest.mark.slow_on("jax")
     def test_a_worker_that_finishes_first_ends_with_the_average_of_use_ema(self):
         models = [small.model() for _ in range(2)]
 
@@ -182,6 +188,7 @@ class TestInFit:
         for weights in fake_workers.run(2, work):
             small.assert_same_bits(weights, chiefs)
 
+    @pytest.mark.slow_on("jax")
     def test_frozen_variables_keep_their_bits(self):
         models = [small.model() for _ in range(3)]
         for model in models:
@@ -199,6 +206,7 @@ class TestInFit:
         for weights in fake_workers.run(3, work):
             small.assert_same_bits(weights, before)
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch runs step by step")
     def test_rounds_work_with_several_steps_per_execution(self):
         def optimizer(communicator):
@@ -237,6 +245,7 @@ class TestInFit:
         with pytest.raises(RuntimeError, match=r"2 workers.*SynchronizeWorkers"):
             fake_workers.run(2, work)
 
+    @pytest.mark.slow_on("jax")
     @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch trains eagerly")
     def test_a_callback_that_is_missing_in_the_second_fit_is_an_error_at_its_end(self):
         models = [small.model() for _ in range(2)]
@@ -250,6 +259,7 @@ class TestInFit:
         with pytest.raises(RuntimeError, match=r"no round since step 6.*SynchronizeWorkers"):
             fake_workers.run(2, work)
 
+    @pytest.mark.slow_on("tensorflow")
     def test_a_state_that_is_loaded_between_two_fits_is_not_a_missed_round(self, tmp_path):
         models = [small.model() for _ in range(2)]
 
@@ -265,6 +275,7 @@ class TestInFit:
 
         assert fake_workers.run(2, work) == [(24, 8), (24, 8)]
 
+    @pytest.mark.slow_on("tensorflow")
     def test_a_loop_that_calls_the_callback_by_hand_gives_the_weights_of_fit(self):
         models = [small.model() for _ in range(2)]
 
@@ -311,6 +322,7 @@ class TestInFit:
 
         assert fake_workers.run(2, work) == [1, 1]
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize("first", [True, False], ids=["first in the list", "last in the list"])
     @pytest.mark.parametrize("mistake", [KeyError, KeyboardInterrupt])
     def test_an_error_after_a_batch_with_a_round_is_not_replaced(self, mistake, first):
@@ -336,6 +348,7 @@ class TestInFit:
         with pytest.raises(mistake, match="gone"):
             small.fit(model, callbacks=[SynchronizeWorkers()])
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_a_chief_that_has_trained_alone_is_an_error_on_every_worker(self, tmp_path):
         small.fit(small.model(self.optimizer(None))).save_weights(tmp_path / "m.weights.h5")
         models = [small.model() for _ in range(2)]
@@ -351,6 +364,7 @@ class TestInFit:
 
         fake_workers.run(2, work)
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch trains eagerly")
     def test_a_callback_that_is_missing_after_a_failed_fit_is_an_error_at_the_end(self):
         class Fails(keras.callbacks.Callback):
@@ -363,6 +377,7 @@ class TestInFit:
         with pytest.raises(RuntimeError, match=r"no round since step 0.*SynchronizeWorkers"):
             small.fit(model)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.parametrize("epochs", [2, 3])
     def test_training_goes_on_from_a_state_that_another_callback_loads(self, epochs, tmp_path):
         class Returns(keras.callbacks.Callback):
@@ -397,6 +412,7 @@ class TestInFit:
 
         small.assert_same_bits(*fake_workers.run(2, work))
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_inner_averages_have_the_same_number_of_snapshots_on_all_workers(self):
         def optimizer(communicator):
             inside = SWA(inner(), start_averaging=4, average_period=1)

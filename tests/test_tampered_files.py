@@ -141,6 +141,7 @@ def test_averages_without_raw_values_are_an_error_at_the_next_use(swapped_file):
             use()
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_raw_values_of_a_state_that_is_not_swapped_are_dropped(swapped_file):
     with h5py.File(swapped_file, "r+") as file:
         put("averages_in_model", 0)(file["optimizer/vars"])

@@ -117,6 +117,7 @@ def test_a_trace_does_not_depend_on_a_variable_that_it_only_looked_at():
     assert traced.variables == ()
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_a_model_can_be_exported_and_checkpointed(tmp_path):
     import tensorflow as tf
 
@@ -232,6 +233,7 @@ class TestAStepThatHadNoBatch:
         assert optimizer.num_snapshots == EPOCHS * small.BATCHES // interval
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_an_optimizer_works_after_its_first_trace_failed():
     class FailsOnce(keras.Sequential):
         has_failed = False

@@ -16,6 +16,7 @@ STEPS = 11
 AVERAGE_TOLERANCE = 1e-6
 
 
+@pytest.mark.sample(12, jax=6, tensorflow=4)
 @product(TRANSPARENT)
 def test_training_equals_that_of_the_inner_optimizer_bit_for_bit(wrapper, inner):
     plain = small.fit(small.model(INNER[inner]()))
@@ -48,6 +49,7 @@ def test_averages_equal_the_oracle(wrapper, inner, record_property):
     assert largest <= AVERAGE_TOLERANCE
 
 
+@pytest.mark.sample(12, jax=8, tensorflow=5)
 @product()
 def test_a_loaded_model_trains_on_as_if_it_had_never_stopped(wrapper, inner, tmp_path):
     # An epoch has five batches. With two micro-steps for each update, the file is written in the
@@ -64,7 +66,7 @@ def test_a_loaded_model_trains_on_as_if_it_had_never_stopped(wrapper, inner, tmp
     small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(6, jax=3, tensorflow=2)
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch runs Python at each step")
 @pytest.mark.parametrize("inner", ["adam", "accumulation"])
 @each_wrapper
@@ -100,7 +102,7 @@ def test_a_config_constructs_an_equal_optimizer(wrapper, inner):
     assert keras.saving.deserialize_keras_object(serialized).get_config() == config
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(6, jax=3, tensorflow=3)
 @each_wrapper
 def test_a_snapshot_takes_place_after_every_real_update_that_is_due(wrapper):
     model = small.model(wrapped(wrapper, "accumulation"))
@@ -123,7 +125,7 @@ def test_paths_of_all_variables_are_unique(wrapper):
     model.get_state_tree()
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(8, jax=4, tensorflow=4)
 @pytest.mark.parametrize("policy", ["float32", "bfloat16"])
 @each_wrapper
 def test_averages_are_swapped_in_and_every_raw_bit_is_restored(
@@ -149,7 +151,7 @@ def test_averages_are_swapped_in_and_every_raw_bit_is_restored(
     small.assert_same_bits(model.optimizer.get_weights(), state)
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(5, jax=2, tensorflow=2)
 @each_wrapper
 def test_stores_of_low_precision_variables_are_float32(wrapper, dtype_policy):
     dtype_policy("bfloat16")
