@@ -255,3 +255,22 @@ def test_a_first_trace_that_failed_leaves_an_optimizer_that_can_be_asked_and_use
     model.compile(optimizer, "mse")
     small.fit(model, epochs=1)
     assert optimizer.num_snapshots == small.BATCHES
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_step_in_a_function_is_transformed_without_a_warning(kind, caplog):
+    import tensorflow as tf
+
+    optimizer, variable = OPTIMIZERS[kind][0](), keras.Variable([1.0])
+
+    @tf.function
+    def step():
+        optimizer.apply([tf.constant([0.5])], [variable])
+
+    logger = tf.get_logger()
+    logger.addHandler(caplog.handler)
+    try:
+        step()
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.messages

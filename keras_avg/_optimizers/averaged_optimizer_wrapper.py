@@ -159,6 +159,7 @@ class AveragedOptimizerWrapper(ShowsAverages):
 
         What begins with the variables has begun by then. Runs inside compiled code.
         """
+        return  # TensorFlow warns that it cannot transform a function that is a docstring only
 
     def accumulate(self, due: Any, step: Any) -> None:
         """What an averaging does. Default: the average moves towards the variables.
