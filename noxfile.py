@@ -134,6 +134,13 @@ def docs(session):
     session.run(*build, *session.posargs, env=environment("jax"))
 
 
+@nox.session
+def visit(session):
+    """Each page that `docs` has built, in the Chromium of this machine."""
+    session.install("playwright")
+    session.run("python", "docs/visit_site.py", "build/docs", *session.posargs)
+
+
 def prepare(session, backend, keras=f"keras=={KERAS}", package="."):
     """Installs the wheel, one framework, and the packages that the tests need."""
     needs = [FRAMEWORKS[backend], *BESIDE[backend]]

@@ -100,6 +100,7 @@ def names_of_examples():
         **{"keras": keras, "keras_avg": keras_avg, "ops": keras.ops},
         **{"model": model, "optimizer": model.optimizer, "make_model": make_model},
         **{"x": X, "y": Y, "x_val": X[:64], "y_val": Y[:64], "x_new": X[:64], "my_shard": Shard()},
+        **{"v": keras.Variable(1.0), "w": keras.Variable(2.0)},
         **functional_state(model),
     }
 

@@ -259,3 +259,22 @@ def test_an_optimizer_works_after_its_first_trace_failed():
     model.compile(optimizer, "mse")
     small.fit(model, epochs=1)
     assert optimizer.num_snapshots == small.BATCHES
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_step_in_a_function_is_transformed_without_a_warning(kind, caplog):
+    import tensorflow as tf
+
+    optimizer, variable = OPTIMIZERS[kind][0](), keras.Variable([1.0])
+
+    @tf.function
+    def step():
+        optimizer.apply([tf.constant([0.5])], [variable])
+
+    logger = tf.get_logger()
+    logger.addHandler(caplog.handler)
+    try:
+        step()
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.messages

@@ -170,6 +170,7 @@ class AveragedOptimizerWrapper(ShowsAverages):
         The stores that begin with the variables' values hold them by then. It runs inside compiled
         code.
         """
+        return  # TensorFlow warns that it cannot transform a function that is a docstring only
 
     def accumulate(self, due: Any, step: Any) -> None:
         """What an averaging does. Default: the average moves towards the variables.

@@ -141,7 +141,7 @@ class ShowsAverages(OptimizerWrapper):
         ```python
         with model.optimizer.average_weights():
             keras_avg.update_batch_norm(model, x)
-            model.export("averaged")
+            model.save("averaged.keras")
         ```
         """
         if self._swap is not None and self.averages_in_model:

@@ -59,7 +59,7 @@ def average_weights(model: Any) -> Iterator[None]:
 
     ```python
     with keras_avg.average_weights(model):
-        model.export("averaged")
+        model.save("averaged.keras")
     ```
     """
     if _holders(model):
