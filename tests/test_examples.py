@@ -3,6 +3,7 @@
 So does each study, and leaves its results.
 """
 
+import importlib
 import json
 import pathlib
 import runpy
@@ -63,6 +64,14 @@ def test_a_study_writes_a_value_for_each_seed(name, tmp_path, monkeypatch):
     lists = list(lists_in(found["values"]))
     assert lists
     assert all(len(values) == 2 for values in lists)
+
+
+def test_the_interval_of_a_study_is_that_of_a_table_of_students_t(monkeypatch):
+    pytest.importorskip("scipy")
+    monkeypatch.syspath_prepend(STUDIES)
+    mean, half = importlib.import_module("report").interval([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert half == pytest.approx(4.303 / 3**0.5, rel=1e-4)  # 4.303: of 2 degrees of freedom
 
 
 def lists_in(values):

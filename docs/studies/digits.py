@@ -12,7 +12,7 @@ import sklearn.datasets
 
 import keras_avg
 
-BATCH_SIZE = 16
+BATCH_SIZE = 32
 HIDDEN = 64
 # Per step of the learning rate. SGD with a momentum m goes 1 / (1 - m) times as far for the same
 # gradient, so its weight decay is as many times larger to mean the same.
