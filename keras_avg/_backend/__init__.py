@@ -7,6 +7,10 @@ Each file defines the same names with the same signatures, in the same order:
 * `copy(tensor)`: the same values in a buffer of their own. JAX train steps donate their state, and
   a buffer that two variables share cannot be donated twice; torch variables are views of storage
   that the next step overwrites.
+* `set_aside(variable)`: what a variable holds, for after it was assigned anew. Not copied where
+  an assignment leaves the old tensor alone; torch writes into it.
+* `to_assign(tensor)`: a tensor in a buffer that the variable it is assigned to may keep. Only JAX
+  variables keep what they are given, and donate it; others copy it, or copy it when they change.
 * `detached(variable)`: what a variable, tensor or NumPy array holds, as a tensor that no gradient
   flows into; not copied.
 * `value(variable, dtype)`: what a variable or tensor holds, as a tensor, in another dtype if one is
@@ -95,7 +99,9 @@ __all__ = [
     "random_state_kept",
     "run_if",
     "scalar",
+    "set_aside",
     "start_averages",
+    "to_assign",
     "value",
     "widest_float",
 ]

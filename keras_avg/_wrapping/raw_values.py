@@ -88,9 +88,9 @@ class RawValues:
             variable.assign(tensor)
 
     def exchange(self) -> None:
-        """Let the raw values and those in the model change places; one copy is made at a time."""
+        """Let the raw values and those in the model change places, one variable at a time."""
         for i, variable in enumerate(self.variables):
-            held = _backend.copy(variable)
+            held = _backend.set_aside(variable)
             variable.assign(self.tensors[i])
             self.tensors[i] = held
 
