@@ -1,6 +1,8 @@
-"""What CI runs: `nox`, then `nox -s thorough`. `nox --list` shows the parts."""
+"""The sessions for CI: it runs `nox`, and then `nox -s thorough`. `nox --list` shows them all."""
 
+import pathlib
 import re
+import shutil
 
 import nox
 
@@ -13,7 +15,7 @@ FRAMEWORKS = {
     "jax": "jax==0.10.*",
     "torch": "torch==2.13.0",
 }
-# What a few tests take beside, where it can be installed without a second framework.
+# A few tests need these packages. They are installed where they do not need a second framework.
 BESIDE = {
     "tensorflow": ["tensorboard==2.21.*"],
     "jax": ["flax==0.12.*", "orbax-checkpoint==0.12.*"],
@@ -23,7 +25,7 @@ LIGHTNING = ["pytorch-lightning", "lightning-utilities", "torchmetrics", "tqdm",
 # What else averages, to be measured beside.
 RIVALS = {"tensorflow": [], "jax": [], "torch": ["timm", "ema-pytorch", *LIGHTNING]}
 ACROSS = "integration_tests/test_files_across_backends.py"
-# Beside the three, Keras loads models on NumPy, which it brings along, and on this.
+# Keras can also load models on NumPy, which is installed with it, and on this backend.
 LOADERS = ["openvino==2026.*"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
@@ -34,7 +36,7 @@ ALL = ("tests", "integration_tests", f"--ignore={ACROSS}")
 
 @nox.session
 def lint(session):
-    """Formatting, style and types."""
+    """Checks formatting, style and types."""
     session.install(*tools("ruff", "mypy"))
     session.run("ruff", "format", "--check")
     session.run("ruff", "check")
@@ -47,38 +49,40 @@ each_backend = nox.parametrize("backend", list(FRAMEWORKS), ids=list(FRAMEWORKS)
 @nox.session
 @each_backend
 def tests(session, backend):
-    """The quick tests on one backend, with no other framework installed."""
+    """Runs the quick tests on one backend. No other framework is installed."""
     prepare(session, backend)
     run_tests(session, backend, *ALL)
 
 
 @nox.session
 def thorough(session):
-    """All that the quick tests leave out: see CONTRIBUTING.md. Takes about half an hour."""
+    """Runs all tests that the quick sessions leave out. It takes about half an hour."""
     for backend in FRAMEWORKS:
         session.notify(f"rest({backend})")
     session.notify("oldest")
     session.notify("across")
+    session.notify("docs")
+    session.notify("package")
 
 
 @nox.session
 @each_backend
 def rest(session, backend):
-    """The thorough tests on one backend."""
-    prepare(session, backend)
+    """Runs the thorough tests on one backend."""
+    prepare(session, backend, package=".[examples]")
     run_tests(session, backend, *THOROUGH, *ALL)
 
 
 @nox.session
 def oldest(session):
-    """The quick tests on the oldest Keras that pyproject.toml admits."""
-    prepare(session, "torch", f"keras=={OLDEST_KERAS}")  # where they take the least time
+    """Runs the quick tests on the oldest Keras that pyproject.toml allows."""
+    prepare(session, "torch", f"keras=={OLDEST_KERAS}")  # Torch takes the least time.
     run_tests(session, "torch", "tests")
 
 
 @nox.session
 def across(session):
-    """What is written on one backend is read on all others, which takes all of them."""
+    """Reads files from each backend on all others. So all backends are installed."""
     needs = [f"keras=={KERAS}", *FRAMEWORKS.values(), *LOADERS]
     session.install(".", *needs, *tools("pytest"))
     session.run("pytest", "-m", "", ACROSS, *session.posargs, env=environment("jax"))
@@ -87,7 +91,7 @@ def across(session):
 @nox.session
 @each_backend
 def next(session, backend):
-    """The quick tests on the next Keras. A failure here is news, not a verdict."""
+    """Runs the quick tests on the next Keras. A failure here does not fail CI."""
     prepare(session, backend, "keras-nightly")
     run_tests(session, backend, "tests")
 
@@ -105,17 +109,36 @@ def benchmarks(session, backend):
 
 @nox.session
 def quickstart(session):
-    """The first example, on JAX or on the backend named after `--`."""
+    """Runs the first example, on JAX or on the backend that is named after `--`."""
     backend = session.posargs[0] if session.posargs else "jax"
     session.install(".[examples]", f"keras=={KERAS}", FRAMEWORKS[backend])
     session.run("python", "examples/quickstart.py", env=environment(backend))
 
 
-def prepare(session, backend, keras=f"keras=={KERAS}"):
-    """Installs the wheel, one framework and what the tests need."""
+@nox.session
+def package(session):
+    """Wheel and sdist, in dist/, and a look at what is in them."""
+    shutil.rmtree("dist", ignore_errors=True)
+    session.install(*tools("build", "twine"))
+    session.run("python", "-m", "build")
+    built = sorted(map(str, pathlib.Path("dist").iterdir()))
+    session.run("twine", "check", "--strict", *built)
+    session.run("python", "tests/programs/check_package.py", *built)
+
+
+@nox.session
+def docs(session):
+    """The documentation, in build/docs. A warning, such as of a dead link, is an error."""
+    session.install(".[docs]", f"keras=={KERAS}", FRAMEWORKS["jax"])
+    build = ("sphinx-build", "-q", "-E", "-W", "--keep-going", "docs", "build/docs")
+    session.run(*build, *session.posargs, env=environment("jax"))
+
+
+def prepare(session, backend, keras=f"keras=={KERAS}", package="."):
+    """Installs the wheel, one framework, and the packages that the tests need."""
     needs = [FRAMEWORKS[backend], *BESIDE[backend]]
-    session.install(".", *needs, *tools("pytest", "pytest-xdist", "hypothesis"))
-    if keras.startswith("keras-nightly"):  # in the place of the release, under the same name
+    session.install(package, *needs, *tools("pytest", "pytest-xdist", "hypothesis"))
+    if keras.startswith("keras-nightly"):  # It replaces the release, and has the same import name.
         session.run("pip", "uninstall", "-q", "-y", "keras")
         session.install("--pre", "--no-deps", "--force-reinstall", keras)
     else:
@@ -124,13 +147,13 @@ def prepare(session, backend, keras=f"keras=={KERAS}"):
 
 
 def run_tests(session, backend, *what):
-    """Runs the tests on the installed wheel: `pytest` leaves the working folder out of the path."""
+    """Runs the tests on the wheel. `pytest` does not put the working folder on the path."""
     env = environment(backend) | (compiled_once(session) if backend == "jax" else {})
-    session.run("pytest", "-n", "2", *what, *session.posargs, env=env)
+    session.run("pytest", "-n", "2", "--dist", "worksteal", *what, *session.posargs, env=env)
 
 
 def expect_no_framework_but(session, backend):
-    """Fails where a dependency brought a second framework along."""
+    """Fails if a dependency has installed a second framework."""
     others = sorted(FRAMEWORKS.keys() - {backend})
     found = f"[name for name in {others} if find_spec(name)]"
     check = f"from importlib.util import find_spec; found = {found}; assert not found, found"
@@ -143,7 +166,7 @@ def environment(backend):
 
 
 def compiled_once(session):
-    """On JAX most of the time would go into compiling the same small programs for each model."""
+    """Settings that keep compiled programs. JAX would compile the same ones for each model."""
     return {
         "JAX_COMPILATION_CACHE_DIR": f"{session.virtualenv.location}/../compiled",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -152,6 +175,6 @@ def compiled_once(session):
 
 
 def tools(*names):
-    """The `dev` requirements of these names, so that versions stand in pyproject.toml alone."""
+    """The `dev` requirements of these names. So only pyproject.toml has version numbers."""
     dev = {re.match(r"[\w-]+", line)[0]: line for line in PROJECT["optional-dependencies"]["dev"]}
     return [dev[name] for name in names]

@@ -1,6 +1,6 @@
-"""Programs of their own for each backend: a process has one, and here all are installed.
+"""Runs programs on each backend. All backends are installed here, but a process can use only one.
 
-They run on the installed package, outside the repository.
+The programs use the installed package, and run outside the repository.
 """
 
 import importlib.util
@@ -31,9 +31,10 @@ def _run_program(backend, program, *arguments, timeout=300, **environment):
 
 @pytest.fixture(scope="session")
 def run_program():
-    """`run_program(backend, program, *arguments, timeout=300, **environment)`: what it prints.
+    """The function `run_program(backend, program, *arguments, timeout=300, **environment)`.
 
-    Runs a file of `programs/` with Keras on `backend`. Skips where that is not installed; fails
-    with all that the program printed unless it ends with 0.
+    It runs a file of `programs/` with Keras on `backend`, and returns what the program printed. The
+    test is skipped if the backend is not installed. If the program does not end with 0, the test
+    fails with the program's output.
     """
     return _run_program

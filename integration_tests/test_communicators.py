@@ -1,4 +1,4 @@
-"""Communicators between processes on the loopback interface: two and three, well and unwell."""
+"""Communicators between two or three processes on the loopback interface. Some processes fail."""
 
 import itertools
 import signal
@@ -10,8 +10,9 @@ import pytest
 import workers
 
 BACKEND = keras.backend.backend()
-TIMEOUT = 6  # of the communicators that are to fail, in seconds
-# Beside the timeout: a machine under load, a heartbeat that has just been, saving.
+TIMEOUT = 6  # of the communicators that must fail, in seconds
+# The time that a failure may take beyond the timeout, in seconds. The machine may be busy, the last
+# heartbeat may be recent, and the workers save their weights.
 SLACK = 10
 
 
@@ -31,7 +32,7 @@ def check(results):
         assert scalar == ranks.sum()
         assert result["shapes"] == [[2, 3], [], [0, 4], [3], []]
         assert result["dtypes"] == ["float32"] * 5 + ["float64"] * 2
-        assert result["wide"] == (1 + 2.0**-40 * ranks).sum()  # float32 would lose the small part
+        assert result["wide"] == (1 + 2.0**-40 * ranks).sum()  # float32 would lose the small part.
         assert result["own"][0] == np.full((2, 3), rank + 1.0).tolist()
         assert result["digest"] == results[0]["digest"], "not the same bits on every worker"
         assert result["broadcast"] == [np.ones((2, 3)).tolist(), [3.0, 3.0]]
@@ -49,7 +50,7 @@ def check(results):
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.thorough)])
-def test_workers_sum_and_refuse_what_does_not_fit(size):
+def test_workers_sum_arrays_and_refuse_arrays_that_do_not_fit(size):
     check(workers.run("sums.py", size))
 
 
@@ -59,14 +60,14 @@ def test_a_worker_may_start_late():
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="torchrun is torch's launcher")
-def test_workers_under_torchrun():
+def test_workers_can_be_started_by_torchrun():
     check(workers.torchrun("sums.py", 2))
 
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("fault", ["kill", "stall"])
 @pytest.mark.parametrize("failing", [1, 0])
-def test_a_worker_that_dies_or_stalls_is_an_error_on_the_others(fault, failing, tmp_path):
+def test_a_worker_that_dies_or_hangs_is_an_error_on_the_others(fault, failing, tmp_path):
     if BACKEND == "jax" and failing == 0 and fault == "kill":
         pytest.skip("JAX aborts the others when the process with its coordination service dies")
     results = workers.finish(workers.start("fail.py", 3, failing, fault, TIMEOUT, tmp_path))
@@ -112,7 +113,7 @@ def test_joining_after_the_first_variable_is_refused():
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow waits as long as it likes")
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("absent", [1, 0])
-def test_a_worker_that_never_comes_ends_the_waiting(absent):
+def test_waiting_for_a_worker_that_never_comes_ends_with_an_error(absent):
     processes = workers.start("join.py", 2, "alone", TIMEOUT, absent=[absent])
     ((code, result, err),) = workers.finish(processes)
     if BACKEND == "jax":

@@ -1,4 +1,4 @@
-"""A file written on one backend means the same on every other: each bit, and the training after."""
+"""A file from one backend has the same meaning on every other: each bit, and later training."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,21 @@ import pytest
 TRAINING_BACKENDS = ("tensorflow", "jax", "torch")
 LOADING_BACKENDS = (*TRAINING_BACKENDS, "numpy", "openvino")
 PROGRAM = "files_across_backends.py"
-# Two or eight steps of another backend's arithmetic on float32 numbers of order 1. Adam divides by
-# a root of squares, which multiplies rounding errors where gradients are small.
+# For two or eight steps of different backends, on float32 numbers of order 1. Adam divides by a
+# root of squares. If gradients are small, this multiplies rounding errors.
 TOLERANCE = 1e-4
+
+# Kinds of averages, and how many snapshots each takes in 12 steps.
+SNAPSHOTS = {
+    "ModelAverage": 4,
+    "Lookahead": 4,
+    "LAWA": 4,
+    "SWAG": 4,
+    "BEMA": 4,
+    "ScheduleFree": 12,
+    "PrimalAverage": 12,
+    "PowerFunction": 12,
+}
 
 backends = pytest.mark.parametrize("backend", LOADING_BACKENDS)
 sources = pytest.mark.parametrize("source", TRAINING_BACKENDS)
@@ -19,7 +31,7 @@ policies = pytest.mark.parametrize("policy", ["float32", "bfloat16"])
 
 @pytest.fixture(scope="session")
 def saved(run_program, tmp_path_factory):
-    """The folder of what was saved on each backend, in folders named like them."""
+    """The folder of all saved files. It has a folder for each backend, with the backend's name."""
     folder = tmp_path_factory.mktemp("saved")
     for backend in TRAINING_BACKENDS:
         (folder / backend).mkdir()
@@ -29,7 +41,7 @@ def saved(run_program, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def loaded(run_program, saved, tmp_path_factory):
-    """`loaded(backend)`: the folder of what that backend found in the files of all others."""
+    """The function `loaded(backend)`. It returns a folder with what `backend` has read."""
     folders = {}
 
     def folder_of(backend):
@@ -48,7 +60,9 @@ def loaded(run_program, saved, tmp_path_factory):
 @names
 @held_values
 @policies
-def test_every_bit_is_there(saved, loaded, backend, source, name, held, policy):
+def test_a_file_from_another_backend_restores_every_bit(
+    saved, loaded, backend, source, name, held, policy
+):
     expected = np.load(saved / source / f"{policy}-{held}.npz")
     found = np.load(loaded(backend) / f"{source}-{policy}-{held}-{name}.npz")
 
@@ -62,29 +76,37 @@ def test_every_bit_is_there(saved, loaded, backend, source, name, held, policy):
 
 @backends
 @sources
-@pytest.mark.parametrize("name", ["ModelAverage", "Lookahead"])
-def test_averages_that_flow_back_are_there_too(saved, loaded, backend, source, name):
-    expected = np.load(saved / source / f"{name}.npz")
-    found = np.load(loaded(backend) / f"{source}-{name}.npz")
+@held_values
+@pytest.mark.parametrize(("name", "snapshots"), SNAPSHOTS.items())
+def test_a_file_from_another_backend_restores_each_kind_of_average(
+    saved, loaded, backend, source, held, name, snapshots
+):
+    expected = np.load(saved / source / f"{held}-{name}.npz")
+    found = np.load(loaded(backend) / f"{source}-{held}-{name}.npz")
 
-    assert sorted(found.files) == sorted(expected.files)
     for key in expected.files:
         np.testing.assert_array_equal(found[key], expected[key], err_msg=key)
-    counted = [found[f"optimizer_{i}"] for i in (0, 1)]  # updates and rounds of 12 steps
-    np.testing.assert_array_equal(counted, [12, 4])
+    counted = [found[f"optimizer_{i}"] for i in (0, 1)]  # updates and snapshots of 12 steps
+    np.testing.assert_array_equal(counted, [12, snapshots])
+    raw = np.load(saved / source / f"raw-{name}.npz")
+    for key in raw.files:
+        if key.startswith("model"):
+            np.testing.assert_array_equal(found[key.replace("model", "raw")], raw[key])
 
 
 @backends
 @sources
 @names
 @held_values
-def test_it_goes_on_as_it_would_have(saved, loaded, backend, source, name, held):
+def test_training_goes_on_from_a_file_of_another_backend(
+    saved, loaded, backend, source, name, held
+):
     expected = np.load(saved / source / f"float32-{held}.npz")
     found = np.load(loaded(backend) / f"{source}-float32-{held}-{name}.npz")
 
     np.testing.assert_allclose(found["predicted"], found["bare"], rtol=TOLERANCE, atol=TOLERANCE)
     compared = ["after_steps"]
-    if backend != "openvino":  # whose predictions are in the processor's bfloat16, if it has that
+    if backend != "openvino":  # It predicts in bfloat16 if the processor supports that.
         compared.append("predicted")
     if backend in TRAINING_BACKENDS:
         compared.append("after_fit")

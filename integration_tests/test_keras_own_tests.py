@@ -1,11 +1,11 @@
-"""Keras' own optimizer tests pass with every optimizer wrapped; they come with its wheel.
+"""Keras' own optimizer tests pass with every optimizer wrapped. Keras' wheel contains these tests.
 
-Excluded are tests of the optimizers' classes themselves, by name and reason: `EXCLUDED` in
-`wrapped_optimizers.py`. Each of them has to fail when wrapped and to pass when not, so that none
-stays excluded for longer, or for another cause, than the table says.
+Tests of the optimizers' classes themselves are excluded. `EXCLUDED` in `wrapped_optimizers.py` has
+their names and the reasons. An excluded test must fail with a wrapper, and pass without it. So no
+test stays excluded if the reason is gone or wrong.
 
-Each run is a process of its own: Keras' test case clears the session, and its distribution tests
-make new devices.
+Each run is a process of its own, because Keras' test case clears the session, and its distribution
+tests make new devices.
 """
 
 import os
@@ -41,7 +41,7 @@ def run(tmp_path, capsys):
         options += ["--rootdir", KERAS, "--disable-warnings", "--tb=short", "--wrapper", wrapper]
         finished = subprocess.run(
             [sys.executable, "-m", "pytest", *options, *PARTS[part]],
-            cwd=tmp_path,  # not where the sources of keras_avg may lie
+            cwd=tmp_path,  # The sources of keras_avg must not be in the working folder.
             env=os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{installed(keras_avg)}"},
             timeout=600,
             capture_output=True,

@@ -1,4 +1,4 @@
-"""ModelAverage on the backend's own engine: real processes on the loopback interface."""
+"""ModelAverage on the backend's own engine, with real processes on the loopback interface."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ def train(size, **options):
 
 
 def simulated(initial, batches, interval=3, epochs=1, learning_rate=0.05, momentum=0.9, outer=None):
-    """The same training in NumPy float64: of each worker the weights; and the center."""
+    """The weights of each worker and the center after the same training in NumPy float64."""
     size = len(batches)
     data = [shard(rank, n) for rank, n in enumerate(batches)]
     start = np.concatenate([np.ravel(w) for w in initial]).astype("float64")
@@ -72,7 +72,8 @@ THREE_WORKERS = [
 ]
 
 
-def test_the_original_check_and_the_slopes_of_bmuf():
+@pytest.mark.slow_on("jax", "tensorflow")
+def test_workers_give_the_numbers_of_the_original_check_and_of_bmuf():
     chief, worker = workers.run("check_original.py", 2)
     assert chief["steps"] == [
         [[1.0, 2.0], [0.0, 1.0], 0],
@@ -80,14 +81,14 @@ def test_the_original_check_and_the_slopes_of_bmuf():
         [[4.0, 5.0], [3.0, 4.0], 1],
     ]
     assert worker["steps"] == [[[2.0, 3.0], [0.0, 1.0], 0], [[3.0, 4.0], [3.0, 4.0], 1]]
-    # Those of BMUF's own test, which computed them in float32.
+    # These are the slopes of BMUF's own test, which computed them in float32.
     np.testing.assert_allclose(chief["slope"], [14.00279999, 35.284214], rtol=TOLERANCE)
     np.testing.assert_allclose(worker["slope"], [56.56562805, 35.284214], rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("batches", [[20, 20], *THREE_WORKERS], ids=str)
 @pytest.mark.parametrize("outer", [None, NESTEROV], ids=["mean", "DiLoCo"])
-def test_fit_on_different_shards_is_that_of_numpy(batches, outer, record_property):
+def test_fit_on_different_shards_equals_the_training_in_numpy(batches, outer, record_property):
     results = train(len(batches), batches=batches, outer=outer)
 
     deviation = largest_deviation(results, batches, outer=outer)
@@ -99,14 +100,15 @@ def test_fit_on_different_shards_is_that_of_numpy(batches, outer, record_propert
 
 
 def alone_traces():
-    """How often the same training traces its loss on one worker, without rounds."""
+    """The number of times that one worker traces the loss in the same training, without rounds."""
     command = [sys.executable, str(workers.PROGRAMS / "train.py")]
     options = json.dumps({"batches": [10], "callback": False})
     done = subprocess.run([*command, options], capture_output=True, text=True, timeout=120)
     return json.loads(done.stdout.strip().splitlines()[-1])["traces"]
 
 
-def test_a_round_every_step_of_plain_sgd_is_data_parallel_training():
+@pytest.mark.slow_on("jax", "tensorflow")
+def test_a_round_at_every_step_of_plain_sgd_equals_data_parallel_training():
     results = train(2, interval=1, inner={"learning_rate": 0.05})
 
     (x0, y0), (x1, y1) = (shard(rank, 20) for rank in range(2))
@@ -124,6 +126,7 @@ def test_a_round_every_step_of_plain_sgd_is_data_parallel_training():
         np.testing.assert_allclose(flat(result["weights"]), weights, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_the_center_is_in_the_model_after_training_with_both_callbacks():
     first, second = train(2, batches=[20, 13], swap=True)
     np.testing.assert_array_equal(flat(first["weights"]), flat(first["center"]))
@@ -131,13 +134,16 @@ def test_the_center_is_in_the_model_after_training_with_both_callbacks():
 
 
 class TestFailure:
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.sample(1)
     @pytest.mark.parametrize("fault", ["kill", "stall"])
-    def test_of_one_worker_is_an_error_on_the_others_within_the_timeout(self, fault, tmp_path):
+    def test_the_failure_of_one_worker_is_an_error_on_the_others_within_the_timeout(
+        self, fault, tmp_path
+    ):
         options = {
             "batches": [20, 20, 20],
             "timeout": 10,
-            "failing": [1, fault, 8],  # a round is due after batch 9
+            "failing": [1, fault, 8],  # A round is due after batch 9.
             "folder": str(tmp_path),
         }
         processes = workers.start("train.py", 3, json.dumps(options))
@@ -154,7 +160,7 @@ class TestFailure:
             assert np.all(np.isfinite(flat(result["weights"])))
             assert (tmp_path / f"{rank}.weights.h5").exists()
 
-    def test_a_job_started_again_ends_where_an_undisturbed_one_ends(self, tmp_path):
+    def test_a_restarted_job_ends_with_the_weights_of_an_undisturbed_one(self, tmp_path):
         batches, epochs = [9, 9], 4
         options = {
             "batches": batches,
@@ -179,7 +185,7 @@ class TestFailure:
 
 
 class TestMistakes:
-    """Each is an error on every worker, before any step."""
+    """Each mistake is an error on every worker, before the first step."""
 
     def errors(self, size=2, **options):
         results = train(size, **options)
@@ -187,30 +193,33 @@ class TestMistakes:
         return [result["error"] for result in results]
 
     @pytest.mark.skipif(not COMPILED, reason="torch trains eagerly, and averages in `apply`")
-    def test_a_forgotten_callback(self):
+    def test_a_missing_callback_is_an_error_on_every_worker(self):
         for error in self.errors(callback=False):
             assert error.startswith("RuntimeError")
             assert "SynchronizeWorkers" in error
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.skipif(not COMPILED, reason="torch runs one step per execution")
-    def test_an_interval_that_is_no_multiple_of_steps_per_execution(self):
+    def test_an_interval_that_is_not_a_multiple_of_steps_per_execution_is_refused(self):
         for error in self.errors(steps_per_execution=2):
             assert error.startswith("ValueError")
             assert "interval_steps=3" in error
             assert "steps_per_execution=2" in error
 
-    def test_different_models(self):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_workers_with_different_models_are_refused(self):
         for error in self.errors(units=[1, 2]):
             assert error.startswith("ValueError")
             assert "number of elements. Received, by rank: [5, 10]" in error
 
-    def test_three_workers_expected_and_two_there(self):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_a_wrong_number_of_workers_is_refused(self):
         processes = workers.start("train.py", 2, json.dumps({"num_worker": 3}))
         for code, _, err in workers.finish(processes):
             assert code != 0
             assert "There are 2 workers. Received: num_worker=3" in err
 
 
-def test_the_defaults_are_those_that_the_checks_above_assume():
+def test_the_defaults_are_those_that_the_tests_above_assume():
     assert DEFAULTS["interval"] == 3
     assert DEFAULTS["inner"] == {"learning_rate": 0.05, "momentum": 0.9}

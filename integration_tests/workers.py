@@ -1,4 +1,4 @@
-"""Starts the workers of one job as processes on the loopback interface, for any backend."""
+"""Starts the workers of a job as processes on the loopback interface, for any backend."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ PROGRAMS = pathlib.Path(__file__).parent / "programs"
 
 
 def environments(size):
-    """For each worker the variables that the backend's launcher sets."""
+    """The environment variables that the backend's launcher sets, for each worker."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(size)]
         addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
@@ -45,7 +45,7 @@ def _environment(rank, addresses):
 
 
 def start(program, size, *arguments, absent=()):
-    """The processes, by rank, without those that are absent."""
+    """Start the processes, except for absent ones. Return them by rank."""
     command = [sys.executable, str(PROGRAMS / program), *map(str, arguments)]
     return [
         subprocess.Popen(
@@ -57,7 +57,7 @@ def start(program, size, *arguments, absent=()):
 
 
 def finish(processes, timeout=120):
-    """For each worker its return code, the JSON of its last line if it is that, and stderr."""
+    """The return code, the JSON in the last line (if it is JSON) and stderr of each worker."""
     try:
         outputs = [process.communicate(timeout=timeout) for process in processes]
     finally:
@@ -76,7 +76,7 @@ def _result(out):
 
 
 def run(program, size, *arguments):
-    """What the workers printed, once all have ended well."""
+    """The JSON that each worker printed. Fail if a worker has failed."""
     results = finish(start(program, size, *arguments))
     for code, _, err in results:
         assert code == 0, err
@@ -84,7 +84,7 @@ def run(program, size, *arguments):
 
 
 def torchrun(program, size):
-    """The same, started by torch's own launcher."""
+    """The JSON that each worker printed. Torch's own launcher starts the workers."""
     with tempfile.TemporaryDirectory() as folder:
         port = environments(1)[0]["MASTER_PORT"]
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]

@@ -1,7 +1,7 @@
-"""pytest plugin: in the test files that it collects, every optimizer comes out wrapped.
+"""A pytest plugin that wraps every optimizer in the test files that pytest collects.
 
-Keras' test files run as they are. While one is imported, the names it imports optimizers by stand
-for constructors that wrap; Keras itself goes on with its own classes.
+Keras' test files are not changed. While such a file is imported, the names of optimizers in Keras
+are those of constructors that return wrapped optimizers. Keras itself still uses its own classes.
 """
 
 import fnmatch
@@ -13,7 +13,7 @@ from typing import ClassVar
 import keras
 import pytest
 from keras.src import optimizers as keras_src_optimizers
-from keras.src import testing  # noqa: F401  (Keras' test case, imported while nothing is patched)
+from keras.src import testing  # noqa: F401  (must be imported before anything is patched)
 
 import keras_avg
 
@@ -30,7 +30,7 @@ CLASS = "asks of which class the optimizer is"
 NAME = "expects the name of the optimizer's class"
 ARGUMENT = "reads an argument of the constructor, which is kept on `inner_optimizer`"
 
-# Keras' tests that are about the class itself, so that they cannot hold for a wrapper around it.
+# Keras' tests of the optimizers' classes themselves. They cannot pass with a wrapper.
 EXCLUDED = {
     "*::test_clip_norm": CLIPS,
     "*::test_clip_value": CLIPS,
@@ -57,12 +57,12 @@ EXCLUDED_AROUND_MULTI = {
     "multi_optimizer_test::test_serialization": "reads `_var_to_optimizer_idx`, a private table",
     "multi_optimizer_test::test_multi_optimizer_blocks_nested_optimizers": CLASS,
 }
-# What Keras' tests read of an optimizer's private state, having no public name for it.
+# The private attributes of an optimizer that Keras' tests read. There are no public names for them.
 INNER_STATE = ("_model_variables_moving_average", "_accumulated_gradients")
 
 
 class Constructor(type):
-    """Makes classes whose instances come out wrapped, also those of their subclasses."""
+    """Makes classes whose instances are wrapped optimizers. The same holds for their subclasses."""
 
     wrap: ClassVar = None
 
@@ -73,7 +73,7 @@ class Constructor(type):
 
 
 class Wrapping:
-    """Wraps, and remembers what it wrapped."""
+    """Wraps optimizers, and remembers the wrappers."""
 
     def __init__(self, wrapper, around_multi):
         self.wrapper, self.around_multi = WRAPPERS.get(wrapper), around_multi
@@ -113,7 +113,7 @@ class Wrapping:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config, items):
-        """Excluded tests have to fail when wrapped, and are the ones to pass when not."""
+        """Mark excluded tests: with wrappers they must fail, and without them only they run."""
         self.refuse_stale(items)
         reasons = {item: self.reason(item) for item in items}
         for item, reason in reasons.items():
@@ -137,7 +137,7 @@ class Wrapping:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
-        """After each test, every optimizer that it made has averaged as often as it stepped."""
+        """After each test, check that every optimizer has averaged as often as it has stepped."""
         self.made.clear()
         result = yield
         for optimizer in self.made:

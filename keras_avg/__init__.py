@@ -12,8 +12,11 @@ from keras_avg._optimizers.schedule_free import ScheduleFree
 from keras_avg._optimizers.swa import SWA
 from keras_avg._optimizers.swag import SWAG
 from keras_avg._wrapping.finding import averaging_optimizers
+from keras_avg._wrapping.summary import summary
 from keras_avg._wrapping.swap_weights import assign_average_vars, average_weights, swap_weights
 from keras_avg.batch_norm import update_batch_norm
+
+__version__ = "0.2.0"
 
 __all__ = [
     "BEMA",
@@ -33,6 +36,7 @@ __all__ = [
     "decays",
     "distributed",
     "schedules",
+    "summary",
     "swap_weights",
     "update_batch_norm",
 ]

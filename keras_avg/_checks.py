@@ -1,4 +1,4 @@
-"""Checks of plain arguments, for everybody. Each returns the value to keep, or says what to do."""
+"""Checks of plain arguments. A check returns the value to keep, or raises an error."""
 
 import math
 import numbers
@@ -10,8 +10,8 @@ import keras
 
 
 def number(value: Any) -> float:
-    """A number as a float, NaN for all else. A string or a bool is a slip, not a number."""
-    if isinstance(value, keras.Variable):  # torch warns of `float` of one that is trained
+    """A number as a float, or NaN if it is no number. Strings and bools are no numbers here."""
+    if isinstance(value, keras.Variable):  # On torch, `float` of a trained variable warns.
         value = keras.ops.convert_to_numpy(value)
     try:
         return math.nan if isinstance(value, bool | str) else float(value)
@@ -20,7 +20,7 @@ def number(value: Any) -> float:
 
 
 def whole_number(argument: str, value: Any, minimum: int, unit: str = "steps") -> int:
-    """An integer that compiled code can compare with steps, which most backends count in int32."""
+    """An integer in int32, because most backends count steps in int32."""
     try:
         found = operator.index(value)
     except TypeError:
@@ -58,7 +58,7 @@ def non_negative(argument: str, value: Any) -> float:
 
 
 def truth(argument: str, value: Any, meant: str = "") -> bool:
-    """True or False. Where a number stands, the caller may have meant the argument `meant`."""
+    """True or False. If it is a number, the error asks whether the argument `meant` was meant."""
     if isinstance(value, bool):
         return value
     hint = ""

@@ -1,10 +1,11 @@
-"""The one place where names that Keras keeps to itself are used.
+"""The only file that uses private names of Keras.
 
-Everything else in this package stands on Keras' public interface, so this page is what to check
-when a new Keras release comes out. Each function says why the public interface is not enough.
+All other files use only Keras' public interface. So only this file must be checked when a new
+version of Keras comes out. Each function says why the public interface is not enough.
 """
 
 import contextlib
+import operator
 import re
 import sys
 import types
@@ -30,11 +31,11 @@ TORCH_OPTIMIZERS_MODULE = "keras.src.backend.torch.optimizers"
 
 @tracking.no_automatic_dependency_tracking
 def share_step_counter(wrapper: Any, inner_optimizer: Any) -> None:
-    """Give `wrapper` its inner optimizer's step counter in place of one of its own.
+    """Replace `wrapper`'s step counter by the counter of its inner optimizer.
 
-    Every Keras optimizer makes a counter when it is constructed. A wrapper's would be a second
-    truth about the same thing, and its path (`SWA/iteration`) would stand twice in a state tree
-    that holds two wrappers of one name.
+    Every Keras optimizer makes a counter when it is constructed. A counter of the wrapper could
+    differ from the inner one. Also, two wrappers with one name would have the same path
+    (`SWA/iteration`) in a state tree.
     """
     renew_variables(wrapper, [])
     wrapper._iterations = inner_optimizer._iterations
@@ -42,10 +43,10 @@ def share_step_counter(wrapper: Any, inner_optimizer: Any) -> None:
 
 @tracking.no_automatic_dependency_tracking
 def renew_variables(optimizer: Any, variables: list[Any]) -> None:
-    """Give an optimizer a new list of these variables of its own.
+    """Give an optimizer a new list of its own variables.
 
-    TensorFlow refuses to save an object from whose list an element was taken, as Keras does when a
-    schedule takes the place of a constant rate.
+    If an element was removed from a list of an object, TensorFlow refuses to save the object. Keras
+    removes an element when a schedule replaces a constant learning rate.
     """
     tracker = optimizer._tracker
     is_variable, _ = tracker.config["variables"]
@@ -55,15 +56,15 @@ def renew_variables(optimizer: Any, variables: list[Any]) -> None:
 
 
 def own_variables(optimizer: Any) -> list[Any]:
-    """The variables that an optimizer itself has made; `variables` of one may add others."""
+    """The variables that an optimizer itself has made. Its `variables` may contain others too."""
     return list(optimizer._variables)
 
 
 def step_counter(optimizer: Any) -> Any:
-    """The variable behind `iterations`, which counts accumulation micro-steps too.
+    """The variable behind `iterations`. It also counts micro-steps of gradient accumulation.
 
-    Public `iterations` is a freshly computed tensor under gradient accumulation; telling whether
-    it moved, without waiting for a device, takes the variable.
+    With gradient accumulation, the public `iterations` is a newly computed tensor. One needs the
+    variable to see whether it has changed, without waiting for a device.
     """
     return optimizer._iterations
 
@@ -71,7 +72,7 @@ def step_counter(optimizer: Any) -> Any:
 def counts_every_step(optimizer: Any) -> bool:
     """Whether each `apply` of this optimizer is known to be a real update.
 
-    True for an optimizer that leaves `apply` to Keras and does not accumulate gradients. Then no
+    It is true if the optimizer has Keras' `apply`, and does not accumulate gradients. Then no
     condition is compiled in.
     """
     return type(optimizer).apply is keras.optimizers.Optimizer.apply and not (
@@ -80,27 +81,27 @@ def counts_every_step(optimizer: Any) -> bool:
 
 
 def built_variables(optimizer: Any) -> list[Any]:
-    """The model variables a built optimizer was built with, in order."""
+    """The model variables with which the optimizer was built, in order."""
     return list(optimizer._trainable_variables)
 
 
 def variable_index(optimizer: Any, variable: Any) -> int | None:
-    """Place of a model variable among `built_variables`, or None.
+    """The place of a model variable among `built_variables`, or None.
 
-    The key is Keras' own: on TensorFlow a variable may arrive as a Keras variable, as the
-    `tf.Variable` inside it, or as one replica's copy.
+    The key is the one of Keras. On TensorFlow the same variable may be passed as a Keras variable,
+    as the `tf.Variable` inside it, or as the copy of a replica.
     """
     try:
         key = optimizer._var_key(variable)
-    except AttributeError:  # not a variable at all
+    except AttributeError:  # It is not a variable.
         return None
     return optimizer._trainable_variables_indices.get(key)
 
 
 def is_averageable(variable: Any) -> bool:
-    """False for float8 scales and the like, which gradients overwrite instead of updating.
+    """Whether a variable can be averaged. Gradients overwrite float8 scales, so these cannot.
 
-    The attribute is public, but a plain `tf.Variable` does not have it.
+    The attribute that says so is public, but a plain `tf.Variable` does not have it.
     """
     return not getattr(variable, "overwrite_with_gradient", False)
 
@@ -110,7 +111,7 @@ def add_variable_like(
 ) -> Any:
     """An optimizer variable with the shape, layout and device of `variable`, but its own dtype.
 
-    Keras' `add_variable_from_reference` does this with the dtype of `variable` only.
+    Keras' `add_variable_from_reference` does this, but only with the dtype of `variable`.
     """
     with _colocated(optimizer, variable):
         return keras.optimizers.Optimizer.add_variable(
@@ -124,9 +125,10 @@ def add_variable_like(
 
 
 def variable_like(variable: Any, value: float) -> Any:
-    """A model variable of the shape, dtype and path of `variable`, with one value everywhere.
+    """A new variable with the shape, dtype and path of `variable`. All its elements are `value`.
 
-    Optimizers may go by paths (Muon, by those of embeddings), which Keras makes of where it is.
+    Keras computes a path from the place where a variable is made, so the path is set by hand. Some
+    optimizers use it: Muon recognizes embeddings by their paths.
     """
     new = keras.Variable(np.full(tuple(variable.shape), value), dtype=variable.dtype)
     new._path = path_of(variable)
@@ -138,11 +140,12 @@ def _flat_path(variable: Any) -> str:
 
 
 def slots(optimizer: Any, variable: Any) -> dict[str, Any]:
-    """What a Keras optimizer keeps for one model variable, under Keras' names (`"momentum"`).
+    """The slots of a Keras optimizer for one model variable, by Keras' names (`"momentum"`).
 
-    Keras has no call for it. Paths alone do not tell, because two `tf.Variable`s may have one name;
-    but each kind of slot is an attribute: a list as long as that of the model variables. Where
-    Keras gives a slot no name of its own (Adafactor's `r` and `c`), the attribute's counts.
+    Keras has no method for it. Paths do not decide it, because two `tf.Variable`s may have the same
+    name. But each kind of slot is an attribute of the optimizer: a list with as many elements as
+    there are model variables. If Keras gives a slot no name (Adafactor's `r` and `c`), the name of
+    this attribute is used.
     """
     index = variable_index(optimizer, variable)
     if index is None:
@@ -171,9 +174,9 @@ def _colocated(optimizer: Any, variable: Any) -> Iterator[None]:
 
 
 def is_purged(variable: Any) -> bool:
-    """Whether the JAX trainer has taken the value away for the time of an epoch.
+    """Whether the JAX trainer has taken the variable's value away for the time of an epoch.
 
-    False inside a `StatelessScope` that has another value for it.
+    It is false inside a `StatelessScope` that has a value for the variable.
     """
     if not isinstance(variable, keras.Variable):
         return False
@@ -183,12 +186,22 @@ def is_purged(variable: Any) -> bool:
 
 
 def stored_value(variable: Any) -> Any:
-    """What the variable itself holds, whatever a `StatelessScope` has in its place; or None."""
+    """The value of the variable itself, or None. A value in a `StatelessScope` is ignored."""
     return variable._value if isinstance(variable, keras.Variable) else variable  # `tf.Variable`
 
 
+def values_of(variables: Iterable[Any]) -> list[Any]:
+    """The values of many variables.
+
+    The public `value` looks up the scope and the device for each variable. On torch this takes
+    longer than the averaging of a small tensor.
+    """
+    read = operator.attrgetter("value") if in_stateless_scope() else stored_value
+    return [read(variable) for variable in variables]
+
+
 def check_attached(variables: Iterable[Any]) -> None:
-    """Raise if the JAX trainer holds the values of variables at the moment."""
+    """Raise if the JAX trainer holds the values of the variables now."""
     if any(is_purged(variable) for variable in variables):
         raise RuntimeError(
             "During `fit` on JAX the variables' values live in the train step, not in the "
@@ -197,7 +210,7 @@ def check_attached(variables: Iterable[Any]) -> None:
 
 
 def refuse_stateless_scope(member: str) -> None:
-    """Refuse to set values in the place of variables where JAX' trainer has others there."""
+    """Refuse to replace the values of variables where the JAX trainer has already replaced them."""
     if keras.backend.backend() == "jax" and in_stateless_scope():
         raise RuntimeError(
             f"`{member}` does not work in a function of states, as a compiled JAX step is one. "
@@ -207,17 +220,18 @@ def refuse_stateless_scope(member: str) -> None:
 
 
 def path_of(variable: Any) -> str:
-    """A variable's path; the name of a native `tf.Variable`, which has no path."""
+    """The path of a variable. A native `tf.Variable` has no path, so its name is returned."""
     return getattr(variable, "path", variable.name)
 
 
 def reattach_state(optimizer: Any) -> bool:
-    """Give back the values that the JAX trainer took away, if `fit` failed before a first step.
+    """Restore the values that the JAX trainer took away, if `fit` failed before the first step.
 
-    Keras 3.13 to 3.15. An error while the train step is traced (training that is refused, a wrong
-    shape) would leave the variables of model and optimizer without values: Keras restores the state
-    of the last step, and there was none. Until the error has left `fit`, the values are in a local
-    variable there. `tests/test_jax.py` fails when Keras restores them by itself: then this goes.
+    Keras 3.13 to 3.15 need this. If an error occurs while the train step is traced (training is
+    refused, or a shape is wrong), the variables of model and optimizer would have no values. Keras
+    restores the state of the last step, but there was no step. Until the error has left `fit`, a
+    local variable there has the values. `tests/test_jax.py` fails when Keras restores them by
+    itself. Then remove this function.
 
     Returns:
         Whether the variables have values now.
@@ -238,14 +252,15 @@ def reattach_state(optimizer: Any) -> bool:
 
 
 def models_among_callers(name: str) -> Iterator[Any]:
-    """The Keras models that callers have in the local variable `name`, innermost call first.
+    """The Keras models in the local variable `name` of the callers. The innermost call is first.
 
-    `"self"`: those in whose train step, `fit` or `compile` this runs. `"saveable"`: those that
-    Keras saves or loads at the moment. An optimizer is not told which model it works for: the
-    trainer hands it arrays, and a file's reader its own part of the file only.
+    With `"self"`, these are the models in whose train step, `fit` or `compile` this runs. With
+    `"saveable"`, these are the models that Keras saves or loads now. This is necessary because
+    Keras does not tell an optimizer which model it trains: the trainer passes only arrays, and the
+    reader of a file passes only the optimizer's part of the file.
 
-    Only functions of Keras are looked into: up to Python 3.12, looking keeps all local variables of
-    a function alive until it returns.
+    Only functions of Keras are searched. Up to Python 3.12, a search keeps all local variables of
+    the function alive until it returns.
     """
     frame: types.FrameType | None = sys._getframe()
     while frame is not None:
@@ -260,26 +275,26 @@ def _is_of_keras(frame: types.FrameType) -> bool:
 
 
 def validate_again(model: Any) -> dict[str, float]:
-    """Evaluate on the validation data of the `fit` under way, which only the trainer holds."""
+    """Evaluate on the validation data of the current `fit`. Only the trainer has this data."""
     return model.evaluate(return_dict=True, verbose=0, _use_cached_eval_dataset=True)
 
 
 def validates_on_generator(model: Any) -> bool:
-    """Whether the validation data of the `fit` under way are a Python generator's."""
+    """Whether the validation data of the current `fit` comes from a Python generator."""
     adapter = getattr(getattr(model, "_eval_epoch_iterator", None), "data_adapter", None)
     return isinstance(adapter, data_adapters.GeneratorDataAdapter)
 
 
 def clip_gradients(optimizer: Any, grads: list[Any]) -> list[Any]:
-    """Clip as `optimizer`'s `clipnorm`, `clipvalue` or `global_clipnorm` say (sparse ones too)."""
+    """Clip gradients by the optimizer's `clipnorm`, `clipvalue` or `global_clipnorm`."""
     return list(optimizer._clip_gradients(grads))
 
 
 def serialize(optimizer: Any) -> dict[str, Any]:
-    """Serialized `optimizer` under the public names of Keras' own classes.
+    """Serialize `optimizer` with the public names of Keras' own classes.
 
-    On torch `keras.optimizers.Adam(...)` is an instance of a torch-only subclass, whose module
-    Keras writes down; a file saved there could not be loaded on any other backend.
+    On torch, `keras.optimizers.Adam(...)` is an instance of a subclass that exists only on torch.
+    Keras writes the module of this subclass. Other backends could not load such a file.
     """
     return _with_public_names(keras.saving.serialize_keras_object(optimizer))
 
@@ -296,7 +311,7 @@ def _with_public_names(config: Any) -> Any:
 
 
 class Entry(NamedTuple):
-    """What a file's index says of an array, which is not read for it."""
+    """The entry of an array in a file's index. The array itself is not read."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -306,7 +321,7 @@ class Entry(NamedTuple):
 def index_of(store: Any) -> dict[str, Entry]:
     """Shapes and dtypes of all arrays in a store, by name, without reading any from a file.
 
-    Public `store[name]` reads the array, however large a file says it is.
+    The public `store[name]` reads the array, even if the file says that it is very large.
     """
     if not hasattr(store, "_h5_entry_group"):
         return {name: _entry(store[name]) for name in store.keys()}  # noqa: SIM118 (no `__iter__`)
@@ -321,7 +336,7 @@ def index_of(store: Any) -> dict[str, Entry]:
 
 
 def _entries(group: Any) -> dict[str, Entry]:
-    """Of links to other files nothing is said; reading them is what Keras refuses."""
+    """The entries of a group. A link to another file has no shape, because Keras refuses it."""
     found = {}
     for name in group:
         is_here = isinstance(group, dict) or type(group.get(name, getlink=True)) is h5py.HardLink
@@ -336,7 +351,7 @@ def _entry(array: Any) -> Entry:
 
 
 def set_attributes(store: Any, name: str, attributes: dict[str, str]) -> None:
-    """Give an array that was just written to a file attributes; other stores have none."""
+    """Set attributes of an array that was just written to a file. Other stores have none."""
     group = getattr(store, "_h5_entry_group", {})
     if name in group:
         group[name].attrs.update(attributes)
@@ -344,10 +359,11 @@ def set_attributes(store: Any, name: str, attributes: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def inside(store: Any, path: str) -> Iterator[Any]:
-    """Context in which a store gives what a file holds for an object inside the one it is of.
+    """Context in which a store gives the part of a file for an object inside its own object.
 
-    Yields None if that cannot be seen. Keras hands an object its own part of a file only, and loads
-    what is inside afterwards: too late to refuse a file of which one half fits.
+    It yields None if this part cannot be read. Keras gives an object only its own part of a file,
+    and loads the objects inside afterwards. Then it is too late to refuse a file of which only the
+    first part fits.
     """
     if not hasattr(store, "_h5_entry_path"):
         yield None
@@ -360,15 +376,18 @@ def inside(store: Any, path: str) -> Iterator[Any]:
 
 
 def weakly(store: Any) -> Callable[[], Any]:
-    """A store, weakly. A dict, of somebody who loads by hand, is nobody's second visit."""
+    """A weak reference to a store.
+
+    For a dict it returns None: then a user loads by hand, and Keras does not load a second time.
+    """
     return (lambda: None) if isinstance(store, Mapping) else weakref.ref(store)
 
 
 def skip_next_load(optimizer: Any, store: Any) -> None:
-    """Let an optimizer that is not built take nothing from this file, as its wrapper does.
+    """Let an optimizer that is not built load nothing from this file, as its wrapper does.
 
-    Keras loads what is inside a wrapper by itself, and an optimizer that is not built takes its
-    counter and its rate from a file, and leaves the rest.
+    Keras loads the optimizers inside a wrapper by itself. An optimizer that is not built would load
+    its counter and its learning rate, and ignore the rest.
     """
     the_store = weakly(store)
 
@@ -382,9 +401,9 @@ def skip_next_load(optimizer: Any, store: Any) -> None:
 
 
 def are_stored_as_they_are(model: Any, variables: list[Any]) -> bool:
-    """Whether variables of a model have their values again after saving and loading.
+    """Whether variables of a model have the same values after saving and loading.
 
-    A layer may store something else, as one with LoRA does. No public call tells.
+    A layer may store something else: a LoRA layer stores a merged kernel. No public method says so.
     """
     wanted = {id(variable): variable for variable in variables}
     for layer in layers_at_any_depth(model):
@@ -409,7 +428,7 @@ def _comes_back(layer: Any, stored: dict[str, Any], variable: Any) -> bool:
 
 
 def is_stored_by_number(optimizer: Any) -> bool:
-    """Whether an optimizer leaves the names of its variables in a file to Keras, which counts."""
+    """Whether Keras numbers the variables of an optimizer in a file."""
     kind = type(optimizer)
     return (
         kind.save_own_variables is keras.optimizers.Optimizer.save_own_variables
@@ -418,22 +437,23 @@ def is_stored_by_number(optimizer: Any) -> bool:
 
 
 def layers_at_any_depth(layer: Any) -> list[Any]:
-    """`layer` and all layers inside it. Public `model.layers` stops at the first level."""
+    """`layer` and all layers inside it. The public `model.layers` stops at the first level."""
     return layer._flatten_layers()
 
 
 def weights_made_to_train(layer: Any) -> list[Any]:
-    """The weights that `layer` and those inside it were made to train, whether frozen or not.
+    """The weights of `layer` and of the layers inside that were made trainable. May be frozen now.
 
-    Public `non_trainable_variables` mixes weights of frozen layers with state that changes.
+    The public `non_trainable_variables` mixes weights of frozen layers with state that changes.
     """
     return [v for each in layers_at_any_depth(layer) for v in each._trainable_variables]
 
 
 def data_adapter(x: Any, batch_size: int | None, steps: int | None) -> Any:
-    """What `fit` reads data through, in the order of the data. Has `num_batches`, None if unknown.
+    """The adapter through which `fit` reads data. It keeps the order of the data.
 
-    Keras' `EpochIterator` is not used: it warns at the end of all data of unknown length.
+    Its `num_batches` is None if the number is not known. Keras' `EpochIterator` is not used,
+    because it warns at the end of data of unknown length.
     """
     return data_adapters.get_data_adapter(
         x, batch_size=batch_size, steps_per_epoch=steps, shuffle=False
@@ -449,18 +469,19 @@ def batches(adapter: Any) -> Iterator[Any]:
     try:
         yield getattr(adapter, f"get_{kind}")()
     finally:
-        adapter.on_epoch_end()  # ends a PyDataset's workers
+        adapter.on_epoch_end()  # This ends the workers of a PyDataset.
 
 
 @contextlib.contextmanager
 def in_training_mode(
     layer: Any, on_call: Callable[[], None], on_moments: Callable[..., None]
 ) -> Iterator[None]:
-    """Let a BatchNormalization layer run in training mode, whatever `training` its callers pass.
+    """Let a BatchNormalization layer run in training mode, with any `training` of its callers.
 
-    `on_call()` hears of each call, `on_moments(inputs, mask, mean, variance)` of each time that
-    moments were computed. The moving statistics would tell the moments too, but in the variables'
-    dtype, and not how many elements they are of when a subclass changes the inputs first.
+    `on_call()` is called at each call of the layer. `on_moments(inputs, mask, mean, variance)` is
+    called each time the layer has computed moments. The moving statistics are not enough to find
+    the moments: they have the variables' dtype. They also do not say how many elements were used if
+    a subclass changes the inputs first.
     """
     call, moments = layer.call, layer._moments
 
@@ -474,7 +495,7 @@ def in_training_mode(
         return mean, variance
 
     training = {"training": True} if layer._call_has_training_arg else {}
-    own = vars(layer)  # not `setattr`, which tracks
+    own = vars(layer)  # Not `setattr`, because Keras tracks attributes that are set with it.
     before = {name: own[name] for name in ("call", "_moments") if name in own}
     own.update(call=training_call, _moments=observed_moments)
     try:

@@ -1,4 +1,4 @@
-"""Functions in configs."""
+"""Writes functions into configs, and reads them from configs."""
 
 import copy
 import types
@@ -8,10 +8,10 @@ import keras
 
 
 def serialize(argument: str, function: Any) -> dict[str, Any]:
-    """A config of `function`, if whoever loads it can find the function.
+    """A config of `function`, which must be registered so that it can be loaded.
 
     Raises:
-        ValueError: If neither the function nor, for another callable, its class is registered.
+        ValueError: If the function is not registered. For another callable: if its class is not.
     """
     target = function if isinstance(function, types.FunctionType) else type(function)
     registered_name = keras.saving.get_registered_name(target)
@@ -25,10 +25,13 @@ def serialize(argument: str, function: Any) -> dict[str, Any]:
 
 
 def deserialize(argument: str, function: Any) -> Any:
-    """The function of a config: itself, a config as `serialize` gives it, or a registered name.
+    """The function from a config.
+
+    The config may have the function itself, a config from `serialize`, or a registered name. Keras
+    2 wrote only the name.
 
     Raises:
-        ValueError: If there is no function of that name. Configs of Keras 2 hold no more than it.
+        ValueError: If no function of that name is registered.
     """
     if isinstance(function, dict):
         return keras.saving.deserialize_keras_object(copy.deepcopy(function))

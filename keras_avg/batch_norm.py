@@ -1,4 +1,4 @@
-"""Batch-normalization statistics for weights that no training step has seen."""
+"""Recomputes batch-normalization statistics, for weights that were never trained with data."""
 
 import contextlib
 import itertools
@@ -23,56 +23,58 @@ def update_batch_norm(
 ) -> None:
     """Recompute the statistics of all BatchNormalization layers by one pass over the data.
 
-    Averaged weights give other activations than the weights that the moving statistics were
-    collected with. Each layer, at any depth, gets the mean and the variance of all elements that
-    it normalizes during the pass: with mean `m_b`, (biased) variance `v_b` and `n_b` elements per
-    channel in call `b`, masked ones not counted, and `N = sum(n_b)`,
+    The moving statistics were collected with the raw weights. Averaged weights give other
+    activations, so they need other statistics. Each layer, at any depth, gets the mean and the
+    variance of all elements that it normalizes during the pass. Let call `b` of the layer have
+    `n_b` elements per channel (masked elements do not count), with mean `m_b` and biased variance
+    `v_b`, and let `N = sum(n_b)`. Then, in float64,
 
         moving_mean     = sum(n_b * m_b) / N
         moving_variance = sum(n_b * (v_b + m_b**2)) / N - moving_mean**2
 
-    in float64. Momenta, and the statistics from before, have no part in it. As in training, each
-    batch is normalized by its own moments on its way to later layers, and each call of a shared
-    layer counts. All other layers run in inference mode, without dropout. Nothing changes but
-    these statistics, and not even they do when an exception ends the pass. While a model holds an
-    optimizer's averages (`swap_weights`, `average_weights`), those of the raw weights are set aside
-    and come back with these.
+    The layers' momentum and the old statistics are not used. As in training, a layer normalizes
+    each batch by the batch's own moments before later layers see it, and each call of a shared
+    layer counts. All other layers run in inference mode, without dropout. The pass changes only
+    these statistics. If an exception ends the pass, it changes nothing. While a model holds the
+    averages of an optimizer (`swap_weights`, `average_weights`), the statistics of the raw weights
+    are set aside. They are put back together with the raw weights.
 
-    `torch.optim.swa_utils.update_bn` takes the plain mean over batches of batch means and of
-    unbiased batch variances instead: a short last batch counts like a full one, and the variance
-    between the batches' means is lost.
+    `torch.optim.swa_utils.update_bn` does something else: it takes the plain mean over batches, of
+    batch means and of unbiased batch variances. There a short last batch counts like a full one,
+    and the variance between the means of batches is lost.
 
     Layers with `trainable=False` run in inference mode and keep their statistics, as in training.
-    A layer that is given `training=False` in somebody's `call` does not: freeze it to keep its
-    statistics. `renorm=True` layers are normalized by the batch's moments alone; their statistics
-    for training, `renorm_mean` and `renorm_stddev`, stay. `synchronized=True` makes no difference,
-    since the pass runs in one process on whole batches: each process pools the data it is given.
-    The pass runs eagerly, also what is decorated with `tf.function`; layers inside loops and
-    functions that are compiled all the same (`jax.jit`) are refused.
+    If a model's `call` passes `training=False` to a layer, its statistics are still recomputed. To
+    keep them, freeze the layer. Layers with `renorm=True` are normalized by the moments of the
+    batch alone. Their training statistics, `renorm_mean` and `renorm_stddev`, do not change.
+    `synchronized=True` makes no difference, because the pass runs in one process: each process uses
+    the data that it is given. The pass runs eagerly, even in functions that are decorated with
+    `tf.function`. Layers inside loops or functions that are compiled nevertheless (`jax.jit`) are
+    refused.
 
     Args:
-        model: Keras model or layer. One not built is built on the first batch.
-        x: What `fit` takes as `x`: array or list or dict of arrays, generator, `tf.data.Dataset`,
-            torch `DataLoader`, `keras.utils.PyDataset`. Targets and sample weights in its batches
-            are ignored. Best the training data, in batches of the size used in training. Not
-            touched when there is no layer to update.
+        model: Keras model or layer. If it is not built, the first batch builds it.
+        x: Data as `fit` takes it as `x`: an array, or a list or dict of arrays, a generator, a
+            `tf.data.Dataset`, a torch `DataLoader`, or a `keras.utils.PyDataset`. Targets and
+            sample weights in its batches are ignored. The best choice is the training data, with
+            the batch size of training. If there is no layer to update, the data is not read.
         batch_size: Integer >= 1, for arrays only. Default None, which means 32 as in `fit`.
-        steps: Integer >= 1, in batches: how many to take. Default None, which means all.
+        steps: Integer >= 1. The number of batches to take. Default None, which means all.
         verbose: `"auto"` or 1 for a progress bar, 2 for one line, 0 for silence. Default `"auto"`.
 
     Returns:
         None. The model is changed in place.
 
     Raises:
-        ValueError: If there is no data, or no end of it and no `steps`; if `batch_size`, `steps`
-            or `verbose` is out of range; or if the moments of a layer cannot be known, because a
-            subclass of BatchNormalization does not compute them by the inherited method, or
-            because the layer is called in compiled code.
+        ValueError: If there is no data. If the data has no end, and `steps` is not given. If
+            `batch_size`, `steps` or `verbose` is out of range. If the moments of a layer cannot be
+            observed: a subclass of BatchNormalization does not compute them with the inherited
+            method, or the layer is called in compiled code.
 
     Example:
 
     ```python
-    model.compile(optimizer=keras_avg.SWA("sgd", start_averaging=750), loss="mse")
+    model.compile(optimizer=keras_avg.SWA("sgd", start_averaging=200), loss="mse")
     model.fit(x, y, epochs=20)
     model.optimizer.assign_average_vars(model.variables)
     keras_avg.update_batch_norm(model, x, batch_size=32)
@@ -100,7 +102,7 @@ def update_batch_norm(
 
 
 def refuse_one_pass_data(argument: str, x: Any) -> None:
-    """Refuse data that cannot be gone through from beginning to end again and again."""
+    """Refuse data that can be read only once, or has no end."""
     if isinstance(x, Iterator) or _is_endless(x):
         raise ValueError(
             f"`{argument}` is gone through, from beginning to end, whenever the averages have "
@@ -128,7 +130,7 @@ class _Pool:
 
     @contextlib.contextmanager
     def filling(self) -> Iterator[None]:
-        """Let the layer run as a plain one in training mode, and listen."""
+        """Let the layer run in training mode, without `renorm`, and collect its moments."""
         layer, flags = self._layer, ("renorm", "synchronized")
         before = {name: getattr(layer, name) for name in flags if hasattr(layer, name)}
         try:
@@ -148,7 +150,8 @@ class _Pool:
         try:
             arrays = _array(mean), _array(variance)
         except (TypeError, NotImplementedError) as error:
-            # In the middle of tracing, so that no compiled code is kept that has training mode in.
+            # Must be raised now, while the code is traced. Otherwise compiled code that contains
+            # training mode would be kept.
             raise ValueError(
                 f"The moments of {self._layer.path!r} cannot be known. Received: a call from "
                 "compiled code, or from a loop that is compiled. Call the layer outside of it, or "
@@ -157,7 +160,7 @@ class _Pool:
         self._add(self._elements(ops.shape(inputs), mask), *arrays)
 
     def check(self) -> None:
-        """Refuse a layer whose calls go past the method that is listened to."""
+        """Refuse a layer if a call did not compute its moments with the observed method."""
         if self._calls != self._reductions:
             raise ValueError(
                 f"The moments of {self._layer.path!r}, of type {type(self._layer).__name__}, "
@@ -168,7 +171,7 @@ class _Pool:
             )
 
     def _elements(self, shape: tuple[int, ...], mask: Any) -> Any:
-        """How many elements a call reduced for each channel: a mask stands for the last axis."""
+        """The number of elements in a call for each channel. A mask has all axes but the last."""
         axis = self._layer.axis % len(shape)
         if mask is None:
             return np.prod(shape[:axis] + shape[axis + 1 :], dtype=np.float64)
@@ -176,22 +179,23 @@ class _Pool:
         others = tuple(i for i in range(len(shape)) if i != axis)
         return np.broadcast_to(counted, shape).sum(axis=others, dtype=np.float64)
 
-    # The pool's variance, sum(n_b * (v_b + m_b**2)) / N - mean**2, is a small difference of large
-    # numbers where the mean is far from zero. The squares' sum about the mean needs none: with
-    # d = m_b - mean, a call of n elements moves the mean of the N so far by d * n / (N + n), and
-    # both parts' squares about the new mean are
+    # The variance,  sum(n_b * (v_b + m_b**2)) / N - mean**2,  is a small difference of large
+    # numbers if the mean is far from zero. So the pool keeps the sum of squared deviations from the
+    # mean, which needs no such difference. Let N be the number of elements so far, and let a call
+    # have n elements. With  d = m_b - mean,  the call moves the mean by  d * n / (N + n).  The new
+    # sum of squared deviations from the new mean is
     #     squares + n * v_b + d**2 * N * n / (N + n).
 
     def _add(self, count: Any, mean: Any, variance: Any) -> None:
         share = count / np.maximum(self._count + count, 1)
-        difference = np.where(count > 0, mean - self._mean, 0)  # moments of nothing may be NaN
+        difference = np.where(count > 0, mean - self._mean, 0)  # Without elements, moments are NaN.
         self._mean = self._mean + difference * share
         self._squares = self._squares + np.where(count > 0, count * variance, 0)
         self._squares = self._squares + difference**2 * self._count * share
         self._count = self._count + count
 
     def assign(self) -> None:
-        """Give the layer its statistics, channels with no elements excepted."""
+        """Assign the statistics to the layer, except for channels without elements."""
         layer = self._layer
         if not np.all(self._count):
             warnings.warn(
@@ -204,9 +208,8 @@ class _Pool:
         variance = self._squares / np.maximum(self._count, 1)
         _assign(layer.moving_mean, self._mean, self._count)
         _assign(layer.moving_variance, variance, self._count)
-        if getattr(
-            layer, "renorm", False
-        ):  # which derives the variance from this one at the next training step
+        if getattr(layer, "renorm", False):
+            # At the next training step, the layer computes its variance from this one.
             _assign(layer.moving_stddev, np.sqrt(variance + layer.epsilon), self._count)
 
 
@@ -220,7 +223,7 @@ def _filled_pools(model: Any, batches: Iterator[Any]) -> list[_Pool]:
     with contextlib.ExitStack() as stack:
         for pool in pools:
             stack.enter_context(pool.filling())
-        scope = keras.StatelessScope()  # where all assignments of the pass end
+        scope = keras.StatelessScope()  # It keeps all assignments of the pass away from the model.
         for inputs in itertools.chain([first], batches):
             with scope:
                 infer(inputs)
@@ -252,7 +255,7 @@ def _adapter(x: Any, batch_size: int | None, steps: int | None) -> Any:
         raise _no_data(f"x={x!r}")
     try:
         adapter = _keras_internals.data_adapter(x, batch_size, steps)
-    except IndexError as error:  # of older Keras, which looks at a generator's first batch here
+    except IndexError as error:  # Older versions of Keras read a generator's first batch here.
         raise _no_data("data that yields no batch") from error
     if adapter.num_batches == 0:
         shapes = keras.tree.map_structure(lambda part: getattr(part, "shape", part), x)
@@ -273,7 +276,7 @@ def _is_endless(x: Any) -> bool:
 
 
 def _inputs(data: Any, known: int | None, steps: int | None, verbose: int | str) -> Iterator[Any]:
-    """The model's inputs in the batches, with a progress bar that moves after each."""
+    """The inputs in the batches. A progress bar moves after each batch."""
     target = min((n for n in (known, steps) if n is not None), default=None)
     progress = keras.utils.Progbar(target, verbose=1 if verbose == "auto" else verbose)
     done = 0

@@ -1,9 +1,9 @@
-"""One backend a process, chosen by KERAS_BACKEND; every test starts from the same seed."""
+"""One process tests one backend, which KERAS_BACKEND names. Each test starts with the same seed."""
 
 import keras
 import pytest
 
-keras.config.disable_traceback_filtering()  # what fails is mostly in the frames that Keras hides
+keras.config.disable_traceback_filtering()  # Keras hides the frames in which most tests fail.
 
 
 @pytest.fixture(autouse=True)

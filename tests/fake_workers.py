@@ -1,8 +1,8 @@
-"""Several workers in one process: threads that take turns at nothing but meet at every call.
+"""Several workers in one process. Each is a thread, and all threads meet at each collective.
 
-Results do not depend on how the threads are scheduled: between two meetings each works on its own
-things, and sums are formed in the order of ranks. Keras keeps its seed and its dtype policy per
-thread: set them in `work`.
+Results do not depend on how the threads are scheduled. Between two meetings each thread uses only
+its own objects, and sums are computed in the order of ranks. Keras keeps its seed and its dtype
+policy for each thread, so set them in `work`.
 """
 
 import threading
@@ -14,7 +14,7 @@ from keras_avg.distributed import Communicator
 
 
 class FakeCommunicator(Communicator):
-    """One worker's; `job` is what the workers share. Counts its collectives in `sums`."""
+    """The communicator of one worker. The workers share `job`. `sums` counts the collectives."""
 
     def __init__(self, rank, job):
         self.rank, self.size = rank, job.size
@@ -33,7 +33,7 @@ class FakeCommunicator(Communicator):
 
 
 class Twin:
-    """A communicator whose other worker always has what this one has, until that is lost."""
+    """A communicator with a second worker that always brings the same arrays, until it is lost."""
 
     rank, size, is_chief, is_lost = 1, 2, False, False
 
@@ -57,7 +57,7 @@ class Job:
         self._barrier = threading.Barrier(size, timeout=timeout)
 
     def exchange(self, rank, things):
-        """What every worker brought, once all have come; an error if one fails to come."""
+        """Wait for all workers, and return what each brought. Raise if one does not come."""
         self._brought[rank] = things
         self._wait()
         brought = list(self._brought)
@@ -75,9 +75,9 @@ class Job:
 
 
 def run(size, work, timeout=60):
-    """Call `work(communicator)` in a thread per worker; what they return, by rank.
+    """Call `work(communicator)` in a thread for each worker. Return the results, by rank.
 
-    The first exception of a worker is raised here; the others are released by it.
+    The first exception of a worker is raised here. The other workers then stop waiting.
     """
     job, results, errors = Job(size, timeout), [None] * size, []
 

@@ -1,20 +1,20 @@
-"""The averages by other formulas than the package's, in NumPy float64, from a whole trajectory.
+"""Computes the averages by other formulas than the package, in NumPy float64.
 
-A trajectory is the list of a variable's values: first the one before training, then one after each
-real update. The package updates an average step by step; here it is written down at once.
+A function takes a trajectory: the list of a variable's values before training and after each real
+update. The package updates an average step by step. Here one formula gives the whole average.
 """
 
 import numpy as np
 
 
 def swa(trajectory, start, period):
-    """Arithmetic mean of the snapshots; None where there is none."""
+    """Arithmetic mean of the snapshots, or None without a snapshot."""
     snapshots = trajectory[1 + start :: period]
     return np.mean(np.asarray(snapshots, "float64"), axis=0) if len(snapshots) else None
 
 
 def moving_average(trajectory, decays):
-    """Sum of all values, each times its weight: (1 - d_i) and all later decays."""
+    """Sum of all values times their weights. A weight is (1 - d_i) times all later decays."""
     remaining = np.append(np.cumprod(np.asarray(decays, "float64")[::-1])[::-1], 1.0)
     weights = np.append(1.0, 1.0 - np.asarray(decays, "float64")) * remaining
     return np.tensordot(weights, np.asarray(trajectory, "float64"), axes=1)
@@ -27,7 +27,7 @@ def latest(trajectory, window, start, period):
 
 
 def bema(trajectory, power=0.5, bias_power=0.2, lag=10.0, multiplier=1.0):
-    """The weighted sum of all values, and a share of the way from the first to the last."""
+    """The weighted sum of all values, plus a share of the difference of the last and the first."""
     ages = lag + multiplier * np.arange(1.0, len(trajectory))
     values = np.asarray(trajectory, "float64")
     average = moving_average(trajectory, 1.0 - ages**-power)
@@ -35,10 +35,10 @@ def bema(trajectory, power=0.5, bias_power=0.2, lag=10.0, multiplier=1.0):
 
 
 def between(trajectory, interpolation, shares):
-    """The average x behind values y that lie between x and z, without knowing z.
+    """The average x, computed from the values y alone. y lies between x and z.
 
-    y = b x + (1 - b) z  and  x = (1 - c) x' + c z,  with x' the x before, give
-    x (1 + c b / (1 - b)) = (1 - c) x' + c y / (1 - b).
+    Let x' be the previous x. From  y = b x + (1 - b) z  and  x = (1 - c) x' + c z  follows
+    x (1 + c b / (1 - b)) = (1 - c) x' + c y / (1 - b),  which does not contain z.
     """
     b, x = interpolation, np.asarray(trajectory[0], "float64")
     for y, c in zip(trajectory[1:], shares, strict=True):

@@ -1,6 +1,7 @@
-"""Reads the recorded trajectories of other libraries in `tests/golden`, whose README explains them.
+"""Reads the recorded trajectories of other libraries in `tests/golden`. The README there says more.
 
-Everything comes as lists over steps (the first is 0) of lists over variables, of float32 arrays.
+A recording is a list over steps (step 0 is the first). Each element is a list over variables, of
+float32 arrays.
 """
 
 import dataclasses
@@ -18,14 +19,14 @@ Arrays = list[np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class SparseRows:
-    """A gradient of some rows of a variable; a row may come more than once."""
+    """A gradient of some rows of a variable. The same row may occur several times."""
 
     indices: np.ndarray
     values: np.ndarray
     shape: tuple[int, ...]
 
     def summed(self) -> "SparseRows":
-        """The same gradient with each row once."""
+        """The same gradient, in which each row occurs only once."""
         indices, places = np.unique(self.indices, return_inverse=True)
         values = np.zeros((len(indices), *self.shape[1:]), np.float32)
         np.add.at(values, places, self.values)
@@ -50,15 +51,15 @@ class Training:
     gradients: list[list[np.ndarray | SparseRows]]
     values: list[Arrays]
     averages: list[Arrays]
-    #: The variables after `assign_average_vars` at the end, where it was called.
+    #: The variables after `assign_average_vars` at the end, or None if it was not called.
     assigned: Arrays | None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class AveragedModel:
-    """A model whose weights were set from outside, averaged by torch's `AveragedModel`.
+    """A model whose weights were set by hand, and were averaged by torch's `AveragedModel`.
 
-    `weights` begins with those that the model was made with, one step before the first average.
+    `weights` begins with the first weights of the model. The first average comes one step later.
     """
 
     id: str
@@ -72,9 +73,9 @@ class AveragedModel:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class CyclicalRates:
-    """What a cyclical schedule of TensorFlow Addons gave for the steps 0, 1, 2, ...
+    """The rates of a cyclical schedule of TensorFlow Addons for the steps 0, 1, 2, ...
 
-    Its scale function, where there is one, is in the arguments by name.
+    If it has a scale function, the arguments contain its name.
     """
 
     id: str
@@ -88,8 +89,8 @@ class CyclicalRates:
 class AnnealedRates:
     """The learning rate of one parameter group under torch's `SWALR`.
 
-    `decayed` is the rate after each step of an `ExponentialLR(gamma=0.9)`, if there were any, and
-    `annealed` that after each step of the `SWALR` which followed.
+    `decayed` has the rate after each step of an `ExponentialLR(gamma=0.9)`; it may be empty.
+    `annealed` has the rate after each step of the `SWALR` that followed.
     """
 
     id: str
@@ -174,7 +175,7 @@ def _cyclical_rates(entry: dict[str, Any]) -> CyclicalRates:
         schedule=case["class"],
         arguments=case["args"],
         rates=np.array(rates, np.float32),
-        # Recorded only where they differ.
+        # The rates for Python integers were recorded only where they differ.
         rates_of_python_steps=np.array(entry.get("values_python_int_step", rates), np.float32),
     )
 

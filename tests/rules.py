@@ -1,4 +1,4 @@
-"""Rules of one's own, through the public hooks only."""
+"""Rules as users could write them, with the public hooks only."""
 
 import keras
 from keras import ops
@@ -8,7 +8,7 @@ from keras_avg import AveragedOptimizerWrapper
 
 @keras.saving.register_keras_serializable(package="keras_avg_tests")
 class LastThree(AveragedOptimizerWrapper):
-    """Shows the mean of the last three snapshots, which it keeps in a ring."""
+    """Shows the mean of the last three snapshots. It keeps them in a ring."""
 
     def is_due(self, step):
         return step % 2 == 1
@@ -49,7 +49,7 @@ class WithSquares(AveragedOptimizerWrapper):
 
 @keras.saving.register_keras_serializable(package="keras_avg_tests")
 class Corrected(AveragedOptimizerWrapper):
-    """Reads as `average + 0.5 (variable - start)`, with the variable at the last averaging."""
+    """Shows `average + 0.5 (variable - start)`, with the variable at the last averaging."""
 
     def value_weight(self, step):
         return 0.25
@@ -68,7 +68,7 @@ class Corrected(AveragedOptimizerWrapper):
 
 @keras.saving.register_keras_serializable(package="keras_avg_tests")
 class PlainSWA(AveragedOptimizerWrapper):
-    """SWA without an underscore."""
+    """SWA, written without a private name."""
 
     average_starts_at_variable = False
 
@@ -89,7 +89,7 @@ class PlainSWA(AveragedOptimizerWrapper):
 
 @keras.saving.register_keras_serializable(package="keras_avg_tests")
 class MeanByStep(AveragedOptimizerWrapper):
-    """Weighs by the step, which is not 0 at first around an optimizer that has stepped before."""
+    """Weighs by the step. If the inner optimizer has stepped before, the first step is not 0."""
 
     average_starts_at_variable = False
 

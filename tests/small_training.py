@@ -13,7 +13,7 @@ Y = (X[:, :1] * X[:, 1:2] + X[:, 2:].sum(axis=1, keepdims=True)).astype("float32
 
 
 def model(optimizer=None, with_input_shape=True, **compile_arguments):
-    """Dense and batch-normalization layers with the same weights each time."""
+    """A model of dense and batch-normalization layers. Its weights are the same each time."""
     keras.utils.set_random_seed(42)
     layers = [
         keras.layers.Dense(6, activation="tanh", name="hidden"),
@@ -29,14 +29,17 @@ def model(optimizer=None, with_input_shape=True, **compile_arguments):
 
 
 def fit(trained, epochs=2, **arguments):
-    """Train on the batches in order; the same call has the same effect each time."""
+    """Train on the batches in order. The same call has the same effect each time."""
     arguments = {"batch_size": BATCH_SIZE, "shuffle": False, "verbose": 0} | arguments
     trained.fit(X, Y, epochs=epochs, **arguments)
     return trained
 
 
 def trajectories(trained, steps):
-    """Train batch by batch: for each trainable variable the list of its values, first included."""
+    """Train batch by batch. Return the list of values of each trainable variable.
+
+    The first value is the one before training.
+    """
     values = [[numpy(v)] for v in trained.trainable_variables]
     for step in range(steps):
         batch = slice(BATCH_SIZE * (step % BATCHES), BATCH_SIZE * (step % BATCHES + 1))

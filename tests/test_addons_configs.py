@@ -1,4 +1,4 @@
-"""Configs and files that TensorFlow Addons 0.7 to 0.23 wrote, over the optimizers of Keras 2."""
+"""Configs and files of TensorFlow Addons 0.7 to 0.23, around optimizers of Keras 2, are loaded."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ CUSTOM_OBJECTS = {"Addons>SWA": SWA, "Addons>MovingAverage": MovingAverage}
 
 
 def legacy(class_name, **config):
-    """As Keras 2 wrote it before 2.12."""
+    """A config in the form in which Keras 2 wrote it before 2.12."""
     return {"class_name": class_name, "config": config}
 
 
@@ -52,8 +52,9 @@ def rate_at(optimizer, step):
     return keras.ops.convert_to_numpy(optimizer._learning_rate(step))
 
 
+@pytest.mark.slow_on("jax")
 @pytest.mark.parametrize("config", [RECORDED_SWA, OLD_SWA], ids=["0.23", "0.7"])
-def test_a_recorded_swa(config):
+def test_a_recorded_swa_config_is_loaded(config):
     optimizer = SWA.from_config(config)
     assert (optimizer.start_averaging, optimizer.average_period) == (3, 5)
     assert type(optimizer.inner_optimizer) is type(optimizers.SGD())
@@ -61,14 +62,14 @@ def test_a_recorded_swa(config):
     assert (optimizer.inner_optimizer.momentum, optimizer.inner_optimizer.nesterov) == (0.5, True)
 
 
-def test_a_recorded_moving_average():
+def test_a_recorded_moving_average_config_is_loaded():
     optimizer = MovingAverage.from_config(RECORDED_MOVING_AVERAGE)
     assert optimizer.average_decay == 0.75
     assert (optimizer.start_step, optimizer.dynamic_decay) == (2, True)
 
 
-def test_a_decay_that_num_updates_has_capped_stays_what_it_is():
-    # Addons wrote the capped decay, a float32 scalar of NumPy: 2 / 11 of num_updates=1.
+def test_a_decay_that_num_updates_has_capped_is_not_capped_again():
+    # Addons wrote the capped decay, a float32 scalar of NumPy. With num_updates=1 it is 2 / 11.
     config = {
         "optimizer": LEGACY_SGD,
         "average_decay": np.float32(2 / 11),
@@ -79,7 +80,7 @@ def test_a_decay_that_num_updates_has_capped_stays_what_it_is():
     json.dumps(optimizer.get_config())
 
 
-def test_the_argument_is_left_alone():
+def test_from_config_does_not_change_its_argument():
     config = around(legacy("SGD", learning_rate=0.1, decay=0.5, jit_compile=True))
     before = copy.deepcopy(config)
     SWA.from_config(config)
@@ -88,11 +89,11 @@ def test_the_argument_is_left_alone():
 
 def test_decay_becomes_inverse_time_decay():
     inner = inner_of(legacy("SGD", name="SGD", learning_rate=1.0, decay=0.5))
-    # Keras 2: rate / (1 + decay * step)
+    # In Keras 2 the rate was  rate / (1 + decay * step).
     assert [rate_at(inner, step) for step in (0, 2, 6)] == [1.0, 0.5, 0.25]
 
 
-def test_decay_slows_training_as_keras_2_had_it():
+def test_decay_slows_training_as_in_keras_2():
     variable = keras.Variable([1.0])
     optimizer = SWA.from_config(around(legacy("SGD", learning_rate=1.0, decay=1.0)))
     small.apply(optimizer, [variable], [np.ones(1, "float32")], times=2)
@@ -127,15 +128,15 @@ def test_every_optimizer_of_keras_2_comes_back_with_its_arguments(class_name, ar
     inner = inner_of(legacy(class_name, **config))
     expected = {k: v for k, v in config.items() if k != "decay"}
     assert type(inner) is type(optimizers.get(class_name))
-    # The rate is constant: the `decay` of Nadam is another thing, its schedule of momentum.
+    # The rate of Nadam is constant, because its `decay` is the schedule of its momentum.
     assert expected.items() <= inner.get_config().items()
 
 
 @pytest.mark.parametrize("class_name", ["SGD", "Adam", "AdamW", "Lion", "Adafactor"])
-def test_optimizers_of_keras_2_11_and_later(class_name):
+def test_optimizers_of_keras_2_11_and_later_are_loaded(class_name):
     kind = getattr(optimizers, class_name)
     expected = kind(0.25, weight_decay=0.01, clipnorm=2.0, use_ema=True).get_config()
-    # Three that came with Keras 3, two that went.
+    # Three arguments are new in Keras 3, and two are gone.
     later = ("loss_scale_factor", "gradient_accumulation_steps")
     config = {k: v for k, v in expected.items() if k not in later}
     config |= {"jit_compile": True, "is_legacy_optimizer": False}
@@ -153,32 +154,32 @@ def test_optimizers_of_keras_2_11_and_later(class_name):
     ],
     ids=["to 2.11", "2.12", "registered"],
 )
-def test_legacy_optimizers_in_each_way_of_writing_them(written):
+def test_legacy_optimizers_are_loaded_however_keras_2_wrote_them(written):
     arguments = {"learning_rate": 0.5, "decay": 0.0, "beta_1": 0.5, "is_legacy_optimizer": True}
     inner = inner_of(legacy("Adam", **arguments) | written)
     assert type(inner) is type(optimizers.Adam())
     assert inner.beta_1 == 0.5
 
 
-def test_numbers_that_keras_3_is_particular_about():
-    # A built optimizer of Keras 2 read its rate from a variable; one that is not may have an int.
+def test_a_learning_rate_becomes_a_python_float():
+    # A built optimizer of Keras 2 read its rate from a variable. Before that it may be an int.
     assert float(inner_of(legacy("SGD", learning_rate=np.float32(0.5))).learning_rate) == 0.5
     assert float(inner_of(legacy("SGD", learning_rate=1)).learning_rate) == 1.0
 
 
-def test_numbers_of_a_built_optimizer_can_be_written_down_again():
+def test_the_config_of_a_built_optimizer_can_be_written_as_json_again():
     config = legacy("Adam", learning_rate=np.float32(0.5), beta_1=np.float32(0.5))
     json.dumps(SWA.from_config(around(config)).get_config())
 
 
-def test_names_in_another_case():
+def test_class_names_are_found_in_upper_and_lower_case():
     assert inner_of(legacy("rmsprop", learning_rate=0.1, rho=0.5)).rho == 0.5
 
 
 @pytest.mark.parametrize(
     "written", [{}, {"module": "keras.optimizers.schedules", "registered_name": None}]
 )
-def test_a_nested_schedule_of_keras_2(written):
+def test_a_nested_schedule_of_keras_2_is_loaded(written):
     schedule = legacy(
         "ExponentialDecay",
         initial_learning_rate=1.0,
@@ -203,7 +204,7 @@ def test_a_nested_schedule_of_keras_2(written):
     ],
     ids=["to 2.11", "2.12"],
 )
-def test_a_nested_schedule_of_addons(written):
+def test_a_nested_schedule_of_addons_is_loaded(written):
     schedule = legacy(
         "Addons>TriangularCyclicalLearningRate",
         initial_learning_rate=0.0,
@@ -221,7 +222,7 @@ def halved(x):
 
 
 class TestScaleFunctions:
-    """Keras 2 wrote the name of a function, and of a lambda `<lambda>`."""
+    """Keras 2 wrote only the name of a function. For a lambda it wrote `<lambda>`."""
 
     @staticmethod
     def config(scale_fn):
@@ -235,19 +236,19 @@ class TestScaleFunctions:
         )
         return legacy("SGD", learning_rate=schedule)
 
-    def test_a_function_is_found_by_its_name(self):
+    def test_a_scale_function_is_found_by_its_name(self):
         inner = inner_of(self.config("halved"), custom_objects={"halved": halved})
         assert rate_at(inner, 2) == 0.5
 
-    def test_a_function_itself_stays(self):
+    def test_a_config_may_contain_the_scale_function_itself(self):
         assert rate_at(inner_of(self.config(halved)), 2) == 0.5
 
-    def test_a_lambda_is_lost(self):
+    def test_the_lambda_of_a_scale_function_is_refused(self):
         with pytest.raises(ValueError, match=r"scale_fn='<lambda>'.*custom_objects"):
             inner_of(self.config("<lambda>"))
 
 
-@keras.saving.register_keras_serializable()  # as `Custom>Halving`, which Keras 2 did too
+@keras.saving.register_keras_serializable()  # registered as `Custom>Halving`, as in Keras 2
 class Halving(optimizers.schedules.LearningRateSchedule):
     def __init__(self, start):
         self.start = start
@@ -264,20 +265,20 @@ class HalvingTwice(Halving):
         return super().__call__(2 * step)
 
 
-def test_a_schedule_of_ones_own():
+def test_a_registered_schedule_of_the_user_is_loaded():
     schedule = legacy("Custom>Halving", start=1.0)
     inner = inner_of(legacy("SGD", learning_rate=schedule, decay=0.0))
     assert rate_at(inner, 2) == 0.25
 
 
 @pytest.mark.parametrize("name", ["Custom>HalvingTwice", "HalvingTwice"])
-def test_a_schedule_of_ones_own_by_custom_objects(name):
+def test_a_schedule_of_the_user_is_found_in_custom_objects(name):
     schedule = legacy("Custom>HalvingTwice", start=1.0)
     inner = inner_of(legacy("SGD", learning_rate=schedule), custom_objects={name: HalvingTwice})
     assert rate_at(inner, 2) == 0.0625
 
 
-def test_an_optimizer_of_ones_own_keeps_its_arguments():
+def test_an_optimizer_of_the_user_keeps_its_arguments():
     class Mine(optimizers.SGD):
         def __init__(self, decay, **arguments):
             super().__init__(**arguments)
@@ -290,7 +291,7 @@ def test_an_optimizer_of_ones_own_keeps_its_arguments():
 
 
 @pytest.mark.parametrize("custom_objects", [CUSTOM_OBJECTS, {"Addons>SWA": SWA}])
-def test_nested_wrappers_go_through_the_registry(custom_objects):
+def test_nested_wrappers_are_loaded_by_their_registered_names(custom_objects):
     inner = legacy("Addons>MovingAverage", **RECORDED_MOVING_AVERAGE)
     config = legacy("Addons>SWA", **around(inner))
     optimizer = optimizers.deserialize(copy.deepcopy(config), custom_objects)
@@ -300,7 +301,7 @@ def test_nested_wrappers_go_through_the_registry(custom_objects):
     assert optimizer.inner_optimizer.average_decay == 0.75
 
 
-def test_nested_wrappers_as_keras_2_12_wrote_them():
+def test_nested_wrappers_are_loaded_as_keras_2_12_wrote_them():
     inner = {
         "module": "tensorflow_addons.optimizers.moving_average",
         "class_name": "MovingAverage",
@@ -310,7 +311,7 @@ def test_nested_wrappers_as_keras_2_12_wrote_them():
     assert type(inner_of(inner)) is MovingAverage
 
 
-def test_what_it_was_translated_to_goes_through_again():
+def test_a_translated_config_is_not_translated_again():
     optimizer = SWA.from_config(around(legacy("Adam", learning_rate=0.5, decay=0.5)))
     again = SWA.from_config(optimizer.get_config())
     assert again.get_config() == optimizer.get_config()
@@ -319,12 +320,12 @@ def test_what_it_was_translated_to_goes_through_again():
 @pytest.mark.parametrize(
     "name", ["Addons>LAMB", "Addons>AdamW", "Addons>ConditionalGradient", "Adafactory"]
 )
-def test_an_optimizer_without_counterpart_is_named(name):
+def test_an_error_names_an_optimizer_without_counterpart(name):
     with pytest.raises(ValueError, match=f"'{name}' of Keras 2 has no counterpart"):
         inner_of(legacy(name, learning_rate=0.1))
 
 
-def test_a_schedule_without_counterpart_is_named():
+def test_an_error_names_a_schedule_without_counterpart():
     schedule = legacy("NoisyLinearCosineDecay", initial_learning_rate=0.1)
     with pytest.raises(ValueError, match="'NoisyLinearCosineDecay' of Keras 2 has no counterpart"):
         inner_of(legacy("SGD", learning_rate=schedule))
@@ -336,7 +337,7 @@ def test_decay_over_a_schedule_is_refused():
         inner_of(legacy("SGD", learning_rate=schedule, decay=0.5))
 
 
-def test_unknown_arguments_are_named():
+def test_an_error_names_unknown_arguments():
     with pytest.raises(ValueError, match=r"not recognized: \{'colour': 3\}"):
         SWA.from_config(RECORDED_SWA | {"colour": 3})
     with pytest.raises(ValueError, match=r"not recognized: \{'colour': 3\}"):
@@ -359,7 +360,7 @@ def test_a_serialized_lambda_does_not_run(tmp_path):
 
 
 def write_legacy_h5(path, model, optimizer_config, with_optimizer_weights=False):
-    """A file as Keras 2.15 wrote it: its layout, its model config, its training config."""
+    """A file with the layout, the model config and the training config of Keras 2.15."""
     dense, norm, out = model.layers
     layer_configs = [
         {
@@ -380,7 +381,7 @@ def write_legacy_h5(path, model, optimizer_config, with_optimizer_weights=False)
         "config": {"name": "small", "layers": layer_configs},
     }
     training_config = {
-        "loss": "mean_squared_error",  # of `"mse"` in such a file Keras 3 knows nothing
+        "loss": "mean_squared_error",  # Keras 3 does not know `"mse"` in such a file.
         "metrics": None,
         "weighted_metrics": None,
         "loss_weights": None,
@@ -408,7 +409,7 @@ def write_legacy_h5(path, model, optimizer_config, with_optimizer_weights=False)
 
 
 def write_optimizer_weights(file, model):
-    """The step, then slots: the average and the momentum of each variable."""
+    """The step, and then the slots: the average and the momentum of each variable."""
     values = {"iter:0": np.asarray(7, "int64")}
     for variable in model.trainable_variables:
         for slot in ("average", "momentum"):
@@ -470,7 +471,9 @@ ADDONS_OPTIMIZERS = {
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("with_optimizer_weights", [False, True])
 @pytest.mark.parametrize("kind", ADDONS_OPTIMIZERS)
-def test_a_legacy_h5_file_compiles_and_trains(tmp_path, kind, with_optimizer_weights):
+def test_a_model_from_a_legacy_h5_file_is_compiled_and_trains(
+    tmp_path, kind, with_optimizer_weights
+):
     saved = small.model()
     config = ADDONS_OPTIMIZERS[kind]
     write_legacy_h5(tmp_path / "legacy.h5", saved, config, with_optimizer_weights)
@@ -479,7 +482,7 @@ def test_a_legacy_h5_file_compiles_and_trains(tmp_path, kind, with_optimizer_wei
 
     small.assert_same_bits(model.get_weights(), saved.get_weights())
     assert type(model.optimizer) is CUSTOM_OBJECTS[config["class_name"]]
-    # What Addons averaged is not taken over: Keras 3 keeps state in another order.
+    # The averages of Addons are not loaded, because Keras 3 keeps the state in another order.
     assert not model.optimizer.has_average
     expected = small.model(type(model.optimizer).from_config(config["config"]))
     small.assert_same_bits(small.fit(model).get_weights(), small.fit(expected).get_weights())
@@ -487,15 +490,16 @@ def test_a_legacy_h5_file_compiles_and_trains(tmp_path, kind, with_optimizer_wei
     assert model.optimizer.has_average
 
 
-def test_a_legacy_h5_file_of_an_optimizer_without_counterpart(tmp_path):
+def test_a_legacy_h5_file_of_an_optimizer_without_counterpart_is_refused(tmp_path):
     config = legacy("Addons>SWA", **around(legacy("Addons>Yogi", learning_rate=0.1)))
     write_legacy_h5(tmp_path / "legacy.h5", small.model(), config)
     with pytest.raises(ValueError, match="'Addons>Yogi' of Keras 2 has no counterpart"):
         keras.saving.load_model(tmp_path / "legacy.h5", custom_objects=CUSTOM_OBJECTS)
 
 
-def test_a_legacy_h5_file_that_keras_3_writes(tmp_path):
-    """Keras builds the optimizer for no variables, and cannot train with one of its own then."""
+@pytest.mark.slow_on("jax", "tensorflow")
+def test_a_legacy_h5_file_that_keras_3_writes_is_loaded_and_trains(tmp_path):
+    """Keras builds the optimizer with no variables, and then cannot train with its own ones."""
     model = small.model()
     model.compile(SWA(MovingAverage("adam"), 0, 2), keras.losses.MeanSquaredError())
     small.fit(model).save(tmp_path / "legacy.h5")

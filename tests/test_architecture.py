@@ -1,7 +1,7 @@
-"""Two doors, and one direction.
+"""The structure of the package.
 
-Frameworks come in through `_backend/`, Keras' private names through one file. Folders import what
-is below them, and each class of a wrapper's line uses what is above it.
+Only `_backend/` imports frameworks. Only one file uses Keras' private names. A folder imports only
+from the folders below it. A class of a wrapper uses only what its base classes define.
 """
 
 import ast
@@ -26,7 +26,7 @@ def ids(path):
 
 
 def imported(tree):
-    """(line, dotted name) of everything a module imports."""
+    """Pairs (line, dotted name) for everything that a module imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -62,7 +62,7 @@ def keras_internals(tree, private):
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if BACKEND not in f.parents], ids=ids)
-def test_frameworks_are_imported_in_backend_only(path):
+def test_frameworks_are_imported_only_in_backend(path):
     found = framework_imports(ast.parse(path.read_text()))
     assert not found, f"{path}: {found}. Code of a framework belongs into keras_avg/_backend/."
 
@@ -98,7 +98,7 @@ def test_every_backend_has_the_same_functions_in_the_same_order(folder, loading_
     assert all(functions == described["jax"] for functions in described.values())
 
 
-# What stands on what: a folder imports from those behind it only.
+# The order of the folders. A folder imports only from those that are listed after it.
 ORDER = [
     "__init__",
     "callbacks",
@@ -123,7 +123,7 @@ def part_of(path):
 
 
 def wrong_way_imports(path):
-    """Imports of a part that stands above the file's own."""
+    """The imports from a folder that is above the file's own folder."""
     own = ORDER.index(part_of(path))
     for line, name in imported(ast.parse(path.read_text())):
         parts = name.split(".")
@@ -133,7 +133,7 @@ def wrong_way_imports(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
-def test_imports_point_one_way(path):
+def test_folders_import_only_from_folders_below_them(path):
     found = list(wrong_way_imports(path))
     assert not found, f"{path}: {found}. What both need belongs into the lower of the two."
 
@@ -145,7 +145,9 @@ WRAPPERS = [
     and issubclass(thing, keras_avg.AveragedOptimizerWrapper)
     and thing is not keras_avg.AveragedOptimizerWrapper
 ]
-LONGEST_LINE = 7  # classes of ours: a rule, its family, and what all wrappers stand on
+LONGEST_LINE = (
+    7  # our classes in a wrapper's MRO: the rule, its family, and the common base classes
+)
 
 
 def line_of(wrapper):
@@ -153,7 +155,7 @@ def line_of(wrapper):
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_wrapper_is_the_end_of_one_short_line(wrapper):
+def test_a_wrapper_is_the_end_of_one_short_line_of_classes(wrapper):
     line = line_of(wrapper)
     assert len(line) <= LONGEST_LINE, line
     for kind in line:
@@ -162,7 +164,7 @@ def test_a_wrapper_is_the_end_of_one_short_line(wrapper):
 
 
 def used_and_defined(kind):
-    """Attributes of `self` that a class names, and those that it defines."""
+    """The attributes of `self` that a class uses, and those that it defines."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
     for node in tree.body:
@@ -184,7 +186,7 @@ def defined_by_keras():
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_no_class_names_what_is_defined_only_further_down(wrapper):
+def test_no_class_uses_an_attribute_that_only_a_subclass_defines(wrapper):
     known = defined_by_keras()
     for kind in reversed(line_of(wrapper)):
         used, defined = used_and_defined(kind)
@@ -194,7 +196,7 @@ def test_no_class_names_what_is_defined_only_further_down(wrapper):
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
-def test_no_class_declares_what_it_does_not_set(path):
+def test_no_class_declares_an_attribute_that_it_does_not_set(path):
     for tree in ast.walk(ast.parse(path.read_text())):
         bases = {getattr(base, "id", "") for base in getattr(tree, "bases", ())}
         if not isinstance(tree, ast.ClassDef) or bases & {"NamedTuple", "Protocol"}:
@@ -205,11 +207,11 @@ def test_no_class_declares_what_it_does_not_set(path):
             for node in ast.walk(tree)
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
         }
-        if path.parent.name != "distributed":  # a subclass of Communicator sets rank and size
+        if path.parent.name != "distributed":  # Subclasses of Communicator set rank and size.
             assert declared <= stored, f"{path}: {tree.name} declares {declared - stored}."
 
 
-def test_the_searches_find_what_they_look_for():
+def test_the_searches_find_violations():
     source = "import jax.numpy\nfrom keras.src import ops\nx._tracker = 1\n"
     tree = ast.parse(source)
     assert framework_imports(tree) == [(1, "jax.numpy")]

@@ -1,4 +1,4 @@
-"""What all wrappers share: constructor, clock, slots, forwarding, and rules of one's own."""
+"""What all wrappers share: constructor, clock, slots, forwarding, and rules of users."""
 
 import keras
 import numpy as np
@@ -34,10 +34,11 @@ def variable_of(value, dtype="float32"):
     return keras.Variable(value, dtype=dtype)
 
 
-LARGEST = 2**31 - 1  # that fits where steps are counted in int32
+LARGEST = 2**31 - 1  # the largest number of steps in int32
 
 
 class TestConstructor:
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.parametrize(
         "wrapper",
         [
@@ -50,12 +51,12 @@ class TestConstructor:
             lambda steps: ModelAverage("sgd", start_step=steps),
         ],
     )
-    def test_the_largest_number_of_steps_is_that_of_every_backend(self, wrapper):
+    def test_step_arguments_must_fit_into_int32(self, wrapper):
         small.fit(small.model(wrapper(LARGEST)), epochs=1)
         with pytest.raises(ValueError, match=r"< 2\*\*31.*Received: \w+=2147483648"):
             wrapper(LARGEST + 1)
 
-    def test_none_is_a_type_error(self):
+    def test_none_as_optimizer_is_a_type_error(self):
         with pytest.raises(TypeError, match="Received: optimizer=None"):
             SWA(None)
 
@@ -72,7 +73,7 @@ class TestConstructor:
         ],
         ids=["name", "instance", "config"],
     )
-    def test_everything_that_keras_takes_for_an_optimizer_is_taken(self, identifier):
+    def test_each_form_in_which_keras_takes_an_optimizer_is_accepted(self, identifier):
         before = str(identifier)
 
         optimizer = SWA(identifier)
@@ -81,7 +82,7 @@ class TestConstructor:
         assert isinstance(optimizer, optimizers.Optimizer)
         assert str(identifier) == before
 
-    def test_a_loss_scale_optimizer_goes_outside(self):
+    def test_a_loss_scale_optimizer_inside_is_refused(self):
         with pytest.raises(ValueError, match=r"LossScaleOptimizer\(SWA\(...\)\)"):
             SWA(optimizers.LossScaleOptimizer(optimizers.SGD()))
 
@@ -89,7 +90,7 @@ class TestConstructor:
         "argument",
         ["weight_decay", "use_ema", "gradient_accumulation_steps"],
     )
-    def test_arguments_of_the_inner_optimizer_are_sent_there(self, argument):
+    def test_arguments_of_the_inner_optimizer_are_refused(self, argument):
         with pytest.raises(ValueError, match="set it on the inner optimizer"):
             SWA("sgd", **{argument: 2})
 
@@ -150,25 +151,26 @@ class TestConstructor:
 
 
 class TestRulesOfOnesOwn:
-    def test_two_methods_are_enough(self):
+    def test_two_methods_are_enough_for_a_rule(self):
         optimizer, variable = EveryOther(optimizers.SGD(1.0)), variable_of([0.0])
 
-        small.apply(optimizer, [variable], [[-1.0]], times=5)  # 1 2 3 4 5
+        small.apply(optimizer, [variable], [[-1.0]], times=5)  # the variable is 1, 2, 3, 4, 5
 
         assert optimizer.num_snapshots == 2
         expected = 0.75 * (0.25 * 2) + 0.25 * 4
         np.testing.assert_allclose(optimizer.get_slot(variable, "average"), [expected])
 
-    def test_average_op_alone_is_enough(self):
+    def test_average_op_alone_is_enough_for_a_rule(self):
         optimizer, variable = RunningMaximum(optimizers.SGD(1.0)), variable_of([0.0])
-        for gradient in (-2.0, 1.0, 1.0):  # 2, 1, 0
+        for gradient in (-2.0, 1.0, 1.0):  # the variable is 2, 1, 0
             small.apply(optimizer, [variable], [[gradient]])
 
         np.testing.assert_array_equal(optimizer.get_slot(variable, "average"), [2.0])
         assert optimizer.num_snapshots == 3
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.parametrize("kind", [EveryOther, RunningMaximum])
-    def test_they_run_in_compiled_code_and_are_saved(self, kind, tmp_path):
+    def test_rules_of_users_run_in_compiled_code_and_are_saved(self, kind, tmp_path):
         model = small.fit(small.model(kind("adam")))
         model.save(tmp_path / "model.keras")
 
@@ -180,7 +182,7 @@ class TestRulesOfOnesOwn:
 
     def test_average_op_gives_the_next_value_and_assigns_nothing(self):
         optimizer, variable = SWA(optimizers.SGD(1.0), 0, 1), variable_of([0.0])
-        small.apply(optimizer, [variable], [[-1.0]], times=3)  # mean of 1, 2, 3
+        small.apply(optimizer, [variable], [[-1.0]], times=3)  # the average is that of 1, 2, 3
         average = optimizer.get_slot(variable, "average")
         variable.assign([6.0])
 
@@ -200,7 +202,8 @@ class TestRulesOfOnesOwn:
 
 
 class TestAverages:
-    def test_assigning_leaves_variables_without_an_average_alone(self):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_assigning_averages_does_not_change_variables_without_an_average(self):
         model = small.fit(small.model(SWA("sgd", 0, 1)))
         untrained = [small.numpy(v) for v in model.non_trainable_variables]
         averages = small.slots(model.optimizer, model.trainable_variables)
@@ -210,7 +213,8 @@ class TestAverages:
         small.assert_same_bits([small.numpy(v) for v in model.trainable_variables], averages)
         small.assert_same_bits([small.numpy(v) for v in model.non_trainable_variables], untrained)
 
-    def test_assigning_to_no_variable_with_an_average_is_an_error(self):
+    @pytest.mark.slow_on("tensorflow")
+    def test_assigning_averages_to_no_averaged_variable_is_an_error(self):
         model = small.fit(small.model(SWA("sgd", 0, 1)))
         with pytest.raises(ValueError, match="None of the variables has an average"):
             model.optimizer.assign_average_vars(model.non_trainable_variables)
@@ -223,7 +227,7 @@ class TestAverages:
             lambda optimizer: optimizer.average_op(0.0, 0.0),
         ],
     )
-    def test_there_is_nothing_to_use_before_build(self, use):
+    def test_averages_cannot_be_used_before_build(self, use):
         optimizer = SWA("sgd")
         assert (optimizer.num_snapshots, optimizer.has_average) == (0, False)
         with pytest.raises(ValueError, match="before it is built"):
@@ -243,7 +247,7 @@ class TestAverages:
         np.testing.assert_allclose(variable, [1.75, 2.75], rtol=TOLERANCE)
         np.testing.assert_allclose(average, [3.75, 4.75], rtol=TOLERANCE)
 
-    def test_an_average_is_a_slot_and_others_are_not(self):
+    def test_get_slot_finds_the_average_and_refuses_unknown_slots(self):
         optimizer, variable = SWA("sgd"), variable_of([1.0])
         optimizer.build([variable])
         assert optimizer.get_slot(variable, "average").shape == variable.shape
@@ -262,7 +266,9 @@ class TestAverages:
             ("float32", "float16", "float16"),
         ],
     )
-    def test_dtype_of_an_average(self, dtype, asked, expected):
+    def test_an_average_has_a_wide_dtype_or_the_one_that_was_asked_for(
+        self, dtype, asked, expected
+    ):
         optimizer = SWA("sgd", 0, 1, average_dtype=asked)
         variable = variable_of([0.5, 1.5], dtype)
 
@@ -279,8 +285,8 @@ class TestAverages:
         optimizer = SWA(optimizers.SGD(1.0), 0, 1)
         variable = variable_of([1.0], "float64")
 
-        small.apply(optimizer, [variable], [[-1.0]], times=2)  # 2, 3
-        small.apply(optimizer, [variable], [[-5.0]])  # 8
+        small.apply(optimizer, [variable], [[-1.0]], times=2)  # the variable is 2, 3
+        small.apply(optimizer, [variable], [[-5.0]])  # the variable is 8
 
         average = optimizer.get_slot(variable, "average")
         assert average.dtype == "float64"
@@ -292,7 +298,7 @@ class TestAverages:
         optimizer = MovingAverage(optimizers.SGD(1.0), average_decay=0.1, **arguments)
         variable = variable_of([0.0], "float64")
 
-        small.apply(optimizer, [variable], [[-1.0]], times=3)  # 1, 2, 3
+        small.apply(optimizer, [variable], [[-1.0]], times=3)  # the variable is 1, 2, 3
 
         decays = [0.0 if "start_step" in arguments else 0.1, 0.1, 0.1]
         expected = 0.0
@@ -305,7 +311,7 @@ class TestAverages:
         with pytest.raises(ValueError, match="jax_enable_x64"):
             SWA("sgd", average_dtype="float64")
 
-    def test_a_variable_without_a_gradient_is_averaged_all_the_same(self):
+    def test_a_variable_without_a_gradient_is_averaged_too(self):
         optimizer = SWA(optimizers.SGD(1.0), 0, 1)
         moved, still = variable_of([1.0]), variable_of([5.0])
 
@@ -337,7 +343,7 @@ class TestAverages:
 
 class TestNonFiniteVariables:
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-    def test_one_bad_element_keeps_everything_out(self, bad):
+    def test_one_nonfinite_element_prevents_an_averaging(self, bad):
         optimizer = SWA(optimizers.SGD(1.0), 0, 1, skip_nonfinite=True)
         variables = [variable_of([1.0, 2.0]), variable_of([3.0])]
         small.apply(optimizer, variables, [[0.0, 0.0], [0.0]])
@@ -353,7 +359,8 @@ class TestNonFiniteVariables:
         assert optimizer.num_snapshots == 2
         small.assert_same_bits(small.slots(optimizer, variables), [[2.0, 2.0], [6.0]])
 
-    def test_in_compiled_training(self):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_nonfinite_weights_are_not_averaged_in_compiled_training(self):
         model = small.model(MovingAverage(optimizers.SGD(0.01), skip_nonfinite=True))
         small.fit(model, epochs=1)
         before = small.slots(model.optimizer, model.trainable_variables)
@@ -366,7 +373,7 @@ class TestNonFiniteVariables:
 
 
 class TestForwarding:
-    def test_rate_and_clock_are_the_inner_optimizers(self):
+    def test_learning_rate_and_iterations_are_those_of_the_inner_optimizer(self):
         inner = optimizers.SGD(0.5)
         optimizer = SWA(MovingAverage(inner))
 
@@ -377,14 +384,16 @@ class TestForwarding:
         returned = optimizer.apply_gradients([(ops.ones((1,)), variable_of([1.0]))])
         assert int(returned) == int(inner.iterations) == 1
 
-    def test_callbacks_that_set_the_rate_just_work(self):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_callbacks_can_set_the_learning_rate(self):
         model = small.model(SWA(optimizers.SGD(0.5)))
         schedule = keras.callbacks.LearningRateScheduler(lambda epoch: 0.1 / (epoch + 1))
         small.fit(model, epochs=2, callbacks=[schedule])
         np.testing.assert_allclose(model.optimizer.inner_optimizer.learning_rate, 0.05)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @has_multi_optimizer
-    def test_callbacks_set_the_rates_of_the_members_of_a_multi_optimizer_inside(self):
+    def test_callbacks_set_the_learning_rates_of_the_members_of_a_multi_optimizer(self):
         slow, fast = optimizers.SGD(0.01), optimizers.SGD(0.5)
         members = optimizers.OptimizerMap(slow, {".*bias": fast})
         optimizer = SWA(MovingAverage(optimizers.MultiOptimizer(members)))
@@ -395,10 +404,10 @@ class TestForwarding:
         assert optimizer.optimizers == [fast, slow]
         np.testing.assert_allclose([fast.learning_rate, slow.learning_rate], [0.125, 0.0025])
 
-    def test_an_inner_optimizer_without_members_gives_none(self):
-        assert not hasattr(SWA("sgd"), "optimizers")  # Keras' callbacks ask for them this way
+    def test_a_wrapper_without_members_inside_has_no_attribute_optimizers(self):
+        assert not hasattr(SWA("sgd"), "optimizers")  # Keras' callbacks use `hasattr` for this.
 
-    def test_loss_scale_is_the_inner_optimizers(self):
+    def test_the_loss_scale_is_that_of_the_inner_optimizer(self):
         inner = optimizers.SGD(0.5, loss_scale_factor=4.0)
         optimizer = SWA(inner)
         assert optimizer.loss_scale_factor == 4.0
@@ -408,7 +417,7 @@ class TestForwarding:
 
         assert inner.loss_scale_factor is None
 
-    def test_excluded_variables_do_not_decay(self):
+    def test_variables_can_be_excluded_from_weight_decay(self):
         optimizer = SWA(optimizers.SGD(0.5, weight_decay=0.5))
         optimizer.exclude_from_weight_decay(var_names=["bias"])
         bias = keras.Variable([1.0], name="bias")
@@ -419,7 +428,7 @@ class TestForwarding:
         np.testing.assert_allclose(bias, [1.0])
         np.testing.assert_allclose(kernel, [0.75])
 
-    def test_keras_own_average_inside_is_finished_at_the_end_of_fit(self):
+    def test_use_ema_of_the_inner_optimizer_is_finished_at_the_end_of_fit(self):
         def with_ema():
             return optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5)
 
@@ -430,8 +439,9 @@ class TestForwarding:
 
         small.assert_same_bits(wrapped.get_weights(), plain.get_weights())
 
-    def test_keras_own_average_inside_may_be_finished_again(self):
-        """Without a wrapper a second `fit` fails on JAX: buffers are then shared."""
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_use_ema_of_the_inner_optimizer_is_finished_by_each_fit(self):
+        """Without a wrapper, a second `fit` fails on JAX, because variables share buffers."""
         model = small.model(SWA(optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5), 0, 2))
         small.fit(model, epochs=1)
         small.fit(model, epochs=1)
@@ -439,27 +449,29 @@ class TestForwarding:
 
 
 class TestApply:
-    def test_the_first_apply_needs_variables(self):
+    def test_the_first_apply_without_variables_is_refused(self):
         with pytest.raises(ValueError, match="first `apply` needs the variables"):
             SWA("sgd").apply([ops.ones((1,))])
 
-    def test_gradients_and_variables_are_counted(self):
+    def test_more_gradients_than_variables_are_refused(self):
         with pytest.raises(ValueError, match="2 gradients for 1 variables"):
             SWA("sgd").apply([ops.ones((1,)), ops.ones((1,))], [variable_of([1.0])])
 
-    def test_no_gradients_are_no_step(self):
+    def test_apply_without_gradients_takes_no_step(self):
         optimizer = SWA("sgd")
         optimizer.apply([], [])
         assert int(optimizer.iterations) == 0
 
-    def test_training_twice_after_assigning_works(self):
-        """Keras' own average leaves one buffer under two variables, and JAX cannot donate it."""
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_a_model_can_be_trained_twice_after_averages_were_assigned(self):
+        """After the assignment no buffer is shared by two variables. JAX could not donate it."""
         for optimizer in (SWA("sgd", 0, 1), MovingAverage("sgd", average_decay=0.0)):
             model = small.fit(small.model(optimizer))
             optimizer.assign_average_vars(model.variables)
             small.fit(small.fit(model))
             assert int(optimizer.iterations) == 6 * small.BATCHES
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_steps_skipped_by_loss_scaling_are_not_averaged(self):
         inner = SWA(optimizers.SGD(0.01), 0, 1)
         optimizer = optimizers.LossScaleOptimizer(inner, initial_scale=2.0**126)
@@ -470,6 +482,7 @@ class TestApply:
         assert inner.num_snapshots == int(inner.iterations)
         assert model.optimizer is optimizer
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @has_multi_optimizer
     def test_an_average_inside_a_multi_optimizer_counts_its_own_steps(self):
         members = {".*bias": MovingAverage("sgd"), ".*kernel": SWA("adam", 1, 3)}
@@ -481,8 +494,9 @@ class TestApply:
 
         assert members[".*bias"].num_snapshots == 2 * small.BATCHES
         assert members[".*kernel"].num_snapshots == 4
-        model.get_state_tree()  # raises where two variables have one path
+        model.get_state_tree()  # It raises if two variables have the same path.
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_a_model_without_input_shape_is_averaged_from_its_first_step(self):
         shaped = small.model(MovingAverage(optimizers.SGD(0.1), average_decay=0.5))
         unshaped = small.model(

@@ -1,4 +1,4 @@
-"""Statistics recomputed by one pass: exact pools of each call's moments, and nothing else moves."""
+"""`update_batch_norm` recomputes the statistics exactly by one pass, and changes nothing else."""
 
 import inspect
 import itertools
@@ -13,9 +13,10 @@ from keras_avg.batch_norm import update_batch_norm
 
 BACKEND = keras.backend.backend()
 TOLERANCE = 2e-6  # rounding of moments that the framework computes in float32, of order 1
-HALF_TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3}  # half a unit in the last place, and rounding
+HALF_TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3}  # half a unit in the last place, plus rounding
 
-X = np.random.default_rng(3).normal(3.0, 2.0, size=(29, 5)).astype("float32")  # 8 + 8 + 8 + 5
+# In batches of 8, these are 8 + 8 + 8 + 5 samples.
+X = np.random.default_rng(3).normal(3.0, 2.0, size=(29, 5)).astype("float32")
 
 
 def update(model, x, **arguments):
@@ -36,13 +37,13 @@ def assert_statistics(layer, mean, variance, tolerance=TOLERANCE):
 
 
 def whole_data(x, axis=-1):
-    """The oracle: moments of all elements at once, by no pool at all."""
+    """The oracle: the moments of all elements at once, without a pool."""
     x = np.moveaxis(np.asarray(x, "float64"), axis, -1).reshape(-1, np.shape(x)[axis])
     return x.mean(axis=0), x.var(axis=0)
 
 
 def normalized(layer, x):
-    """NumPy's training-mode output, for one batch."""
+    """The output of the layer in training mode for one batch, computed in NumPy."""
     x = np.asarray(x, "float64")
     axes = tuple(range(x.ndim - 1))
     x = (x - x.mean(axis=axes)) / np.sqrt(x.var(axis=axes) + layer.epsilon)
@@ -50,7 +51,7 @@ def normalized(layer, x):
 
 
 def randomized(model):
-    """Weights of no special value, as after training; variances stay positive."""
+    """Give the model random weights, as after training. Variances stay positive."""
     random = np.random.default_rng(5)
     for variable in model.weights:
         if "seed" not in variable.path:
@@ -60,7 +61,7 @@ def randomized(model):
 
 
 def everything(model):
-    """All variables' values, and what else layers remember, by layer."""
+    """The values of all variables, and all other state of the layers, by layer."""
     flags = ("trainable", "momentum", "renorm", "synchronized", "renorm_momentum")
     found = model._flatten_layers()
     state = [(getattr(layer, f, None)) for layer in found for f in flags]
@@ -85,16 +86,18 @@ def sequential(*parts, shape=(5,)):
 
 
 class TestNumbers:
-    def test_three_numbers_in_two_batches(self):
+    @pytest.mark.slow_on("jax")
+    def test_three_numbers_in_two_batches_give_their_mean_and_variance(self):
         model = keras.Sequential([keras.Input((1,)), layers.BatchNormalization()])
 
         assert update(model, np.array([[0.0], [2.0], [7.0]], "float32"), batch_size=2) is None
 
-        # Batches (0, 2) and (7): means 1 and 7, variances 1 and 0. All three: mean 3, and
-        # variance (9 + 1 + 16) / 3.
+        # The batches (0, 2) and (7) have the means 1 and 7, and the variances 1 and 0. All three
+        # numbers have the mean 3 and the variance (9 + 1 + 16) / 3.
         assert_statistics(model.layers[0], [3.0], [26 / 3])
 
-    def test_a_plain_mean_over_batches_is_something_else(self):
+    @pytest.mark.slow_on("jax")
+    def test_the_statistics_are_not_a_plain_mean_over_batches(self):
         norm = layers.BatchNormalization()
         update(sequential(norm), X, batch_size=8)
 
@@ -113,13 +116,15 @@ class TestNumbers:
         update(sequential(norm), X, batch_size=batch_size)
         assert_statistics(norm, *whole_data(X))
 
-    def test_a_mean_far_from_zero_costs_no_variance(self):
-        # Exact in float32, as are a single element's moments; squares fill float64 to the brim.
+    def test_the_variance_is_exact_for_a_mean_far_from_zero(self):
+        # These values are exact in float32, and so are the moments of a single element. Their
+        # squares need all digits of float64.
         values = 2.0**30 + 128 * np.arange(6.0).reshape(-1, 1)
         norm = layers.BatchNormalization()
         update(sequential(norm, shape=(1,)), values.astype("float32"), batch_size=1)
         assert_statistics(norm, *whole_data(values))
 
+    @pytest.mark.slow_on("jax")
     def test_the_second_layer_sees_batches_normalized_by_their_own_moments(self):
         first, hidden, second = (
             layers.BatchNormalization(),
@@ -133,8 +138,9 @@ class TestNumbers:
         assert_statistics(first, *whole_data(X))
         assert_statistics(second, *whole_data(np.concatenate(activations)))
 
+    @pytest.mark.slow_on("jax")
     @pytest.mark.parametrize("axis", [1, 2, -1, -2])
-    def test_any_axis(self, axis):
+    def test_statistics_are_computed_for_any_axis(self, axis):
         images = np.random.default_rng(1).normal(1, 2, size=(7, 3, 4, 5)).astype("float32")
         norm = layers.BatchNormalization(axis=axis)
         update(sequential(norm, shape=images.shape[1:]), images, batch_size=3)
@@ -149,7 +155,7 @@ class TestNumbers:
 
         assert_statistics(norm, *whole_data(np.concatenate([X, 2 * X + 1])))
 
-    def test_the_last_pass_is_all_that_counts(self):
+    def test_earlier_passes_do_not_change_the_statistics(self):
         norm = layers.BatchNormalization()
         model = sequential(norm)
         update(model, X, batch_size=8)
@@ -158,6 +164,7 @@ class TestNumbers:
         update(model, X, batch_size=8)
         small.assert_same_bits(statistics(norm), first)
 
+    @pytest.mark.slow_on("jax")
     def test_training_with_a_momentum_of_zero_agrees_on_a_single_batch(self):
         model = sequential(layers.Dense(3), layers.BatchNormalization(momentum=0.0))
         model(X, training=True)
@@ -175,12 +182,13 @@ class TestMasks:
             sequence[length:] = 0.0
         return sequences
 
+    @pytest.mark.slow_on("jax")
     def test_masked_elements_are_not_counted(self):
         sequences, norm = self.sequences(), layers.BatchNormalization()
         update(sequential(layers.Masking(), norm, shape=(6, 3)), sequences, batch_size=4)
         assert_statistics(norm, *whole_data(sequences[sequences.any(axis=-1)]))
 
-    def test_a_mask_may_leave_each_channel_another_number(self):
+    def test_a_mask_may_leave_each_channel_another_number_of_elements(self):
         sequences, norm = self.sequences(), layers.BatchNormalization(axis=1)
         update(sequential(layers.Masking(), norm, shape=(6, 3)), sequences, batch_size=4)
 
@@ -190,7 +198,7 @@ class TestMasks:
         assert_statistics(norm, mean, variance)
 
     @pytest.mark.parametrize("place", [0, 1])
-    def test_a_batch_with_nothing_in_it_counts_nothing(self, place):
+    def test_a_batch_that_is_all_masked_does_not_count(self, place):
         batches = [self.sequences()[:4], self.sequences()[4:8]]
         batches.insert(place, np.zeros((4, 6, 3), "float32"))
         norm = layers.BatchNormalization()
@@ -201,7 +209,7 @@ class TestMasks:
         sequences = self.sequences()[:8]
         assert_statistics(norm, *whole_data(sequences[sequences.any(axis=-1)]))
 
-    def test_all_masked_is_said_and_changes_nothing(self):
+    def test_data_that_is_all_masked_gives_a_warning_and_changes_nothing(self):
         model = sequential(layers.Masking(), layers.BatchNormalization(), shape=(6, 3))
         before = everything(model)
         with pytest.warns(UserWarning, match="No data reached '.*batch_normalization"):
@@ -232,7 +240,7 @@ class Block(layers.Layer):
 
 
 class Network(keras.Model):
-    """Layers in lists, in layers."""
+    """A model whose layers are in lists of other layers."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -246,7 +254,7 @@ class Network(keras.Model):
         return inputs
 
     def expected(self, x):
-        """Statistics of the three layers in NumPy, over batches of 8."""
+        """The statistics of the three layers over batches of 8, computed in NumPy."""
         inputs, results = x, [whole_data(x)]
         norms = [self.first] + [block.parts[1] for block in self.blocks]
         batches = [normalized(self.first, b) for b in batches_of(inputs)]
@@ -259,14 +267,14 @@ class Network(keras.Model):
 
 
 class TestDepth:
-    def test_layers_in_lists_in_subclassed_layers(self):
+    def test_layers_in_lists_in_subclassed_layers_are_found(self):
         model = Network()
         model(X)
         update(randomized(model), X, batch_size=8)
         for norm, expected in model.expected(X):
             assert_statistics(norm, *expected)
 
-    def test_models_in_models(self):
+    def test_layers_of_models_in_models_are_found(self):
         inner_norm, outer_norm = layers.BatchNormalization(), layers.BatchNormalization()
         inner = keras.Sequential([keras.Input((5,)), inner_norm])
         middle = keras.Sequential([keras.Input((5,)), inner])
@@ -279,19 +287,21 @@ class TestDepth:
         outputs = [normalized(inner_norm, batch) for batch in batches_of(X)]
         assert_statistics(outer_norm, *whole_data(np.concatenate(outputs)))
 
-    def test_a_layer_alone(self):
+    def test_a_layer_without_a_model_is_updated(self):
         norm = layers.BatchNormalization()
         norm.build((None, 5))
         update(norm, X, batch_size=8)
         assert_statistics(norm, *whole_data(X))
 
-    def test_time_distributed(self):
+    @pytest.mark.slow_on("tensorflow")
+    def test_a_time_distributed_layer_is_updated(self):
         sequences = np.random.default_rng(2).normal(2, 3, size=(11, 6, 3)).astype("float32")
         norm = layers.BatchNormalization()
         update(sequential(layers.TimeDistributed(norm), shape=(6, 3)), sequences, batch_size=4)
         assert_statistics(norm, *whole_data(sequences))
 
-    def test_a_model_never_called_is_built_on_the_first_batch(self):
+    @pytest.mark.slow_on("tensorflow")
+    def test_a_model_that_was_never_called_is_built_on_the_first_batch(self):
         model = Network()
         update(model, X, batch_size=8)
         for norm, expected in model.expected(X):
@@ -301,7 +311,8 @@ class TestDepth:
         update(model, X, batch_size=8)
         small.assert_same_bits([small.numpy(v) for v in model.variables], before)
 
-    def test_building_draws_nothing_and_counts_nothing(self):
+    @pytest.mark.slow_on("jax")
+    def test_building_a_model_does_not_change_its_seeds_and_counters(self):
         model = keras.Sequential([Noise(), layers.BatchNormalization()])
         update(model, X, batch_size=8)
         noise = model.layers[0]
@@ -309,7 +320,7 @@ class TestDepth:
         fresh = keras.random.SeedGenerator(1).state
         small.assert_same_bits([small.numpy(noise.seed_generator.state)], [small.numpy(fresh)])
 
-    def test_a_layer_that_no_data_reaches_is_named_and_kept(self):
+    def test_a_layer_that_no_data_reaches_is_named_and_keeps_its_statistics(self):
         class Auxiliary(keras.Model):
             def __init__(self):
                 super().__init__()
@@ -330,7 +341,7 @@ class TestDepth:
 
 
 class Noise(layers.Layer):
-    """Draws and counts in inference too."""
+    """A layer that draws random numbers and counts its calls, in inference too."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -354,7 +365,8 @@ class TestNothingElseMoves:
         model.fit(X, np.zeros((29, 4)), verbose=0)
         return model, norms
 
-    def test_of_weights_state_flags_and_the_optimizer(self):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_weights_state_flags_and_the_optimizer_do_not_change(self):
         model, norms = self.model()
         before, others = everything(model), model.optimizer.variables + model.metrics_variables
         values = [small.numpy(v) for v in others]
@@ -365,13 +377,14 @@ class TestNothingElseMoves:
         small.assert_same_bits([small.numpy(v) for v in others], values)
         assert_statistics(norms[0], *whole_data(X))
 
-    def test_dropout_is_off(self):
+    def test_dropout_is_off_during_the_pass(self):
         norm = layers.BatchNormalization()
         model = sequential(layers.Dropout(0.9), layers.GaussianNoise(1.0), norm)
         update(model, X, batch_size=8)
         assert_statistics(norm, *whole_data(X))
 
-    def test_layers_that_draw_in_inference_draw_anew_for_each_batch(self):
+    @pytest.mark.slow_on("jax")
+    def test_layers_that_draw_in_inference_draw_new_numbers_for_each_batch(self):
         norm = layers.BatchNormalization()
         model = sequential(Noise(), norm)
         update(model, np.zeros((8, 5), "float32"), batch_size=1)
@@ -388,7 +401,7 @@ class TestNothingElseMoves:
         assert_statistics(norm, *whole_data(ops.convert_to_numpy(frozen(X, training=False))))
 
     @pytest.mark.parametrize("place", ["model", "data"])
-    def test_when_an_exception_ends_the_pass(self, place):
+    def test_an_exception_during_the_pass_leaves_the_model_unchanged(self, place):
         class Fuse(layers.Layer):
             left = np.inf
 
@@ -414,7 +427,7 @@ class TestNothingElseMoves:
         assert_unchanged(model, before)
 
     @pytest.mark.parametrize("kind", ["none", "frozen"])
-    def test_without_a_layer_to_update_data_is_not_touched(self, kind):
+    def test_without_a_layer_to_update_the_data_is_not_read(self, kind):
         def data():
             raise AssertionError("touched")
             yield
@@ -429,7 +442,8 @@ class TestNothingElseMoves:
         with pytest.raises(AssertionError, match="touched"):
             next(untouched)
 
-    def test_training_goes_on_as_if_nothing_had_been(self):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_training_after_the_pass_moves_the_statistics_with_the_momentum(self):
         model = small.fit(small.model("sgd"), epochs=1)
         update(model, small.X)
         before = statistics(model.layers[1])
@@ -495,7 +509,7 @@ class TestVariants:
         assert_statistics(norm, *whole_data(X))
 
     @pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras has it on TensorFlow only")
-    def test_synchronized_layers_are_as_the_plain_ones(self):
+    def test_synchronized_layers_get_the_same_statistics_as_plain_layers(self):
         import tensorflow as tf
 
         norm = layers.BatchNormalization(synchronized=True)
@@ -509,7 +523,7 @@ class TestVariants:
             update(model, X, batch_size=8)
         assert_statistics(norm, *whole_data(X))
 
-    def test_a_subclass_may_change_its_inputs(self):
+    def test_a_subclass_of_the_layer_may_change_its_inputs(self):
         class Halved(layers.BatchNormalization):
             def call(self, inputs, training=None):
                 return super().call(inputs[::2] / 2, training=training)
@@ -541,7 +555,7 @@ class TestVariants:
 
     @pytest.mark.parametrize("called_before", [False, True])
     @pytest.mark.skipif(BACKEND == "jax", reason="state cannot change in a jax.jit of one's own")
-    def test_a_compiled_call_is_followed_and_leaves_no_compiled_training_mode(self, called_before):
+    def test_a_compiled_call_is_observed_and_leaves_no_compiled_training_mode(self, called_before):
         model = Compiled()
         model.norm.build((None, 5))
         if called_before:
@@ -592,7 +606,8 @@ class TestVariants:
         for actual, expected in zip((mean, variance), whole_data(rounded), strict=True):
             np.testing.assert_allclose(actual, expected, rtol=HALF_TOLERANCE[dtype])
 
-    def test_the_global_policy(self, dtype_policy):
+    @pytest.mark.slow_on("jax")
+    def test_statistics_are_recomputed_under_the_global_policy(self, dtype_policy):
         dtype_policy("mixed_float16")
         model = sequential(layers.Dense(4), layers.BatchNormalization(), layers.Dense(1))
         update(model, X, batch_size=8)
@@ -629,28 +644,28 @@ class TestData:
         update(sequential(norm), data, **arguments)
         assert_statistics(norm, *whole_data(expected))
 
-    def test_arrays_and_tensors(self):
+    def test_arrays_and_tensors_are_accepted(self):
         self.check(X)
         self.check(X.astype("float64"), batch_size=8)
         self.check(ops.convert_to_tensor(X), batch_size=8)
 
-    def test_dicts(self):
+    def test_dicts_of_arrays_are_accepted(self):
         model = Named()
         update(model, {"a": X, "b": 0 * X}, batch_size=8)
         assert_statistics(model.norm, *whole_data(X))
 
     @pytest.mark.parametrize("rest", [0, 1, 2])
-    def test_generators_with_and_without_targets(self, rest):
+    def test_generators_with_and_without_targets_are_accepted(self, rest):
         self.check((batch,) + (np.zeros((len(batch), 1)),) * rest for batch in batches_of(X))
 
     @pytest.mark.parametrize("workers", [1, 2])
-    def test_py_datasets(self, workers):
+    def test_py_datasets_are_accepted(self, workers):
         self.check(Batches(batches_of(X), workers=workers))
         endless = Batches(batches_of(X), endless=True, workers=workers)
         self.check(endless, steps=3, expected=X[:24])
 
     @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.data needs TensorFlow")
-    def test_tf_data(self):
+    def test_tf_data_is_accepted(self):
         import tensorflow as tf
 
         data = tf.data.Dataset.from_tensor_slices((X, X[:, 0])).batch(8)
@@ -661,7 +676,7 @@ class TestData:
             update(sequential(layers.BatchNormalization()), data.repeat())
 
     @pytest.mark.skipif(BACKEND != "torch", reason="DataLoader needs torch")
-    def test_torch_data_loaders(self):
+    def test_torch_data_loaders_are_accepted(self):
         import torch
         from torch.utils import data
 
@@ -675,7 +690,7 @@ class TestData:
         self.check(generator, steps=2)
 
     @pytest.mark.parametrize("kind", ["array", "generator"])
-    def test_more_steps_than_data_pool_what_there_is_with_a_warning(self, kind):
+    def test_more_steps_than_batches_give_a_warning_and_use_all_batches(self, kind):
         data = X if kind == "array" else ((batch,) for batch in batches_of(X))
         with pytest.warns(UserWarning, match=r"of 4 batches\. Received: steps=9"):
             self.check(data, steps=9, **({"batch_size": 8} if kind == "array" else {}))
@@ -718,7 +733,7 @@ class TestData:
             ("verbose", "loud"),
         ],
     )
-    def test_arguments_out_of_range(self, argument, value):
+    def test_arguments_out_of_range_are_refused(self, argument, value):
         message = f"`{argument}` must be .*Received: {argument}={value!r}"
         with pytest.raises(ValueError, match=message):
             update(sequential(layers.BatchNormalization()), X, **{argument: value})
@@ -729,16 +744,16 @@ class TestProgress:
         update_batch_norm(sequential(layers.BatchNormalization()), data, **arguments)
         return capsys.readouterr().out
 
-    def test_zero_is_silent(self, capsys):
+    def test_verbose_0_prints_nothing(self, capsys):
         assert self.shown(capsys, verbose=0) == ""
 
     @pytest.mark.parametrize("arguments", [{}, {"verbose": "auto"}, {"verbose": 1}])
-    def test_a_bar_is_the_default(self, capsys, arguments):
+    def test_a_progress_bar_is_the_default(self, capsys, arguments):
         shown = self.shown(capsys, batch_size=8, **arguments)
         assert "4/4" in shown
         assert "━" in shown
 
-    def test_two_is_one_line(self, capsys):
+    def test_verbose_2_prints_one_line(self, capsys):
         shown = self.shown(capsys, batch_size=8, verbose=2)
         assert shown.startswith("4/4 - ")
         assert shown.count("\n") == 1

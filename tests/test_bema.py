@@ -13,9 +13,10 @@ TOLERANCE = 1e-6  # rounding of a few float32 operations on numbers of order 1
 
 
 def trl(trajectory, update_freq=1, update_after=0, power=0.5, bias_power=0.2, lag=10.0, slope=1.0):
-    """As TRL's callback goes: what is read after each step, in float64.
+    """The average after each step, computed like TRL's callback in float64.
 
-    Up to `update_after` everything follows; then every `update_freq` steps, with `t` from there.
+    Up to `update_after` the average follows the weights. After that it is updated every
+    `update_freq` steps, and `t` counts from there.
     """
     start = average = read = np.asarray(trajectory[0], "float64")
     for step, value in enumerate(trajectory[1:], start=1):
@@ -29,20 +30,21 @@ def trl(trajectory, update_freq=1, update_after=0, power=0.5, bias_power=0.2, la
         yield read
 
 
-def test_numbers_to_check_in_the_head():
-    # The age is 1 at the first update.
+def test_bema_of_two_values_is_computed_in_the_head():
+    # With these arguments the age is 1 at the first update.
     optimizer = BEMA(optimizers.SGD(1.0), power=0.5, bias_power=1.0, lag=0.0, multiplier=1.0)
     variable = keras.Variable([4.0])
-    small.apply(optimizer, [variable], [[2.0]])  # 2: EMA 4 + 1 (2 - 4), read 2 + 1 (2 - 4)
+    # The variable goes from 4 to 2. EMA = 4 + 1 (2 - 4), and average = 2 + 1 (2 - 4).
+    small.apply(optimizer, [variable], [[2.0]])
     np.testing.assert_allclose(optimizer.get_slot(variable, "average"), [2.0])
     np.testing.assert_allclose(optimizer.get_slot(variable, "start"), [4.0])
     np.testing.assert_allclose(optimizer.get_slot(variable, "read"), [0.0])
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(3, jax=1, tensorflow=1)
 @pytest.mark.parametrize("start_step", [0, 3])
 @pytest.mark.parametrize("average_period", [1, 2, 5])
-def test_it_is_that_of_trl(average_period, start_step):
+def test_bema_equals_that_of_trl(average_period, start_step):
     arguments = {"average_period": average_period, "start_step": start_step}
     model = small.model(BEMA(optimizers.Adam(0.05), **arguments))
     trajectories = small.trajectories(model, 11)
@@ -51,7 +53,8 @@ def test_it_is_that_of_trl(average_period, start_step):
         np.testing.assert_allclose(small.numpy(average), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_other_exponents_are_those_of_the_oracle():
+@pytest.mark.slow_on("jax")
+def test_bema_with_other_exponents_equals_the_oracle():
     arguments = {"power": 0.7, "bias_power": 0.4, "lag": 3.0, "multiplier": 0.5}
     model = small.model(BEMA(optimizers.Adam(0.05), **arguments))
     trajectories = small.trajectories(model, 11)
@@ -60,7 +63,8 @@ def test_other_exponents_are_those_of_the_oracle():
         np.testing.assert_allclose(small.numpy(average), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_before_the_start_step_it_shows_the_variable():
+@pytest.mark.slow_on("jax")
+def test_bema_shows_the_variable_before_the_start_step():
     model = small.model(BEMA(optimizers.Adam(0.05), start_step=4, average_period=1))
     small.trajectories(model, 3)
     raw = [small.numpy(v) for v in model.trainable_variables]
@@ -80,6 +84,6 @@ def test_before_the_start_step_it_shows_the_variable():
         ({"average_period": 0}, "Received: average_period=0"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, match):
+def test_bad_arguments_of_bema_are_refused(arguments, match):
     with pytest.raises(ValueError, match=match):
         BEMA("sgd", **arguments)

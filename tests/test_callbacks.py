@@ -1,4 +1,4 @@
-"""Averages are judged, kept and saved; raw weights are trained; neither disturbs the other."""
+"""Callbacks evaluate and save the averages, and training of the raw weights does not change."""
 
 import warnings
 
@@ -13,7 +13,7 @@ from keras_avg import SWA, MovingAverage
 from keras_avg.callbacks import AverageModelCheckpoint, SwapAverageWeights, swap_average_weights
 
 VALIDATION = (small.X[:20], small.Y[:20])
-TOLERANCE = 1e-6  # of a loss computed twice on the same weights, in batches of another size
+TOLERANCE = 1e-6  # of a loss on the same weights, computed with batches of two sizes
 
 
 def swa():
@@ -38,7 +38,7 @@ def loss(model):
 
 
 class Records(keras.callbacks.Callback):
-    """What the model holds at each hook."""
+    """Records at each hook which values the model holds."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,8 @@ class Records(keras.callbacks.Callback):
 
 
 class TestWhatTheModelHolds:
-    def test_averages_from_validation_to_the_next_epoch(self):
+    @pytest.mark.slow_on("jax")
+    def test_the_model_holds_averages_from_validation_to_the_next_epoch(self):
         records = Records()
         fit(small.model(swa()), SwapAverageWeights(), records, epochs=2)
         epoch = [
@@ -76,7 +77,8 @@ class TestWhatTheModelHolds:
         ]
         assert records.seen == [*epoch, *epoch, ("training ends", True)]
 
-    def test_raw_weights_again_after_validation_if_asked(self):
+    @pytest.mark.slow_on("tensorflow")
+    def test_raw_weights_come_back_after_validation_if_asked(self):
         records = Records()
         fit(small.model(swa()), SwapAverageWeights(swap_on_epoch=False), records, epochs=1)
         assert records.seen == [
@@ -87,13 +89,15 @@ class TestWhatTheModelHolds:
             ("training ends", True),
         ]
 
-    def test_averages_from_the_end_of_the_epoch_without_validation(self):
+    @pytest.mark.slow_on("tensorflow")
+    def test_the_model_holds_averages_from_the_end_of_an_epoch_without_validation(self):
         records = Records()
         callbacks = [SwapAverageWeights(), records]
         fit(small.model(swa()), *callbacks, epochs=2, validation_data=None)
         epoch = [("epoch begins", False), ("epoch ends", True)]
         assert records.seen == [*epoch, *epoch, ("training ends", True)]
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_validation_metrics_are_those_of_the_averages(self):
         model = fit(small.model(swa()), SwapAverageWeights())
         assert model.optimizer.averages_in_model
@@ -101,6 +105,7 @@ class TestWhatTheModelHolds:
         logged = model.history.history["val_loss"][-1]
         np.testing.assert_allclose(logged, loss(model), rtol=TOLERANCE)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_the_next_fit_goes_on_from_the_raw_weights(self):
         through, twice = small.model(swa()), small.model(swa())
         fit(through, SwapAverageWeights(), epochs=4)
@@ -112,7 +117,7 @@ class TestWhatTheModelHolds:
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("epoch_end", [True, False])
 @pytest.mark.parametrize("validation", [VALIDATION, None], ids=["validated", "not validated"])
-def test_training_is_not_disturbed(epoch_end, validation):
+def test_training_is_the_same_with_and_without_swap_average_weights(epoch_end, validation):
     plain = fit(small.model(swa()), validation_data=validation)
     callback = SwapAverageWeights(swap_on_epoch=epoch_end, batch_norm_data=small.X)
     judged = fit(small.model(swa()), callback, validation_data=validation)
@@ -123,8 +128,9 @@ def test_training_is_not_disturbed(epoch_end, validation):
     small.assert_same_bits(judged.optimizer.get_weights(), plain.optimizer.get_weights())
 
 
+@pytest.mark.slow_on("tensorflow")
 @pytest.mark.parametrize("arguments", [{"batch_norm_data": small.X}, {"log_raw": True}])
-def test_the_order_of_later_batches_does_not_change(arguments):
+def test_recomputed_statistics_do_not_change_the_order_of_later_batches(arguments):
     plain = fit(small.model(swa()), shuffle=True)
     judged = fit(small.model(swa()), SwapAverageWeights(**arguments), shuffle=True)
     judged.optimizer.swap_weights()
@@ -132,7 +138,7 @@ def test_the_order_of_later_batches_does_not_change(arguments):
 
 
 class TestStandAlone:
-    def test_evaluate_and_predict_see_averages_and_leave_raw_weights(self):
+    def test_evaluate_and_predict_use_averages_and_restore_raw_weights(self):
         model = fit(small.model(swa()))
         raw, raw_loss = model.get_weights(), loss(model)
         with model.optimizer.average_weights():
@@ -149,13 +155,13 @@ class TestStandAlone:
         assert not model.optimizer.averages_in_model
         small.assert_same_bits(model.get_weights(), raw)
 
-    def test_averages_that_were_in_the_model_stay(self):
+    def test_evaluate_leaves_averages_that_were_in_the_model(self):
         model = fit(small.model(swa()), SwapAverageWeights())
         model.evaluate(*VALIDATION, verbose=0, callbacks=[SwapAverageWeights()])
         model.predict(small.X, verbose=0, callbacks=[SwapAverageWeights()])
         assert model.optimizer.averages_in_model
 
-    def test_the_use_after_an_exception_puts_it_right(self):
+    def test_the_next_evaluate_after_an_exception_restores_the_raw_weights(self):
         model = fit(small.model(swa()))
         raw = model.get_weights()
         callback = SwapAverageWeights()
@@ -166,7 +172,7 @@ class TestStandAlone:
 
         with pytest.raises(KeyError):
             model.evaluate(*VALIDATION, verbose=0, callbacks=[callback, Fails()])
-        if keras.backend.backend() == "jax":  # where Keras leaves the model without values
+        if keras.backend.backend() == "jax":  # Keras leaves the model without values there.
             model.jax_state_sync()
         assert model.optimizer.averages_in_model
 
@@ -177,13 +183,15 @@ class TestStandAlone:
 
 
 class TestBeforeTheFirstSnapshot:
-    def test_everybody_sees_raw_weights(self):
+    @pytest.mark.slow_on("tensorflow")
+    def test_callbacks_see_raw_weights_before_the_first_snapshot(self):
         model = small.model(SWA("adam", start_averaging=1000))
         records = Records()
         with pytest.warns(UserWarning, match=r"without a snapshot.*=1000.*6 updates"):
             fit(model, SwapAverageWeights(), records, epochs=1)
         assert not any(averages_in for _, averages_in in records.seen)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.parametrize(
         ("optimizer", "epochs", "is_too_short"),
         [
@@ -196,7 +204,7 @@ class TestBeforeTheFirstSnapshot:
             (lambda: SWA(MovingAverage("sgd", average_period=12), start_averaging=99), 2, False),
         ],
     )
-    def test_training_that_is_too_short_is_told_so_at_its_beginning(
+    def test_training_that_is_too_short_gives_a_warning_when_it_begins(
         self, optimizer, epochs, is_too_short
     ):
         model, told_after = small.model(optimizer()), []
@@ -215,12 +223,14 @@ class TestBeforeTheFirstSnapshot:
             assert "Training will end without a snapshot" in ours[0]
             assert f"after {int(model.optimizer.iterations)} updates" in ours[0]
 
-    def test_updates_of_a_loaded_optimizer_count(self):
+    @pytest.mark.slow_on("jax")
+    def test_updates_of_a_loaded_optimizer_count_for_the_warning(self):
         model = small.fit(small.model(SWA("sgd", start_averaging=12)), epochs=2)
         fit(model, SwapAverageWeights(), epochs=1)
         assert model.optimizer.num_snapshots == 1
 
-    def test_of_nested_wrappers_the_outermost_with_a_snapshot_is_taken(self):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_the_outermost_wrapper_with_a_snapshot_is_used(self):
         moving_average = MovingAverage("adam")
         model = small.model(SWA(moving_average, start_averaging=8))
         seen = []
@@ -232,7 +242,8 @@ class TestBeforeTheFirstSnapshot:
         fit(model, SwapAverageWeights(), Looks(), epochs=2)
         assert seen == [(True, False), (False, True)]
 
-    def test_or_the_one_that_is_named(self):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_the_wrapper_given_as_argument_is_used(self):
         moving_average = MovingAverage("adam")
         model = small.model(SWA(moving_average, 0, 1))
         fit(model, SwapAverageWeights(optimizer=moving_average))
@@ -241,21 +252,23 @@ class TestBeforeTheFirstSnapshot:
 
 
 class TestWrappersAreFound:
-    def test_under_a_loss_scale_optimizer(self, dtype_policy):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_a_wrapper_under_a_loss_scale_optimizer_is_found(self, dtype_policy):
         dtype_policy("mixed_float16")
         model = fit(small.model(SWA("adam", 0, 1)), SwapAverageWeights())
         assert isinstance(model.optimizer, optimizers.LossScaleOptimizer)
         assert model.optimizer.inner_optimizer.averages_in_model
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.skipif(
         not hasattr(optimizers, "MultiOptimizer"), reason="MultiOptimizer came with Keras 3.15"
     )
-    def test_among_the_members_of_a_multi_optimizer(self):
+    def test_wrappers_among_the_members_of_a_multi_optimizer_are_found(self):
         members = optimizers.OptimizerMap(SWA("sgd", 0, 1), {".*bias": MovingAverage("adam")})
         model = fit(small.model(optimizers.MultiOptimizer(members)), SwapAverageWeights())
         assert all(w.averages_in_model for w in keras_avg.averaging_optimizers(model))
 
-    def test_none_is_an_error(self):
+    def test_a_model_without_a_wrapper_is_an_error(self):
         with pytest.raises(ValueError, match="SwapAverageWeights needs a model whose optimizer"):
             fit(small.model("sgd"), SwapAverageWeights())
         with pytest.raises(ValueError, match="is not at work in the model"):
@@ -276,7 +289,7 @@ class TestTogetherWithOtherCallbacks:
         np.testing.assert_allclose(loss(loaded), best, rtol=TOLERANCE)
         assert loaded.optimizer.averages_in_model
         small.assert_same_bits(trainable(loaded), averages(loaded))
-        fit(loaded, SwapAverageWeights())  # goes on
+        fit(loaded, SwapAverageWeights())  # training goes on
 
     @pytest.mark.parametrize("first", [True, False])
     def test_early_stopping_restores_the_averages_that_were_best(self, first):
@@ -344,13 +357,13 @@ class TestTogetherWithOtherCallbacks:
         small.assert_same_bits(resumed.get_weights(), undisturbed.get_weights())
         small.assert_same_bits(resumed.optimizer.get_weights(), undisturbed.optimizer.get_weights())
 
-    def test_a_rate_that_follows_the_averages(self):
+    def test_reduce_lr_on_plateau_follows_the_averages(self):
         plateau = keras.callbacks.ReduceLROnPlateau(patience=0, min_delta=1e9, factor=0.5)
         model = small.model(MovingAverage(optimizers.SGD(0.1)))
         fit(model, SwapAverageWeights(), plateau, epochs=3)
         np.testing.assert_allclose(model.optimizer.learning_rate, 0.1 * 0.5**2)
 
-    def test_several_steps_per_execution(self):
+    def test_swap_average_weights_works_with_several_steps_per_execution(self):
         if keras.backend.backend() == "torch":
             pytest.skip("torch runs one step per execution")
         one = fit(small.model(swa()), SwapAverageWeights())
@@ -359,6 +372,7 @@ class TestTogetherWithOtherCallbacks:
         small.assert_same_bits(averages(three), averages(one))
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_the_callback_may_be_used_inside_its_own_fit():
     seen = []
     callback = SwapAverageWeights()
@@ -372,6 +386,7 @@ def test_the_callback_may_be_used_inside_its_own_fit():
     assert seen == [True, True, True]
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_statistics_are_recomputed_after_other_weights_were_loaded(tmp_path):
     def trained_after(callback):
         model = small.model(MovingAverage("sgd"))
@@ -396,7 +411,8 @@ def test_statistics_are_recomputed_after_other_weights_were_loaded(tmp_path):
 
 
 class TestLogRaw:
-    def test_both_copies_are_logged(self):
+    @pytest.mark.slow_on("tensorflow")
+    def test_log_raw_logs_metrics_of_both_copies(self):
         raw = fit(small.model(swa())).history.history
         model = fit(small.model(swa()), SwapAverageWeights(log_raw=True))
         both = model.history.history
@@ -406,19 +422,21 @@ class TestLogRaw:
         assert np.all(np.abs(np.subtract(both["val_loss"], both["val_raw_loss"]))[1:] > 0)
         assert model.optimizer.averages_in_model
 
-    def test_they_are_the_same_before_the_first_snapshot(self):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_logged_metrics_of_both_copies_are_equal_before_the_first_snapshot(self):
         model = small.model(SWA("adam", start_averaging=8))
         history = fit(model, SwapAverageWeights(log_raw=True), epochs=2).history.history
         assert history["val_loss"][0] == history["val_raw_loss"][0]
         assert history["val_loss"][1] != history["val_raw_loss"][1]
 
-    def test_the_progress_bar_shows_both(self, capsys):
+    @pytest.mark.slow_on("tensorflow")
+    def test_the_progress_bar_shows_metrics_of_both_copies(self, capsys):
         fit(small.model(swa()), SwapAverageWeights(log_raw=True), verbose=2)
         lines = [line for line in capsys.readouterr().out.splitlines() if "val_loss" in line]
         assert len(lines) == 3
         assert all("val_raw_loss" in line for line in lines)
 
-    def test_data_that_come_once_are_refused(self):
+    def test_log_raw_refuses_validation_data_from_a_generator(self):
         def batches():
             while True:
                 yield VALIDATION
@@ -427,14 +445,16 @@ class TestLogRaw:
         with pytest.raises(ValueError, match=r"twice.*Received: validation data from a Python gen"):
             fit(small.model(swa()), callback, validation_data=batches(), validation_steps=1)
 
-    def test_not_without_validation(self):
+    @pytest.mark.slow_on("tensorflow")
+    def test_log_raw_logs_nothing_without_validation(self):
         model = small.model(swa())
         fit(model, SwapAverageWeights(log_raw=True), validation_data=None)
         assert set(model.history.history) == {"loss"}
 
 
 class TestBatchNormalization:
-    def test_statistics_are_those_of_the_averages_and_go_out_with_them(self):
+    @pytest.mark.slow_on("tensorflow")
+    def test_statistics_of_the_averages_are_swapped_together_with_them(self):
         model = fit(small.model(swa()), SwapAverageWeights(batch_norm_data=small.X))
         norm = model.get_layer("norm")
         seen = [small.numpy(norm.moving_mean), small.numpy(norm.moving_variance)]
@@ -447,7 +467,8 @@ class TestBatchNormalization:
         plain = fit(small.model(swa()))
         small.assert_same_bits(model.get_weights(), plain.get_weights())
 
-    def test_they_are_recomputed_once_for_each_average(self, monkeypatch):
+    @pytest.mark.slow_on("tensorflow")
+    def test_statistics_are_recomputed_once_for_each_average(self, monkeypatch):
         passes = []
 
         def counted(*args, **kwargs):
@@ -462,7 +483,8 @@ class TestBatchNormalization:
             model.evaluate(*VALIDATION, verbose=0, callbacks=[callback])
         assert len(passes) == 2
 
-    def test_they_are_recomputed_for_averages_that_were_loaded_meanwhile(self):
+    @pytest.mark.slow_on("tensorflow")
+    def test_statistics_are_recomputed_for_averages_that_were_loaded(self):
         model, other = fit(small.model(swa())), fit(small.model(swa()), shuffle=True)
         assert model.optimizer.num_snapshots == other.optimizer.num_snapshots
         callback = SwapAverageWeights(batch_norm_data=small.X)
@@ -475,7 +497,7 @@ class TestBatchNormalization:
         expected = other.evaluate(*VALIDATION, verbose=0, callbacks=[afresh])
         assert model.evaluate(*VALIDATION, verbose=0, callbacks=[callback]) == expected
 
-    def test_they_need_data_that_can_be_gone_through_again(self):
+    def test_batch_norm_data_that_can_be_read_only_once_is_refused(self):
         class Endless(keras.utils.PyDataset):
             num_batches = None
 
@@ -484,9 +506,10 @@ class TestBatchNormalization:
             with pytest.raises(ValueError, match=f"Received: batch_norm_data of type {kind}"):
                 SwapAverageWeights(batch_norm_data=data)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.sample(1)
     @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
-    def test_a_file_brings_the_raw_statistics_back(self, name, tmp_path):
+    def test_a_file_restores_the_statistics_of_the_raw_weights(self, name, tmp_path):
         model = fit(small.model(swa()), SwapAverageWeights(batch_norm_data=small.X))
         if name == "model.keras":
             model.save(tmp_path / name)
@@ -507,7 +530,8 @@ class TestBatchNormalization:
         small.assert_same_bits(loaded.get_weights(), model.get_weights())
         small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
 
-    def test_a_state_without_its_model_is_swapped_back_by_the_callback(self):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_the_callback_swaps_back_a_state_that_was_loaded_without_its_model(self):
         model = fit(small.model(swa()), SwapAverageWeights(batch_norm_data=small.X))
         store, loaded = {}, small.model(swa())
         model.optimizer.save_own_variables(store)
@@ -525,7 +549,8 @@ class TestBatchNormalization:
         small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
 
 
-def test_keras_own_average_ends_up_in_the_raw_weights():
+@pytest.mark.slow_on("jax", "tensorflow")
+def test_use_ema_writes_its_average_into_the_raw_weights():
     def trained(*callbacks):
         inner = optimizers.Adam(0.02, use_ema=True, ema_momentum=0.5)
         return fit(small.model(SWA(inner, 3, 2)), *callbacks)
@@ -539,12 +564,17 @@ def test_keras_own_average_ends_up_in_the_raw_weights():
 
 
 class TestAverageModelCheckpoint:
-    def test_without_an_averaging_optimizer_it_is_a_type_error(self, tmp_path):
+    def test_average_model_checkpoint_without_an_averaging_optimizer_is_a_type_error(
+        self, tmp_path
+    ):
         callback = AverageModelCheckpoint(True, str(tmp_path / "m.keras"))
         with pytest.raises(TypeError, match="AverageModelCheckpoint is only used when training"):
             fit(small.model("rmsprop"), callback)
 
-    def test_a_file_of_the_averages_and_raw_weights_in_training(self, tmp_path):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_a_checkpoint_holds_the_averages_while_training_goes_on_from_raw_weights(
+        self, tmp_path
+    ):
         plain = fit(small.model(swa()))
         callback = AverageModelCheckpoint(False, tmp_path / "m.{epoch}.keras")
 
@@ -556,7 +586,8 @@ class TestAverageModelCheckpoint:
         saved.optimizer.swap_weights()
         small.assert_same_bits(saved.get_weights(), model.get_weights())
 
-    def test_training_goes_on_from_the_averages_if_asked(self, tmp_path):
+    @pytest.mark.slow_on("tensorflow")
+    def test_training_goes_on_from_the_averages_with_update_weights(self, tmp_path):
         callback = AverageModelCheckpoint(True, tmp_path / "m.{epoch}.keras")
 
         model = fit(small.model(swa()), callback, epochs=1)
@@ -566,7 +597,8 @@ class TestAverageModelCheckpoint:
         small.assert_same_bits(saved.get_weights(), model.get_weights())
         assert not saved.optimizer.averages_in_model
 
-    def test_nothing_is_assigned_when_nothing_is_written(self, tmp_path):
+    @pytest.mark.slow_on("tensorflow")
+    def test_no_average_is_assigned_when_no_file_is_written(self, tmp_path):
         plain = fit(small.model(swa()))
         callback = AverageModelCheckpoint(
             True, tmp_path / "m.keras", save_best_only=True, initial_value_threshold=-1.0
@@ -575,6 +607,7 @@ class TestAverageModelCheckpoint:
         small.assert_same_bits(model.get_weights(), plain.get_weights())
         assert not (tmp_path / "m.keras").exists()
 
+    @pytest.mark.slow_on("tensorflow")
     def test_before_the_first_snapshot_raw_weights_are_saved_with_one_warning(self, tmp_path):
         callback = AverageModelCheckpoint(False, tmp_path / "m.{epoch}.keras")
         with pytest.warns(UserWarning, match="raw weights until there is a first") as warned:
@@ -583,7 +616,8 @@ class TestAverageModelCheckpoint:
         saved = keras.saving.load_model(tmp_path / "m.3.keras")
         small.assert_same_bits(saved.get_weights(), model.get_weights())
 
-    def test_every_few_batches(self, tmp_path):
+    @pytest.mark.slow_on("tensorflow")
+    def test_a_checkpoint_every_few_batches_does_not_change_training(self, tmp_path):
         callback = AverageModelCheckpoint(
             False, tmp_path / "m.weights.h5", save_freq=4, save_weights_only=True
         )
@@ -592,14 +626,15 @@ class TestAverageModelCheckpoint:
         assert (tmp_path / "m.weights.h5").exists()
         small.assert_same_bits(model.get_weights(), plain.get_weights())
 
-    def test_together_with_swapping_what_is_judged_is_saved(self, tmp_path):
+    @pytest.mark.slow_on("tensorflow")
+    def test_a_checkpoint_saves_the_averages_that_were_evaluated(self, tmp_path):
         callback = AverageModelCheckpoint(False, tmp_path / "m.keras", save_best_only=True)
         model = fit(small.model(swa()), callback, SwapAverageWeights(), epochs=3)
         saved = keras.saving.load_model(tmp_path / "m.keras")
         best = min(model.history.history["val_loss"])
         np.testing.assert_allclose(loss(saved), best, rtol=TOLERANCE)
 
-    def test_a_frequency_that_means_nothing_is_refused_as_in_keras(self):
+    def test_an_unknown_save_frequency_is_refused_as_in_keras(self):
         with pytest.raises(ValueError, match="Unrecognized save_freq"):
             AverageModelCheckpoint(True, "m.keras", save_freq="batch")
 
@@ -610,26 +645,27 @@ class TestAverageModelCheckpoint:
 )
 class TestOrbax:
     def restored(self, folder, swap_on_epoch):
-        """A model trained with Orbax checkpoints, and the last of them, loaded."""
+        """A model that was trained with Orbax checkpoints, and the model of the last one."""
         orbax = keras.callbacks.OrbaxCheckpoint(
             str(folder), save_freq="epoch", save_on_background=False
         )
         swap = SwapAverageWeights(swap_on_epoch=swap_on_epoch)
-        # Not a Sequential model: Keras 3.15 names its variables otherwise when it loads one from
-        # Orbax, finds none of them in the checkpoint, and says nothing.
+        # Not a Sequential model: Keras 3.15 gives its variables other names when it loads one from
+        # Orbax. Then it finds none of them in the checkpoint, and does not say so.
         inputs = keras.Input((5,))
         trained = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Dense(6)(inputs)))
         trained.compile(swa(), "mse")
         fit(trained, swap, orbax, epochs=2)
         return trained, keras.saving.load_model(str(folder))
 
-    def test_a_checkpoint_of_raw_weights_resumes(self, tmp_path):
+    @pytest.mark.slow_on("jax")
+    def test_training_resumes_from_an_orbax_checkpoint_of_raw_weights(self, tmp_path):
         trained, other = self.restored(tmp_path / "orbax", swap_on_epoch=False)
         trained.optimizer.swap_weights()
         small.assert_same_bits(other.get_weights(), trained.get_weights())
         small.assert_same_bits(other.optimizer.get_weights(), trained.optimizer.get_weights())
 
-    def test_a_checkpoint_of_averages_has_lost_the_raw_weights_and_says_so(self, tmp_path):
+    def test_an_orbax_checkpoint_of_averages_says_that_it_lost_the_raw_weights(self, tmp_path):
         _, other = self.restored(tmp_path / "orbax", swap_on_epoch=True)
         assert other.optimizer.averages_in_model
         with pytest.raises(RuntimeError, match="does not carry them"):
@@ -639,7 +675,7 @@ class TestOrbax:
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="TensorBoard writes through TensorFlow"
 )
-def test_tensorboard_shows_both_copies(tmp_path):
+def test_tensorboard_shows_metrics_of_both_copies(tmp_path):
     pytest.importorskip("tensorboard")
     import tensorflow as tf
 

@@ -1,4 +1,4 @@
-"""The calls of Keras 2 and TensorFlow Addons: steps from a loss, and slots."""
+"""The methods of Keras 2 and TensorFlow Addons: steps from a loss, and slots."""
 
 import keras
 import numpy as np
@@ -10,7 +10,7 @@ from keras_avg import SWA, MovingAverage
 
 BACKEND = keras.backend.backend()
 TOLERANCE = 1e-6  # rounding of a few float32 operations on numbers of order 1
-# A dozen steps, compiled and not: kernels are fused, and sums are taken in another order.
+# For a dozen steps that are compiled or not. Compiled kernels are fused, and sum in another order.
 COMPILED_TOLERANCE = 1e-5
 
 about_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="about TensorFlow")
@@ -21,14 +21,14 @@ def two_variables():
 
 
 def noisy_model():
-    """Has batch-normalization statistics and seeds, which the loss moves on."""
+    """A model with batch-normalization statistics and seeds. A training loss changes them."""
     keras.utils.set_random_seed(42)
     return keras.Sequential(
         [
             keras.Input((5,)),
             keras.layers.Dense(6, activation="tanh"),
             keras.layers.BatchNormalization(),
-            keras.layers.Dropout(0.5),  # on torch it draws from torch's global generator
+            keras.layers.Dropout(0.5),  # On torch it draws from torch's global generator.
             keras.layers.GaussianDropout(0.5),
             keras.layers.Dense(1),
         ]
@@ -42,7 +42,7 @@ def loss_of(model, batch=0):
 
 
 def gradients_by_the_framework(model, loss):
-    """As one writes it without keras_avg; statistics and seeds stay as they are."""
+    """Gradients as users compute them without keras_avg. Statistics and seeds do not change."""
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -72,6 +72,7 @@ def copy_values(sources, targets):
 # Steps from a loss.
 
 
+@pytest.mark.slow_on("jax")
 def test_minimize_takes_one_step_downhill():
     v, w = two_variables()
     optimizer = SWA(optimizers.SGD(0.1), 0, 1)
@@ -85,6 +86,7 @@ def test_minimize_takes_one_step_downhill():
     small.assert_same_bits(small.slots(optimizer, [v, w]), [small.numpy(v), small.numpy(w)])
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_minimize_is_apply_gradients_of_the_same_loss_bit_for_bit():
     minimized, applied = noisy_model(), noisy_model()
     for model in (minimized, applied):
@@ -97,7 +99,7 @@ def test_minimize_is_apply_gradients_of_the_same_loss_bit_for_bit():
         applied.optimizer.apply_gradients(pairs)
         keras.utils.set_random_seed(batch)
         minimized.optimizer.minimize(loss_of(minimized, batch), minimized.trainable_variables)
-        if BACKEND == "jax":  # where `gradients_by_the_framework` leaves statistics and seeds
+        if BACKEND == "jax":  # Here `gradients_by_the_framework` does not change the statistics.
             copy_values(minimized.non_trainable_variables, applied.non_trainable_variables)
 
     small.assert_same_bits(
@@ -107,6 +109,7 @@ def test_minimize_is_apply_gradients_of_the_same_loss_bit_for_bit():
     small.assert_same_bits(minimized.optimizer.get_weights(), applied.optimizer.get_weights())
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_minimize_has_the_effects_of_a_train_step_on_statistics_and_seeds():
     trained, minimized = noisy_model(), noisy_model()
     before = [small.numpy(v) for v in minimized.non_trainable_variables]
@@ -132,6 +135,7 @@ def test_minimize_has_the_effects_of_a_train_step_on_statistics_and_seeds():
         )
 
 
+@pytest.mark.slow_on("jax")
 def test_variables_that_the_loss_makes_are_trained():
     def deferred():
         keras.utils.set_random_seed(5)
@@ -149,12 +153,12 @@ def test_variables_that_the_loss_makes_are_trained():
     for variable, other in zip(
         model.non_trainable_variables, called.non_trainable_variables, strict=True
     ):
-        np.testing.assert_allclose(variable, other, rtol=TOLERANCE)  # one pass, not two
+        np.testing.assert_allclose(variable, other, rtol=TOLERANCE)  # There was only one pass.
     optimizer.minimize(loss_of(model), lambda: model.trainable_weights)
     assert int(optimizer.iterations) == 2
 
 
-def test_a_loss_is_computed_once_a_step():
+def test_a_loss_is_computed_once_in_each_step():
     v, _ = two_variables()
     optimizer, calls = SWA("sgd"), []
 
@@ -176,7 +180,7 @@ def test_a_statistic_that_the_loss_assigns_is_assigned_once():
         count.assign_add(1.0)
         return ops.sum(v * v) * count
 
-    # Not built: JAX computes the loss once more, to have the variables made.
+    # The optimizer is not built. So JAX computes the loss once more, to make the variables.
     optimizer = SWA(optimizers.SGD(0.0))
     for step in range(3):
         optimizer.minimize(loss, lambda: [v])
@@ -221,7 +225,7 @@ def test_get_gradients_gives_the_gradients_and_takes_no_step():
 
 
 @pytest.mark.parametrize("method", ["get_gradients", "get_updates"])
-def test_a_variable_that_the_loss_does_not_use_is_named(method):
+def test_an_error_names_a_variable_that_the_loss_does_not_use(method):
     v, w = two_variables()
     optimizer = SWA("sgd")
     with pytest.raises(ValueError, match=r"no gradient for the variables \['second'\]"):
@@ -237,7 +241,7 @@ def test_get_updates_takes_one_step_and_returns_a_list():
     np.testing.assert_allclose(v, [0.4, 0.8], rtol=TOLERANCE)
 
 
-def test_minimize_warns_of_a_variable_that_the_loss_does_not_use_and_leaves_it():
+def test_minimize_warns_of_a_variable_that_the_loss_does_not_use_and_does_not_change_it():
     v, w = two_variables()
     optimizer = SWA(optimizers.SGD(0.1, weight_decay=0.1))
     with pytest.warns(UserWarning, match="Gradients do not exist for variables"):
@@ -259,21 +263,21 @@ def test_a_value_instead_of_a_loss_is_refused():
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow has tapes")
-def test_a_tape_is_refused_where_there_are_none():
+def test_a_tape_is_refused_on_other_backends_than_tensorflow():
     v, _ = two_variables()
     with pytest.raises(ValueError, match="tapes are TensorFlow's"):
         SWA("sgd").minimize(lambda: ops.sum(v * v), [v], tape=object())
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tapes are TensorFlow's")
-def test_what_is_no_tape_is_refused():
+def test_an_object_that_is_not_a_tape_is_refused():
     v, _ = two_variables()
     with pytest.raises(TypeError, match=r"must be a `tf.GradientTape`. Received: tape=7"):
         SWA("sgd").minimize(lambda: ops.sum(v * v), [v], tape=7)
 
 
 @pytest.mark.parametrize("wrong", ["tensor", "number"])
-def test_what_is_no_variable_is_refused(wrong):
+def test_an_object_that_is_not_a_variable_is_refused(wrong):
     v, _ = two_variables()
     others = {"tensor": ops.ones((2,)), "number": 1.0}
     with pytest.raises(ValueError, match="`var_list` must be a list of variables"):
@@ -325,8 +329,9 @@ def test_minimize_takes_a_tensor_with_its_tape(grad_loss):
     np.testing.assert_allclose(v, [0.0, 0.0] if grad_loss is None else [0.5, 1.0], atol=TOLERANCE)
 
 
+@pytest.mark.slow_on("tensorflow")
 @about_tensorflow
-def test_minimize_inside_a_function():
+def test_minimize_works_inside_a_compiled_function():
     import tensorflow as tf
 
     compiled, eager = noisy_model(), noisy_model()
@@ -364,12 +369,12 @@ def test_no_gradients_at_all_are_refused(grads):
 
 
 @pytest.mark.parametrize("wrong", [[1.0], [(1.0, 2.0, 3.0)]])
-def test_what_are_no_pairs_is_refused(wrong):
+def test_an_argument_that_is_not_a_list_of_pairs_is_refused(wrong):
     with pytest.raises(TypeError, match=r"\(gradient, variable\) pairs"):
         SWA("sgd").apply_gradients(wrong)
 
 
-def test_pairs_the_wrong_way_round_are_refused():
+def test_pairs_in_the_wrong_order_are_refused():
     v, _ = two_variables()
     with pytest.raises(TypeError, match="Received as variables: "):
         SWA("sgd").apply_gradients([(v, ops.ones((2,)))])
@@ -414,7 +419,7 @@ def a_tenth():
     ],
     ids=["inner", "learning_rate", "lr"],
 )
-def test_a_function_is_asked_for_the_learning_rate_at_each_step(make):
+def test_a_learning_rate_function_is_called_at_each_step(make):
     rates = [0.25, 0.5]
     v, _ = two_variables()
     optimizer = make(lambda: rates[0])
@@ -426,14 +431,14 @@ def test_a_function_is_asked_for_the_learning_rate_at_each_step(make):
     np.testing.assert_allclose(v, [0.25, 1.25], rtol=TOLERANCE)
 
 
-def test_a_function_for_the_learning_rate_is_part_of_the_config():
+def test_a_learning_rate_function_is_part_of_the_config():
     optimizer = SWA(optimizers.SGD(a_tenth))
     again = SWA.from_config(optimizer.get_config())
     assert again.learning_rate == 0.1
     assert again.get_config() == optimizer.get_config()
 
 
-def test_a_lambda_for_the_learning_rate_is_loaded_only_by_those_who_trust_it():
+def test_a_learning_rate_lambda_is_loaded_only_without_safe_mode():
     with pytest.warns(UserWarning, match="includes a `lambda`"):
         config = SWA("sgd", learning_rate=lambda: 0.1).get_config()
     with pytest.raises(ValueError, match="safe_mode=False"):
@@ -458,7 +463,7 @@ def test_a_lambda_for_the_learning_rate_is_loaded_only_by_those_who_trust_it():
     ],
 )
 @pytest.mark.parametrize("nest", [SWA, lambda inner: SWA(MovingAverage(inner))])
-def test_slots_of_the_inner_optimizer_are_found_by_keras_names(inner, names, nest):
+def test_slots_of_the_inner_optimizer_are_found_by_the_names_of_keras(inner, names, nest):
     optimizer = nest(inner())
     variables = [keras.Variable(np.ones((2, 3))), keras.Variable(np.ones((2, 3)))]
     optimizer.build(variables)
@@ -479,7 +484,7 @@ def test_each_variable_has_its_own_slot_whatever_it_is_called():
     assert momenta == [-3.0, -5.0]
 
 
-def test_the_average_of_a_wrapper_inside_is_found_there():
+def test_the_inner_wrapper_returns_its_own_average():
     v, _ = two_variables()
     optimizer = SWA(MovingAverage("sgd"))
     optimizer.build([v])
@@ -491,7 +496,7 @@ def test_the_average_of_a_wrapper_inside_is_found_there():
     assert optimizer.get_slot_names() == ["average"]
 
 
-def test_slots_that_are_not_there_are_refused():
+def test_unknown_slots_are_refused():
     v, w = two_variables()
     optimizer = SWA(optimizers.SGD(momentum=0.9))
     assert optimizer.get_slot_names() == ["average"]
@@ -522,7 +527,7 @@ def test_an_added_slot_is_made_once():
     assert any(variable is start for variable in optimizer.variables)
 
 
-def test_an_initializer_that_gives_the_variable_itself_is_copied():
+def test_an_initializer_that_returns_the_variable_itself_is_copied():
     v, _ = two_variables()
     optimizer = SWA(optimizers.SGD(1.0))
     optimizer.build([v])
@@ -536,8 +541,9 @@ def test_an_initializer_that_gives_the_variable_itself_is_copied():
     np.testing.assert_array_equal(weight, [1.0, 2.0])
 
 
-def test_training_goes_on_beside_a_slot_that_began_as_the_variable():
-    # On JAX a train step gives its buffers away, and two variables may not share one.
+@pytest.mark.slow_on("jax", "tensorflow")
+def test_training_works_with_a_slot_that_began_with_the_variable():
+    # On JAX a train step donates its buffers, so two variables must not share one.
     optimizer = SWA("sgd", 0, 1)
     model = small.fit(small.model(optimizer), epochs=1)
     kernel = model.trainable_variables[0]
@@ -557,7 +563,7 @@ def test_a_slot_may_not_hide_one_of_the_inner_optimizer():
 
 
 @pytest.mark.parametrize("name", ["", None, "a/b"])
-def test_names_that_no_variable_may_have_are_refused(name):
+def test_invalid_names_of_variables_are_refused(name):
     v, _ = two_variables()
     optimizer = SWA("sgd")
     optimizer.build([v])
@@ -588,7 +594,7 @@ def test_an_added_weight_is_a_variable_of_the_optimizer():
 
 
 @about_tensorflow
-def test_enumerations_of_tensorflow_are_settings_too():
+def test_settings_may_be_members_of_tensorflow_enumerations():
     import tensorflow as tf
 
     weight = SWA("sgd").add_weight(
@@ -600,7 +606,7 @@ def test_enumerations_of_tensorflow_are_settings_too():
     assert weight.aggregation == "only_first_replica"
 
 
-def test_set_weights_sets_what_was_added():
+def test_set_weights_sets_added_variables():
     v, _ = two_variables()
     optimizer = SWA("sgd")
     optimizer.build([v])
@@ -615,7 +621,7 @@ def test_set_weights_sets_what_was_added():
     np.testing.assert_array_equal(weight, [1.0, 1.0, 1.0])
 
 
-def test_paths_of_added_variables_are_unique_in_a_nest():
+def test_paths_of_added_variables_are_unique_in_nested_wrappers():
     v, _ = two_variables()
     outer = SWA(SWA("sgd"))
     outer.build([v])
@@ -627,10 +633,10 @@ def test_paths_of_added_variables_are_unique_in_a_nest():
 
 
 def with_added(optimizer):
-    """A model trained for an epoch, whose optimizer has slots and weights of all kinds."""
+    """A model that was trained for an epoch. Its optimizer has added slots and weights."""
     model = small.fit(small.model(optimizer), epochs=1)
     random = np.random.default_rng(3)
-    # In an order that a file does not keep.
+    # They are added in an order that a file does not keep.
     optimizer.add_weight("second", (), dtype="int32").assign(7)
     for variable in reversed(model.trainable_variables):
         optimizer.add_slot(variable, "start").assign(random.normal(size=variable.shape))
@@ -639,9 +645,10 @@ def with_added(optimizer):
     return model
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("inner", [lambda: "adam", lambda: MovingAverage("adam")])
-def test_what_was_added_survives_a_file(tmp_path, inner):
+def test_a_model_file_restores_added_variables(tmp_path, inner):
     model = with_added(SWA(inner(), 0, 2))
     model.save(tmp_path / "model.keras")
 
@@ -662,7 +669,8 @@ def test_what_was_added_survives_a_file(tmp_path, inner):
     small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
 
 
-def test_what_was_added_survives_a_file_of_weights(tmp_path):
+@pytest.mark.slow_on("tensorflow")
+def test_a_weights_file_restores_added_variables(tmp_path):
     model, other = with_added(SWA("adam", 0, 2)), with_added(SWA("adam", 0, 2))
     for variable in other.optimizer.variables:
         variable.assign(np.zeros(variable.shape))
@@ -671,7 +679,8 @@ def test_what_was_added_survives_a_file_of_weights(tmp_path):
     small.assert_same_bits(other.optimizer.get_weights(), model.optimizer.get_weights())
 
 
-def test_what_was_added_keeps_its_value_where_a_file_has_none(tmp_path):
+@pytest.mark.slow_on("tensorflow")
+def test_an_added_variable_that_a_file_lacks_keeps_its_value(tmp_path):
     plain = small.fit(small.model(SWA("adam", 0, 2)), epochs=2)
     plain.save_weights(tmp_path / "plain.weights.h5")
     model = with_added(SWA("adam", 0, 2))
@@ -707,7 +716,7 @@ def test_an_added_slot_that_does_not_fit_is_refused_and_changes_nothing(stored):
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="others always have 64 bits")
-def test_a_weight_of_64_bits_from_another_backend_is_loaded_where_there_are_32():
+def test_an_added_weight_of_64_bits_is_loaded_where_only_32_bits_exist():
     v, _ = two_variables()
     optimizer = SWA("sgd")
     optimizer.build([v])
@@ -719,7 +728,7 @@ def test_a_weight_of_64_bits_from_another_backend_is_loaded_where_there_are_32()
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="only JAX' trainer takes the values away")
-def test_slots_are_not_added_while_the_trainer_holds_the_state():
+def test_adding_a_slot_is_refused_while_the_trainer_holds_the_state():
     errors = []
 
     class Adds(keras.callbacks.Callback):
@@ -764,7 +773,7 @@ def test_a_shadow_copy_starts_from_the_variables():
         optimizer.assign_average_vars(model.variables)
     optimizer.minimize(loss_of(model), model.trainable_variables)
     averages = small.slots(optimizer, model.trainable_variables)
-    optimizer.shadow_copy(model.variables)  # training has started: the averages stay
+    optimizer.shadow_copy(model.variables)  # Training has started, so the averages do not change.
     small.assert_same_bits(small.slots(optimizer, model.trainable_variables), averages)
     with pytest.raises(ValueError, match="was not built with this variable"):
         optimizer.shadow_copy([keras.Variable([1.0])])
@@ -779,7 +788,7 @@ def test_a_shadow_copy_starts_from_the_variables():
 @pytest.mark.parametrize(
     "wrapped", [lambda inner: SWA(inner, 0, 2), lambda inner: SWA(MovingAverage(inner), 0, 2)]
 )
-def test_a_tensorflow_checkpoint_brings_back_every_bit(parts, wrapped, tmp_path):
+def test_a_tensorflow_checkpoint_restores_every_bit(parts, wrapped, tmp_path):
     import tensorflow as tf
 
     def checkpoint(model):
@@ -803,7 +812,7 @@ def test_a_tensorflow_checkpoint_brings_back_every_bit(parts, wrapped, tmp_path)
 
 
 @about_tensorflow
-def test_the_slot_calls_are_there_though_tensorflow_does_not_see_them():
+def test_the_slot_methods_exist_but_are_hidden_from_tensorflow():
     optimizer = SWA("sgd")
     assert "get_slot_names" not in dir(optimizer)
     assert "swap_weights" in dir(optimizer)

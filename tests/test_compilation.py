@@ -1,4 +1,4 @@
-"""However the train step is run, compiled or not, by Keras or by a loop of one's own."""
+"""Averages are right if the train step is compiled or eager, and in Keras' loop or the user's."""
 
 import functools
 
@@ -26,7 +26,7 @@ def batch(step):
 
 @pytest.fixture
 def quick_torch_compile(monkeypatch):
-    """Leaves out the C++ compiler: what traces and breaks the graph is Dynamo, in front of it."""
+    """Replaces the C++ compiler, which is slow. Dynamo still traces and breaks the graph."""
     if BACKEND == "torch":
         import torch
 
@@ -34,7 +34,7 @@ def quick_torch_compile(monkeypatch):
         monkeypatch.setattr(torch, "compile", quick)
 
 
-# PyTorch, of its own looking at intermediate results while it traces what Keras calls.
+# PyTorch gives this warning about its own code, while it traces Keras.
 of_torch_compile = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not")
 
 
@@ -42,7 +42,7 @@ of_torch_compile = pytest.mark.filterwarnings("ignore:The .grad attribute of a T
 @of_torch_compile
 @pytest.mark.usefixtures("quick_torch_compile")
 @pytest.mark.parametrize("run", RUNS)
-def test_ways_to_run_the_train_step(run):
+def test_averages_are_right_however_the_train_step_runs(run):
     inner = INNER["accumulation" if run == "jit_compile=True" else "adam"]
 
     bare_training.assert_invisible(
@@ -56,9 +56,9 @@ def test_ways_to_run_the_train_step(run):
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses `steps_per_execution` > 1 on torch")
 @pytest.mark.parametrize(
     ("steps", "inner"),
-    [(2, "accumulation"), (4, "adam")],  # 4 does not divide the 6 batches of an epoch
+    [(2, "accumulation"), (4, "adam")],  # An epoch has 6 batches, which 4 does not divide.
 )
-def test_several_steps_per_execution(steps, inner):
+def test_averages_are_right_with_several_steps_per_execution(steps, inner):
     def model(optimizer):
         return small.model(optimizer, steps_per_execution=steps)
 
@@ -71,7 +71,7 @@ def test_several_steps_per_execution(steps, inner):
     bare_training.assert_averages(trained, record.values)
 
 
-def test_train_on_batch():
+def test_averages_are_right_with_train_on_batch():
     bare, model = small.model(INNER["adam"]()), small.model(bare_training.wrapped(INNER["adam"]()))
 
     small.trajectories(bare, STEPS)
@@ -86,11 +86,11 @@ def test_train_on_batch():
 @pytest.mark.usefixtures("quick_torch_compile")
 @pytest.mark.parametrize("inner", ["adam", "accumulation"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_custom_loop(compiled, inner):
+def test_averages_are_right_in_a_custom_loop(compiled, inner):
     def train(optimizer):
         model = small.model()
         optimizer.build(model.trainable_variables)
-        model.optimizer = optimizer  # for the assertions; the model is not compiled
+        model.optimizer = optimizer  # The assertions need it. The model is not compiled.
         trajectories = [[small.numpy(v)] for v in model.trainable_variables]
         LOOPS[BACKEND](model, optimizer, compiled, trajectories)
         return model, trajectories
@@ -153,7 +153,7 @@ def jax_loop(model, optimizer, compiled, trajectories):
         trainable, state = optimizer.stateless_apply(state, gradients, trainable)
         return trainable, non_trainable, state
 
-    # Donation takes the values away: two variables in one buffer would not survive.
+    # The step donates its arguments. This fails if two variables share a buffer.
     step = jax.jit(step, donate_argnums=(0, 1, 2)) if compiled else step
     variables = model.trainable_variables, model.non_trainable_variables, optimizer.variables
     states = [[jax.numpy.array(v.value) for v in group] for group in variables]

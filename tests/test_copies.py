@@ -1,4 +1,4 @@
-"""Copies that other routes than Keras' files make: pickles, Orbax, `tf.train.Checkpoint`."""
+"""Copies without Keras' files: by `copy`, pickles, Orbax, and `tf.train.Checkpoint`."""
 
 import copy
 import importlib.util
@@ -42,12 +42,13 @@ def test_a_copy_of_an_optimizer_has_its_config(route):
     assert copied.inner_optimizer is not optimizer.inner_optimizer
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.sample(1)
 @each_copy
 def test_a_copy_of_an_optimizer_with_state_has_its_config_and_no_state(route):
     optimizer = small.fit(small.model(nested())).optimizer
     before = optimizer.get_weights()
-    with pytest.warns(UserWarning, match="Skipping variable loading"):  # as Keras has it
+    with pytest.warns(UserWarning, match="Skipping variable loading"):  # Keras' own optimizers do.
         copied = COPIES[route](optimizer)
     assert copied.get_config() == optimizer.get_config()
     assert not copied.built
@@ -80,8 +81,8 @@ def test_a_copy_of_a_model_has_its_optimizers_state(route, swapped):
 
 
 def functional_model():
-    # Not a Sequential model: Keras 3.15 names its variables otherwise when it loads one from Orbax,
-    # finds none of them in the checkpoint, and says nothing.
+    # Not a Sequential model: Keras 3.15 gives its variables other names when it loads one from
+    # Orbax. Then it finds none of them in the checkpoint, and does not say so.
     inputs = keras.Input((5,))
     model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Dense(6)(inputs)))
     model.compile(nested(), "mse")
@@ -94,7 +95,7 @@ def functional_model():
     or importlib.util.find_spec("orbax") is None,
     reason="Orbax is installed where JAX is, and came with a later Keras",
 )
-def test_a_model_out_of_orbax_trains_on_as_if_it_had_never_stopped(tmp_path):
+def test_a_model_loaded_from_orbax_trains_on_as_if_it_had_never_stopped(tmp_path):
     model = functional_model()
     orbax = keras.callbacks.OrbaxCheckpoint(
         str(tmp_path / "orbax"), save_freq="epoch", save_on_background=False
@@ -116,7 +117,7 @@ def test_a_model_out_of_orbax_trains_on_as_if_it_had_never_stopped(tmp_path):
 )
 class TestTensorFlowCheckpoint:
     @pytest.mark.parametrize("built", [True, False])
-    def test_brings_back_every_bit(self, tmp_path, built):
+    def test_a_tensorflow_checkpoint_restores_every_bit(self, tmp_path, built):
         import tensorflow as tf
 
         model = small.fit(small.model(nested()))
@@ -134,7 +135,8 @@ class TestTensorFlowCheckpoint:
         small.assert_same_bits(small.fit(other).get_weights(), small.fit(model).get_weights())
         small.assert_same_bits(other.optimizer.get_weights(), model.optimizer.get_weights())
 
-    def test_of_averages_has_lost_the_raw_weights_and_says_so(self, tmp_path):
+    @pytest.mark.slow_on("tensorflow")
+    def test_a_tensorflow_checkpoint_of_averages_says_that_it_lost_the_raw_weights(self, tmp_path):
         import tensorflow as tf
 
         model = small.fit(small.model(nested()))

@@ -1,4 +1,4 @@
-"""Decays give the weight of the new value, exactly at ten million steps too."""
+"""Decays give the weight of the new value. It is exact at ten million steps too."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from keras_avg import MovingAverage, decays
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "ema_pytorch.json"
 TOLERANCE = 1e-6  # rounding of a few float32 operations on numbers of order 1
-# Of a weight, relative: float32 rounds t, the logarithm and the exponential.
+# The relative tolerance of a weight. float32 rounds t, the logarithm and the exponential.
 WEIGHT_TOLERANCE = 1e-5 if keras.backend.backend() == "jax" else 1e-13
 LATE = [1, 2, 3, 10, 1000, 10**5, 10**7, 2**30]
 
@@ -25,7 +25,7 @@ def weight(decay, t, period=1):
 
 
 def fed(optimizer, values):
-    """The averages after each of the values that a variable is given; SGD(1) takes it there."""
+    """The averages after each of the given values of a variable. SGD(1) moves it to each value."""
     variable, averages = keras.Variable(values[0]), []
     for value in values[1:]:
         gradient = small.numpy(variable) - value
@@ -35,7 +35,7 @@ def fed(optimizer, values):
     return averages
 
 
-def test_numbers_to_check_in_the_head():
+def test_averages_of_each_decay_are_computed_in_the_head():
     assert decays.HalfLife(1).value_weight(1, 1) == pytest.approx(0.5)
     assert decays.HalfLife(10).value_weight(1, 20) == pytest.approx(0.75)
     mean = decays.PowerFunction(gamma=0)
@@ -46,7 +46,7 @@ def test_numbers_to_check_in_the_head():
 
 
 @pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
-def test_the_exponents_of_the_paper(sigma_rel, gamma):
+def test_the_exponents_are_those_of_the_paper(sigma_rel, gamma):
     decay = decays.PowerFunction(sigma_rel)
     assert decay.gamma == pytest.approx(gamma, abs=0.005)
     assert decay.sigma_rel == pytest.approx(sigma_rel, rel=1e-12)
@@ -55,7 +55,7 @@ def test_the_exponents_of_the_paper(sigma_rel, gamma):
 
 @pytest.mark.parametrize("period", [1, 7])
 @pytest.mark.parametrize("t", LATE)
-def test_weights_are_those_of_float64_at_any_time(t, period):
+def test_weights_equal_those_of_float64_at_any_time(t, period):
     power = decays.PowerFunction(0.05)
     expected = 1.0
     if t > period:
@@ -73,11 +73,11 @@ def test_weights_are_those_of_float64_at_any_time(t, period):
 
 
 @pytest.mark.parametrize("f", [0.05, 0.5])
-def test_a_half_life_fraction_is_the_half_life_over_the_time(f):
-    """Of what there was at time t, half is left at the time at which f t have passed."""
+def test_a_half_life_fraction_is_the_half_life_divided_by_the_time(f):
+    """After further f t steps, the average of time t has half of its weight."""
     decay, t = decays.PowerFunction(half_life_fraction=f), 10**6
     left = math.exp((decay.gamma + 1) * math.log(1 - f))
-    assert left == pytest.approx(0.5, abs=f / 2)  # for small f
+    assert left == pytest.approx(0.5, abs=f / 2)  # This is exact only for small f.
     assert weight(decay, t) * t == pytest.approx(math.log(2) / f, rel=1e-4)
 
 
@@ -93,6 +93,7 @@ def test_the_profile_is_a_power_of_the_step(period):
     np.testing.assert_allclose(average, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_nested_averages_each_have_their_own_length():
     short, long = decays.PowerFunction(0.05), decays.PowerFunction(0.10)
     inner = MovingAverage(optimizers.SGD(0.1), average_decay=short)
@@ -106,8 +107,9 @@ def test_nested_averages_each_have_their_own_length():
             np.testing.assert_allclose(average, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.parametrize("case", ["warm-up", "warm-up 3/4, least 0.2"])
-def test_the_warm_up_is_that_of_ema_pytorch(case):
+def test_the_warm_up_equals_that_of_ema_pytorch(case):
     record = json.loads(GOLDEN.read_text())
     given, recorded = record["cases"][case]["arguments"], record["cases"][case]["average"]
     for v, shape in enumerate(record["shapes"]):
@@ -121,7 +123,7 @@ def test_the_warm_up_is_that_of_ema_pytorch(case):
             np.testing.assert_allclose(average, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_a_half_life_is_the_constant_decay_of_that_length():
+def test_a_half_life_equals_the_constant_decay_of_that_length():
     values = np.random.default_rng(6).normal(size=(9, 3)).astype("float32")
     optimizer = MovingAverage(
         optimizers.SGD(1.0), average_decay=decays.HalfLife(4), average_period=2
@@ -134,7 +136,7 @@ def test_a_half_life_is_the_constant_decay_of_that_length():
 @pytest.mark.parametrize(
     "decay", [decays.PowerFunction(0.1), decays.PowerWarmup(0.9), decays.HalfLife(3)]
 )
-def test_until_the_start_step_the_average_follows_and_time_counts_from_there(decay):
+def test_the_average_follows_until_the_start_step_and_time_counts_from_there(decay):
     values = np.random.default_rng(7).normal(size=(9, 3)).astype("float32")
     late = MovingAverage(optimizers.SGD(1.0), average_decay=decay, start_step=3)
     averages = fed(late, values)
@@ -150,7 +152,7 @@ class OneOverT(decays.Decay):
         return 1.0 / ops.cast(t, "float32")
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(2, jax=1, tensorflow=1)
 @pytest.mark.parametrize(
     "decay",
     [
@@ -200,11 +202,11 @@ def test_a_decay_is_part_of_config_and_file(decay, tmp_path):
         ),
     ],
 )
-def test_bad_arguments_are_refused(make, match):
+def test_bad_arguments_of_decays_are_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
 
 
-def test_the_base_class_cannot_be_constructed():
+def test_the_base_class_of_decays_cannot_be_constructed():
     with pytest.raises(TypeError, match="value_weight"):
         decays.Decay()

@@ -1,4 +1,4 @@
-"""Communicators without a network: the environment, packing, and sums over threads."""
+"""Communicators without a network: the launcher's environment, packing, and sums over threads."""
 
 import json
 
@@ -43,7 +43,7 @@ not_tensorflow = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def without_launcher(monkeypatch):
-    """No launcher's variables, and no communicator from an earlier test."""
+    """Removes the variables of launchers, and the communicator of an earlier test."""
     for names in VARIABLES.values():
         for name in names:
             monkeypatch.delenv(name, raising=False)
@@ -52,7 +52,7 @@ def without_launcher(monkeypatch):
 
 @pytest.fixture
 def launcher(monkeypatch):
-    """Sets the launcher's variables, changed as told; None leaves one out."""
+    """Sets the launcher's variables, with some changes. The value None leaves a variable out."""
 
     def sets(changes):
         for name, value in (VARIABLES[BACKEND] | changes).items():
@@ -66,6 +66,7 @@ def numpy(array):
     return np.array(ops.convert_to_numpy(array), copy=True)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_without_a_launcher_the_worker_is_alone():
     communicator = keras_avg.distributed.initialize()
     assert isinstance(communicator, LocalCommunicator)
@@ -79,7 +80,7 @@ def test_initialize_gives_the_same_communicator_again():
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), True, None, "600"])
-def test_timeout_is_a_positive_number(timeout):
+def test_a_timeout_that_is_not_a_positive_number_is_refused(timeout):
     with pytest.raises(ValueError, match="`timeout` must be a positive number, in seconds"):
         keras_avg.distributed.initialize(timeout)
 
@@ -97,7 +98,7 @@ def test_a_job_of_one_worker_needs_no_engine(launcher):
 
 @not_tensorflow
 @pytest.mark.parametrize("missing", VARIABLES[BACKEND])
-def test_a_job_named_in_part_is_refused(launcher, missing):
+def test_a_job_with_missing_variables_is_refused(launcher, missing):
     launcher({missing: None})
     with pytest.raises(ValueError, match=f"not set: {missing}. Start the program by its launcher"):
         keras_avg.distributed.initialize()
@@ -140,14 +141,14 @@ def test_the_chief_of_a_tf_config_is_worker_0(launcher, task, place):
 
 
 @only_tensorflow
-def test_an_evaluator_stands_beside_the_job(launcher):
+def test_an_evaluator_is_not_a_worker_of_the_job(launcher):
     task = {"type": "evaluator", "index": 0}
     launcher({"TF_CONFIG": json.dumps({"cluster": CLUSTER, "task": task})})
     assert isinstance(keras_avg.distributed.initialize(), LocalCommunicator)
 
 
 class Pair(keras_avg.distributed.Communicator):
-    """One of two workers that hold the same; as short as a subclass can be."""
+    """One of two workers with the same values. It is the shortest possible subclass."""
 
     def __init__(self, rank):
         self.rank, self.size = rank, 2
@@ -158,7 +159,7 @@ class Pair(keras_avg.distributed.Communicator):
         return [2 * numpy(array) for array in arrays]
 
 
-def test_a_communicator_needs_a_place_and_a_sum():
+def test_a_subclass_of_communicator_needs_only_a_rank_a_size_and_a_sum():
     chief, other = Pair(0), Pair(1)
     assert (chief.is_chief, other.is_chief) == (True, False)
     chief.barrier()
@@ -178,7 +179,7 @@ def test_a_communicator_is_given_arrays_and_not_variables(dtype):
     assert optimizer.num_snapshots == 1
     for array in pair.brought:
         assert not isinstance(array, keras.Variable)
-        assert np.asarray(array).dtype == "float32"  # apart from gradients, too
+        assert np.asarray(array).dtype == "float32"  # NumPy refuses a tensor that needs gradients.
 
 
 def test_the_sum_of_one_worker_is_a_copy():
@@ -192,7 +193,7 @@ def test_the_sum_of_one_worker_is_a_copy():
     assert LocalCommunicator().all_reduce_sum([]) == []
 
 
-def test_later_sums_leave_earlier_ones_alone():
+def test_later_sums_do_not_change_earlier_ones():
     communicator, results = LocalCommunicator(), []
     for step in range(4):
         if step == 3:
@@ -203,7 +204,7 @@ def test_later_sums_leave_earlier_ones_alone():
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="donated memory is JAX's")
-def test_what_is_assigned_from_a_sum_may_be_donated():
+def test_variables_assigned_from_a_sum_can_be_donated():
     import jax
 
     expected = np.arange(64 * 64, dtype="float32").reshape(64, 64)
@@ -249,7 +250,7 @@ def test_variables_in_half_precision_are_summed_in_float32():
 @pytest.mark.parametrize(
     "array", [np.arange(3), np.array([True]), np.ones(2, "complex64"), 1.0, [1.0]], ids=str
 )
-def test_only_arrays_of_floats_are_summed(array):
+def test_arrays_that_are_not_of_floats_are_refused(array):
     with pytest.raises(ValueError, match="Only arrays of floats"):
         LocalCommunicator().all_reduce_sum([array])
 
@@ -259,7 +260,7 @@ shapes = st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1
 
 @settings(max_examples=50, deadline=None)
 @given(shapes, shapes)
-def test_descriptions_are_equal_where_shapes_are(shapes, others):
+def test_descriptions_are_equal_if_and_only_if_shapes_are_equal(shapes, others):
     first, second = (
         _payload.description([np.ones(shape, "float32") for shape in each], "float32")
         for each in (shapes, others)
@@ -273,13 +274,13 @@ def test_the_dtype_of_the_payload_is_part_of_its_description():
     assert single != double
 
 
-def test_the_payload_is_as_wide_as_its_widest_array_and_float32_at_least():
+def test_the_payload_has_the_dtype_of_its_widest_array_and_at_least_float32():
     narrow = [keras.Variable(np.ones(2), dtype=dtype) for dtype in ("float16", "bfloat16")]
     assert _payload.payload_dtype(narrow) == "float32"
     assert _payload.payload_dtype([*narrow, np.ones(2, "float64")]) == "float64"
 
 
-def test_the_weighted_mean_of_two_workers():
+def test_the_weighted_mean_of_two_workers_is_right():
     def work(communicator):
         array = np.array([1.0, 2.0], "float32") if communicator.rank else np.zeros(2, "float32")
         return weighted_sum(communicator, [array], 3.0 if communicator.rank else 1.0)
@@ -291,7 +292,7 @@ def test_the_weighted_mean_of_two_workers():
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
-def test_the_weighted_mean_is_that_of_repeated_arrays(weights, seed):
+def test_the_weighted_mean_equals_the_mean_of_repeated_arrays(weights, seed):
     arrays = np.random.default_rng(seed).normal(size=(len(weights), 2, 3)).astype("float32")
     repeated = np.repeat(arrays.astype("float64"), weights, axis=0)
 
@@ -303,12 +304,12 @@ def test_the_weighted_mean_is_that_of_repeated_arrays(weights, seed):
         assert total == sum(weights)
         if total == 0:
             assert not np.any(sums[0])
-        else:  # float32 rounds each product and each sum
+        else:  # float32 rounds each product and each sum.
             np.testing.assert_allclose(sums[0] / total, repeated.mean(0), rtol=0, atol=2e-6)
         np.testing.assert_array_equal(sums[1], sums[0][0])
 
 
-def test_a_weight_of_zero_keeps_non_finite_values_out_and_broadcasts_the_others_bits():
+def test_a_weight_of_zero_keeps_nonfinite_values_out_and_broadcasts_the_bits_of_others():
     def work(communicator):
         own = np.array([0.1, -0.0, np.pi]) if communicator.rank == 1 else np.array([np.nan] * 3)
         variable = keras.Variable(own, dtype="float32")
@@ -328,13 +329,13 @@ def test_half_precision_is_weighted_in_float32():
 
 
 @pytest.mark.parametrize("weight", [-1, float("nan"), float("inf")])
-def test_a_weight_is_finite_and_not_negative(weight):
+def test_a_weight_that_is_negative_or_not_finite_is_refused(weight):
     with pytest.raises(ValueError, match="`weight` must be a finite number >= 0"):
         weighted_sum(LocalCommunicator(), [], weight)
 
 
 class FakeEngine:
-    """Worker 1 of three; `brought` and `error` are what its meetings give."""
+    """The engine of worker 1 of three. Its meetings return `brought`, or raise `error`."""
 
     rank, size = 1, 3
 
@@ -351,7 +352,7 @@ class FakeEngine:
         return arrays
 
 
-def test_workers_that_bring_different_arrays_are_told_so_and_can_go_on():
+def test_workers_that_bring_different_arrays_get_an_error_and_can_go_on():
     engine = FakeEngine(brought=[1, 2, 32, 0])
     communicator = EngineCommunicator(engine, 5.0)
     with pytest.raises(
@@ -370,7 +371,7 @@ def test_workers_that_bring_different_arrays_are_told_so_and_can_go_on():
     ("missing", "who"),
     [((0, 2), r"has lost worker\(s\) 0, 2:"), ((), "has lost some"), ((1,), "has lost some")],
 )
-def test_a_lost_worker_is_an_error_then_and_ever_after(missing, who):
+def test_a_lost_worker_is_an_error_in_this_call_and_all_later_ones(missing, who):
     engine = FakeEngine(error=communicators.UnreachableError("connection reset", missing))
     communicator = EngineCommunicator(engine, 5.0)
     with pytest.raises(RuntimeError, match=f"Worker 1 of 3 {who}.*said: connection reset") as first:
@@ -383,7 +384,7 @@ def test_a_lost_worker_is_an_error_then_and_ever_after(missing, who):
 
 
 def test_fake_workers_sum_in_the_order_of_ranks():
-    big = [1.0, 2.0**-24, 2.0**-24]  # in float32 the sum depends on the order
+    big = [1.0, 2.0**-24, 2.0**-24]  # The sum in float32 depends on the order.
 
     def work(communicator):
         array = np.array(big[communicator.rank], "float32")

@@ -1,4 +1,4 @@
-"""A test that the docs name as a proof exists."""
+"""Each test that the docs name as a proof exists."""
 
 import ast
 import pathlib
@@ -8,7 +8,7 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 PAGES = sorted((HERE.parent / "docs").glob("*.md"))
-# `test_file.py::test_name`, perhaps with folder, class, or one of its parameters in brackets
+# `test_file.py::test_name`. It may have a folder, a class, and a parameter in brackets.
 PROOF = re.compile(
     r"`((?:integration_tests/|tests/)?test_\w+\.py)::(?:\w+::)*(\w+)(?:\[([^\]]+)\])?`"
 )
@@ -19,10 +19,10 @@ def path_of(file):
 
 
 def names_and_strings(file):
-    """Functions and classes of a test file, and all that may name a parameter in it."""
+    """The functions and classes of a test file, and all strings that may name a parameter in it."""
     nodes = list(ast.walk(ast.parse(path_of(file).read_text())))
     defined = {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-    nodes += ast.walk(ast.parse((HERE / "wrappers.py").read_text()))  # the contract's parameters
+    nodes += ast.walk(ast.parse((HERE / "wrappers.py").read_text()))  # parameters of the contract
     strings = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     return defined, defined | strings
 
@@ -39,12 +39,13 @@ def missing(text):
             yield f"{file} has no parameter {parameter}"
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_test_named_in_the_docs_exists(page):
     assert list(missing(page.read_text())) == []
 
 
-def test_each_cell_of_the_features_names_a_test_or_a_reason():
+def test_each_cell_in_the_table_of_features_names_a_test_or_a_reason():
     text = (HERE.parent / "docs" / "features.md").read_text()
     rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) > 30
@@ -55,7 +56,8 @@ def test_each_cell_of_the_features_names_a_test_or_a_reason():
             assert any(PROOF.search(cell) for cell in cells), f"{feature} is not proven anywhere"
 
 
-def test_the_first_snippet_of_the_readme_averages_something(tmp_path, monkeypatch):
+@pytest.mark.slow_on("jax", "tensorflow")
+def test_the_first_snippet_of_the_readme_makes_averages(tmp_path, monkeypatch):
     snippet = re.search(r"```python\n(.*?)```", (HERE.parent / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -67,7 +69,7 @@ def test_the_first_snippet_of_the_readme_averages_something(tmp_path, monkeypatc
     assert (tmp_path / "averaged.keras").exists()
 
 
-def test_the_search_finds_what_it_looks_for():
+def test_the_search_finds_names_of_tests():
     text = "`test_no.py::test_a` `test_docs.py::test_b` `test_docs.py::missing[1 2]` `a.py::b`"
     assert list(missing(text)) == [
         "test_no.py does not exist",

@@ -1,4 +1,4 @@
-"""Variables that are left out of averages, and averages that are read without a swap."""
+"""Variables can be excluded from averaging, and averages can be read without a swap."""
 
 import keras
 import numpy as np
@@ -14,11 +14,9 @@ BACKEND = keras.backend.backend()
 
 
 class TestExclude:
-    @pytest.mark.sample(4)
+    @pytest.mark.sample(4, jax=1, tensorflow=1)
     @each_wrapper
-    def test_a_variable_that_matches_has_no_average_and_keeps_its_raw_value(
-        self, wrapper, tmp_path
-    ):
+    def test_an_excluded_variable_has_no_average_and_keeps_its_raw_value(self, wrapper, tmp_path):
         optimizer = WRAPPERS[wrapper].make(optimizers.SGD(0.1), exclude=["bias", "^small/norm/"])
         model = small.fit(small.model(optimizer))
         raw = [small.numpy(v) for v in model.trainable_variables]
@@ -41,22 +39,23 @@ class TestExclude:
         small.assert_same_bits(loaded.get_weights(), model.get_weights())
         small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
 
-    def test_is_part_of_the_config(self):
+    def test_exclude_is_part_of_the_config(self):
         optimizer = SWA("sgd", exclude=["bias", r"norm/.*"])
         assert SWA.from_config(optimizer.get_config()).exclude == ["bias", r"norm/.*"]
 
-    def test_training_is_not_changed(self):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_exclude_does_not_change_training(self):
         models = [small.fit(small.model(o)) for o in (SWA("adam", exclude=["bias"]), "adam")]
         small.assert_same_bits(*(m.get_weights() for m in models))
 
-    def test_lookahead_does_not_pull_it_back(self):
+    def test_lookahead_does_not_change_an_excluded_variable(self):
         free, pulled = keras.Variable([0.0], name="free"), keras.Variable([0.0], name="pulled")
         optimizer = Lookahead(optimizers.SGD(1.0), 2, 0.5, exclude=["free"])
         small.apply(optimizer, [free, pulled], [[-1.0], [-1.0]], times=2)
         np.testing.assert_array_equal(free, [2.0])
         np.testing.assert_array_equal(pulled, [1.0])
 
-    def test_a_non_finite_one_does_not_keep_the_others_out(self):
+    def test_a_nonfinite_excluded_variable_does_not_prevent_an_averaging(self):
         bad, good = keras.Variable([np.nan], name="bad"), keras.Variable([1.0], name="good")
         optimizer = SWA(optimizers.SGD(1.0), 0, 1, skip_nonfinite=True, exclude=["bad"])
         small.apply(optimizer, [bad, good], [[0.0], [0.0]])
@@ -67,7 +66,7 @@ class TestExclude:
         with pytest.raises(ValueError, match=r"Received: 'biais'.*small/hidden/kernel"):
             model.optimizer.build(model.trainable_variables)
 
-    def test_no_variable_left_is_refused(self):
+    def test_excluding_all_variables_is_refused(self):
         model = small.model(SWA("sgd", exclude=["."]))
         with pytest.raises(ValueError, match="leaves 'SWA' no variable to average"):
             model.optimizer.build(model.trainable_variables)
@@ -75,12 +74,12 @@ class TestExclude:
     @pytest.mark.parametrize(
         ("wrong", "error"), [("bias", TypeError), ([1], TypeError), (["("], ValueError)]
     )
-    def test_what_is_no_list_of_patterns_is_refused(self, wrong, error):
+    def test_an_argument_that_is_not_a_list_of_patterns_is_refused(self, wrong, error):
         with pytest.raises(error, match="`exclude` must be a list"):
             SWA("sgd", exclude=wrong)
 
     @pytest.mark.skipif(BACKEND != "tensorflow", reason="about TensorFlow")
-    def test_a_native_variable_is_found_by_its_name(self):
+    def test_a_native_variable_is_excluded_by_its_name(self):
         import tensorflow as tf
 
         one, other = tf.Variable([1.0], name="one"), tf.Variable([1.0], name="other")
@@ -94,7 +93,8 @@ class TestReadingAverages:
     def trained(self):
         return small.fit(small.model(MovingAverage(optimizers.SGD(0.1), average_decay=0.9)))
 
-    def test_the_model_predicts_with_averages_and_holds_the_raw_weights(self):
+    @pytest.mark.slow_on("jax")
+    def test_the_model_predicts_with_averages_while_it_holds_raw_weights(self):
         model = self.trained()
         weights, state = model.get_weights(), model.optimizer.get_weights()
         x = ops.convert_to_tensor(small.X)
@@ -110,16 +110,18 @@ class TestReadingAverages:
         small.assert_same_bits(model.optimizer.get_weights(), state)
         assert not model.optimizer.averages_in_model
 
-    def test_what_is_assigned_inside_is_thrown_away(self):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_assignments_inside_the_context_are_lost(self):
         model = self.trained()
         weights = model.get_weights()
         with model.optimizer.reading_averages():
-            model(ops.convert_to_tensor(small.X), training=True)  # moves batch-norm statistics
+            # This call changes batch-normalization statistics.
+            model(ops.convert_to_tensor(small.X), training=True)
         small.assert_same_bits(model.get_weights(), weights)
 
     @pytest.mark.skipif(BACKEND == "jax", reason="a compiled JAX step is a function of states")
     @pytest.mark.parametrize("eagerly", [False, True])
-    def test_a_teacher_is_called_inside_a_train_step(self, eagerly):
+    def test_a_teacher_can_be_called_inside_a_train_step(self, eagerly):
         class MeanTeacher(keras.Sequential):
             def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
                 loss = super().compute_loss(x, y, y_pred, sample_weight, training)
@@ -140,14 +142,15 @@ class TestReadingAverages:
         assert np.any(small.numpy(model.trainable_variables[0]) != start[0])
 
     @pytest.mark.skipif(BACKEND != "jax", reason="about JAX")
-    def test_a_compiled_jax_step_is_told_what_to_call(self):
+    def test_the_error_in_a_compiled_jax_step_says_what_to_call(self):
         model = self.trained()
         reading = model.optimizer.reading_averages()
         with keras.StatelessScope(), pytest.raises(RuntimeError, match="stateless_call"), reading:
             pass
 
+    @pytest.mark.slow_on("jax")
     @pytest.mark.skipif(BACKEND != "jax", reason="about JAX")
-    def test_what_it_is_told_works_in_a_compiled_step(self):
+    def test_stateless_call_with_averages_works_in_a_compiled_jax_step(self):
         import jax
 
         model = self.trained()
@@ -165,13 +168,14 @@ class TestReadingAverages:
             expected = model.predict(small.X, verbose=0)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
-    def test_before_the_first_snapshot_it_is_refused(self):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_reading_averages_before_the_first_snapshot_is_refused(self):
         model = small.fit(small.model(SWA("sgd", start_averaging=100)), epochs=1)
         with pytest.raises(ValueError, match="no snapshot yet"), model.optimizer.reading_averages():
             pass
 
     @pytest.mark.skipif(BACKEND != "tensorflow", reason="about TensorFlow")
-    def test_native_variables_are_sent_to_the_swap(self):
+    def test_reading_averages_of_native_variables_is_refused(self):
         import tensorflow as tf
 
         variable = tf.Variable([1.0])
@@ -180,7 +184,8 @@ class TestReadingAverages:
         with pytest.raises(ValueError, match="average_weights"), optimizer.reading_averages():
             pass
 
-    def test_nothing_is_swapped_for_others(self):
+    @pytest.mark.slow_on("tensorflow")
+    def test_reading_averages_swaps_nothing(self):
         model = self.trained()
         with model.optimizer.reading_averages():
             assert not model.optimizer.averages_in_model

@@ -1,4 +1,4 @@
-"""Files of models that changed: low-rank layers, quantized and float8 models, members, bombs."""
+"""Files of unusual models: low-rank, quantized and float8 ones, members, and very large files."""
 
 import h5py
 import keras
@@ -12,7 +12,7 @@ from keras_avg import SWA, MovingAverage
 
 X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
 Y = X.sum(1, keepdims=True)
-TOLERANCE = 1e-4  # of predictions of order 1, after a kernel and its factors were added up
+TOLERANCE = 1e-4  # of predictions of order 1, after a kernel and its factors were merged
 
 
 def predictions(model, x=X):
@@ -20,7 +20,7 @@ def predictions(model, x=X):
 
 
 def dropped(caught):
-    """How many warnings say that averages were dropped; Keras warns of the inner optimizer."""
+    """The number of warnings about dropped averages. Keras itself warns of the inner optimizer."""
     return sum("belong to no variable any more" in str(warning.message) for warning in caught)
 
 
@@ -29,7 +29,7 @@ def has_method(layer, method):
 
 
 def low_rank(layer, inputs):
-    """A model with one layer of low-rank factors, which alone are trained beside the last bias."""
+    """A model with one layer of low-rank factors. Only these and the last bias are trained."""
     x = keras.Input(inputs)
     model = keras.Model(x, layers.Dense(1)(layers.Flatten()(layer(x))))
     layer.enable_lora(2)
@@ -59,7 +59,7 @@ class TestLayersThatStoreSomethingElse:
 
     @pytest.mark.sample(2)
     @pytest.mark.parametrize("kind", LOW_RANK)
-    def test_averages_out_of_a_file_are_refused_with_the_way_to_keep_them(self, kind, tmp_path):
+    def test_averages_that_a_low_rank_file_lacks_are_refused_with_advice(self, kind, tmp_path):
         model, x = self.trained(kind)
         raw = predictions(model, x)
         model.save(tmp_path / "model.keras")
@@ -73,14 +73,12 @@ class TestLayersThatStoreSomethingElse:
             ):
                 use(loaded)
         np.testing.assert_allclose(predictions(loaded, x), raw, atol=TOLERANCE)
-        with model.optimizer.average_weights():  # those in the process stay
+        with model.optimizer.average_weights():  # The averages in this process are still there.
             assert np.abs(predictions(model, x) - raw).max() > 10 * TOLERANCE
 
     @pytest.mark.sample(1)
     @pytest.mark.parametrize("kind", LOW_RANK)
-    def test_a_file_of_the_averages_predicts_them_and_says_that_raw_weights_are_lost(
-        self, kind, tmp_path
-    ):
+    def test_a_low_rank_file_of_the_averages_says_that_raw_weights_are_lost(self, kind, tmp_path):
         model, x = self.trained(kind)
         with model.optimizer.average_weights():
             averaged = predictions(model, x)
@@ -98,7 +96,7 @@ class TestLayersThatStoreSomethingElse:
         keras_avg.assign_average_vars(again)
         again.fit(x, Y, verbose=0)
 
-    def test_layers_that_store_their_variables_in_their_own_way_are_no_such_case(self, tmp_path):
+    def test_layers_with_a_file_format_of_their_own_keep_their_averages(self, tmp_path):
         model = keras.Sequential(
             [keras.Input((4,)), Transposed(), layers.SpectralNormalization(layers.Dense(1))]
         )
@@ -152,7 +150,9 @@ class TestQuantizedModels:
     @pytest.mark.sample(2)
     @pytest.mark.parametrize("use", USES)
     @pytest.mark.parametrize("optimizer", [None, lambda: SWA(MovingAverage("sgd"), 0, 1)])
-    def test_load_with_one_warning_for_what_belongs_to_no_variable(self, use, optimizer, tmp_path):
+    def test_a_quantized_model_loads_with_one_warning_for_dropped_averages(
+        self, use, optimizer, tmp_path
+    ):
         model = self.trained(optimizer and optimizer())
         USES[use](model)
         expected = predictions(self.quantized(model))
@@ -167,7 +167,7 @@ class TestQuantizedModels:
         with pytest.raises(ValueError, match="then quantize and save"):
             keras_avg.swap_weights(loaded)
 
-    def test_weights_go_into_a_fresh_quantized_model(self, tmp_path):
+    def test_weights_of_a_quantized_model_load_into_a_new_one(self, tmp_path):
         model = self.quantized(self.trained())
         model.save_weights(tmp_path / "model.weights.h5")
         fresh = keras.Sequential([keras.Input((4,)), layers.Dense(8), layers.Dense(1)])
@@ -198,7 +198,7 @@ class TestQuantizedModels:
         assert dropped(caught) == 1
         small.assert_same_bits(loaded.get_weights(), model.get_weights())
 
-    def test_a_layer_taken_off_takes_its_averages_along_and_leaves_the_others(self, tmp_path):
+    def test_averages_of_a_removed_layer_are_dropped_and_others_are_kept(self, tmp_path):
         model = self.trained(SWA(optimizers.SGD(0.01), 0, 1))
         averages = small.slots(model.optimizer, model.layers[0].trainable_variables)
         model.pop()
@@ -221,7 +221,9 @@ class TestFloat8:
         ],
         ids=["nested", "adam"],
     )
-    def test_averages_go_to_the_variables_of_their_paths(self, wrapper, swapped, tmp_path):
+    def test_averages_of_float8_models_go_to_the_variables_of_their_paths(
+        self, wrapper, swapped, tmp_path
+    ):
         keras.utils.set_random_seed(0)
         layer = layers.Dense(6)
         layer.build((None, 4))
@@ -256,7 +258,7 @@ class TestFloat8:
 
 
 def named(names, optimizer):
-    """Layers of one shape under these names, in this order."""
+    """A model of layers with the same shape and these names, in this order."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [keras.Input((4,)), *(layers.Dense(4, name=name) for name in names)], name="named"
@@ -265,8 +267,9 @@ def named(names, optimizer):
     return model
 
 
-def test_an_average_goes_where_its_path_says_not_where_its_number_does(tmp_path):
-    """The file's averages are numbered in one order, the model's variables are in another."""
+@pytest.mark.slow_on("tensorflow")
+def test_an_average_goes_to_the_variable_of_its_path_and_not_of_its_number(tmp_path):
+    """The file numbers the averages in another order than that of the model's variables."""
     model = named("ab", SWA(optimizers.SGD(0.01), 0, 1))
     model.fit(X, X, batch_size=8, verbose=0)
     model.save_weights(tmp_path / "model.weights.h5")
@@ -282,8 +285,9 @@ def test_an_average_goes_where_its_path_says_not_where_its_number_does(tmp_path)
     small.assert_same_bits(other.optimizer.get_weights(), model.optimizer.get_weights())
 
 
+@pytest.mark.slow_on("tensorflow")
 @pytest.mark.parametrize("without", ["paths", "names"])
-def test_where_paths_do_not_tell_the_order_does_as_in_files_of_0_1(tmp_path, without):
+def test_averages_go_by_order_if_paths_are_missing_as_in_files_of_0_1(tmp_path, without):
     model = named("ab", SWA(MovingAverage("sgd"), 0, 1))
     model.fit(X, X, batch_size=8, verbose=0)
     model.optimizer.swap_weights()
@@ -303,9 +307,10 @@ def test_where_paths_do_not_tell_the_order_does_as_in_files_of_0_1(tmp_path, wit
 @pytest.mark.skipif(
     not hasattr(optimizers, "MultiOptimizer"), reason="MultiOptimizer came with Keras 3.15"
 )
-@pytest.mark.filterwarnings("ignore:Skipping variable loading")  # by Keras, of its own optimizers
+# Keras gives this warning about its own optimizers.
+@pytest.mark.filterwarnings("ignore:Skipping variable loading")
 class TestMembersOfAMultiOptimizer:
-    """Keras visits a member twice, the second time with an empty store."""
+    """Keras loads a member twice. The second time its store is empty."""
 
     def model(self, pattern, wrap=lambda member: member):
         model = named("ab", wrap(self.members(pattern)))
@@ -318,7 +323,7 @@ class TestMembersOfAMultiOptimizer:
         return optimizers.MultiOptimizer(members)
 
     @pytest.mark.parametrize("swapped", [False, True])
-    def test_a_state_that_does_not_fit_is_refused_whole(self, tmp_path, swapped):
+    def test_a_state_of_members_that_does_not_fit_is_refused_completely(self, tmp_path, swapped):
         saved, other = self.model("named/b/.*"), self.model("nothing")
         if swapped:
             keras_avg.swap_weights(saved)
@@ -330,7 +335,8 @@ class TestMembersOfAMultiOptimizer:
         assert not wrapper.averages_in_model
         small.assert_same_bits(wrapper.get_weights()[:7], state[:7])
 
-    def test_a_state_that_fits_is_loaded_after_one_that_did_not(self, tmp_path):
+    @pytest.mark.slow_on("tensorflow")
+    def test_a_state_of_members_that_fits_is_loaded_after_one_that_did_not_fit(self, tmp_path):
         saved, other = self.model("named/b/.*"), self.model("nothing")
         saved.save_weights(tmp_path / "m.weights.h5")
         other.save_weights(tmp_path / "o.weights.h5")
@@ -338,7 +344,7 @@ class TestMembersOfAMultiOptimizer:
             other.load_weights(tmp_path / "m.weights.h5")
         other.load_weights(tmp_path / "o.weights.h5")
         fresh = named("ab", self.members("nothing"))
-        fresh.save_weights(tmp_path / "unbuilt.weights.h5")  # an empty store
+        fresh.save_weights(tmp_path / "unbuilt.weights.h5")  # This store is empty.
         other.load_weights(tmp_path / "unbuilt.weights.h5")
 
 
@@ -352,7 +358,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_small_file_that_claims_gigabytes_is_refused_unread(name, tmp_path):
+def test_a_small_file_that_claims_gigabytes_is_refused_before_it_is_read(name, tmp_path):
     import resource
 
     model = small.fit(small.model(SWA("sgd", 0, 1)), epochs=1)
@@ -373,7 +379,8 @@ def test_a_small_file_that_claims_gigabytes_is_refused_unread(name, tmp_path):
     small.assert_same_bits(model.optimizer.get_weights(), state)
 
 
-def test_many_small_slots_of_a_file_are_bounded_too(tmp_path):
+@pytest.mark.slow_on("jax", "tensorflow")
+def test_a_file_with_too_many_small_slots_is_refused(tmp_path):
     model = small.fit(small.model(SWA("sgd", 0, 1)), epochs=1)
     model.save_weights(tmp_path / "m.weights.h5")
     shape = tuple(model.trainable_variables[0].shape)
@@ -385,20 +392,21 @@ def test_many_small_slots_of_a_file_are_bounded_too(tmp_path):
 
 
 class TestOptimizersWithoutVariables:
-    def test_state_in_a_list_goes_there_and_back(self):
+    def test_the_state_of_an_optimizer_without_variables_is_set_from_a_list(self):
         for optimizer in (SWA("adam"), SWA(MovingAverage("sgd"))):
             optimizer.build([])
             before = optimizer.get_weights()
             optimizer.set_weights([array + 1 for array in before])
             small.assert_same_bits(optimizer.get_weights(), [array + 1 for array in before])
 
-    def test_a_list_of_another_length_is_refused_as_before(self):
+    def test_a_list_of_the_wrong_length_is_refused(self):
         optimizer = SWA("adam")
         optimizer.build([])
         with pytest.raises(ValueError, match="no variables to set before it is built"):
             optimizer.set_weights([np.zeros(3)] * 20)
 
-    def test_of_a_compiled_model_take_nothing_from_a_file_half(self, tmp_path):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_an_optimizer_that_is_not_built_takes_nothing_from_a_file(self, tmp_path):
         model = small.fit(small.model(SWA(MovingAverage(optimizers.SGD(0.5)), 0, 1)), epochs=1)
         model.save_weights(tmp_path / "m.weights.h5")
         other = small.model(SWA(MovingAverage(optimizers.SGD(0.1)), 0, 1))

@@ -1,7 +1,8 @@
-"""Files that version 0.1 wrote, on torch, load bit for bit on every backend.
+"""Files that version 0.1 wrote on torch are loaded bit for bit on every backend.
 
-`SWA(MovingAverage(Adam))` after six steps of the small model, with an added slot and an added
-weight: with the raw weights in the model, and swapped with batch-norm statistics of the averages.
+They hold the small model after six steps of `SWA(MovingAverage(Adam))`, with an added slot and an
+added weight. In one file the model has the raw weights. In the other it is swapped, and has
+batch-normalization statistics of the averages.
 """
 
 import pathlib
@@ -29,8 +30,9 @@ def built():
     return model
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.parametrize("name", ["raw.keras", "raw.weights.h5"])
-def test_a_file_of_raw_weights(name):
+def test_a_file_of_0_1_with_raw_weights_is_loaded(name):
     if name == "raw.keras":
         model = keras.saving.load_model(FILES / name)
     else:
@@ -42,7 +44,7 @@ def test_a_file_of_raw_weights(name):
     assert model.optimizer.num_snapshots == 6
 
 
-def test_a_file_of_averages():
+def test_a_file_of_0_1_with_averages_is_loaded():
     model = keras.saving.load_model(FILES / "swapped.keras")
     small.assert_same_bits(model.get_weights(), expected("averaged"))
     assert model.optimizer.averages_in_model

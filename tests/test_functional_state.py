@@ -1,4 +1,4 @@
-"""What loops ask that keep the optimizer's state in a list of their own."""
+"""Functions for training loops that keep the optimizer's state in a list."""
 
 import keras
 import numpy as np
@@ -30,7 +30,7 @@ def arrays(tensors):
 
 
 @cannot_apply
-def test_before_the_first_snapshot_the_raw_values_are_there():
+def test_stateless_average_returns_raw_values_before_the_first_snapshot():
     optimizer, trainable, state = built(SWA(optimizers.SGD(0.5), start_averaging=2))
     for done in range(4):
         averages = arrays(optimizer.stateless_average(state, trainable))
@@ -41,11 +41,11 @@ def test_before_the_first_snapshot_the_raw_values_are_there():
         if done < 3:
             assert not any(map(np.any, arrays(optimizer.stateless_average(state))))
         trainable, state = step(optimizer, trainable, state)
-    assert not optimizer.has_average  # which is about the optimizer's own variables
+    assert not optimizer.has_average  # It reads the optimizer's own variables, and not the list.
 
 
 @cannot_apply
-def test_the_wrappers_inside_can_be_asked_too():
+def test_stateless_average_also_returns_averages_of_inner_wrappers():
     inner = MovingAverage(optimizers.SGD(2.0), average_decay=0.5)
     optimizer, trainable, state = built(SWA(inner, start_averaging=100))
     start = arrays(trainable)
@@ -59,7 +59,7 @@ def test_the_wrappers_inside_can_be_asked_too():
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="about jit")
-def test_both_are_jittable():
+def test_the_stateless_functions_can_be_compiled():
     import jax
 
     optimizer, trainable, state = built(SWA(optimizers.SGD(0.5), 0, 1))
@@ -69,7 +69,7 @@ def test_both_are_jittable():
     assert int(jax.jit(optimizer.stateless_num_snapshots)(state)) == 1
 
 
-def test_averages_of_low_precision_values_keep_their_dtype():
+def test_stateless_averages_of_low_precision_values_keep_their_dtype():
     optimizer = SWA("sgd")
     variable = keras.Variable([1.0], dtype="bfloat16")
     optimizer.build([variable])
@@ -79,7 +79,7 @@ def test_averages_of_low_precision_values_keep_their_dtype():
     np.testing.assert_array_equal(ops.convert_to_numpy(average), [1.0])
 
 
-def test_what_does_not_fit_is_refused():
+def test_lists_of_the_wrong_length_and_unrelated_optimizers_are_refused():
     optimizer, trainable, state = built(SWA("sgd"))
     for ask in (optimizer.stateless_average, optimizer.stateless_num_snapshots):
         with pytest.raises(ValueError, match="Received: a list of 3"):
@@ -98,7 +98,7 @@ class Constant(MeanByStep):
 
 
 @pytest.mark.parametrize("rule", [MeanByStep, Constant])
-def test_the_first_average_is_the_value_whatever_the_rule_makes_of_the_step(rule):
+def test_the_first_average_is_the_value_with_any_rule(rule):
     variable, inner = keras.Variable([1.0, 3.0]), optimizers.SGD(1.0)
     inner.build([variable])
     inner.iterations.assign(99)

@@ -1,4 +1,4 @@
-"""Aggregating, transforming and clipping before the inner optimizer sees the gradients."""
+"""Gradients are aggregated, transformed and clipped before the inner optimizer sees them."""
 
 import keras
 import numpy as np
@@ -22,12 +22,12 @@ def minus_one(grads_and_vars):
 
 
 def moved(variables):
-    """How far variables of one element have gone from 0, downhill."""
+    """How far variables with one element have moved from 0, against the gradient."""
     return [-small.numpy(v)[0] for v in variables]
 
 
 def step(gradient=(3.0, 4.0), inner=None, **arguments):
-    """How far one step of size 1 goes."""
+    """How far one step of size 1 moves a variable."""
     variable = keras.Variable(np.zeros(len(gradient)), dtype="float32")
     optimizer = SWA(inner or optimizers.SGD(1.0), **arguments)
     small.apply(optimizer, [variable], [gradient])
@@ -42,11 +42,11 @@ def step(gradient=(3.0, 4.0), inner=None, **arguments):
         ({"clipvalue": 3.5}, [3.0, 3.5]),
     ],
 )
-def test_clipping_on_the_wrapper(clipping, expected):
+def test_the_wrapper_clips_gradients(clipping, expected):
     np.testing.assert_allclose(step(**clipping), expected, rtol=TOLERANCE)
 
 
-def test_global_clipping_takes_all_variables_together():
+def test_global_clipping_uses_the_norm_over_all_variables():
     variables = [keras.Variable([0.0]), keras.Variable([0.0])]
     small.apply(SWA(optimizers.SGD(1.0), global_clipnorm=1.0), variables, [[3.0], [4.0]])
     np.testing.assert_allclose(moved(variables), [0.6, 0.8], rtol=TOLERANCE)
@@ -57,7 +57,7 @@ def test_two_ways_to_clip_exclude_each_other():
         SWA("sgd", clipnorm=1.0, clipvalue=1.0)
 
 
-def test_aggregator_then_transformers_then_clipping():
+def test_the_aggregator_comes_first_then_transformers_then_clipping():
     transformed = step(
         (3.0,), gradient_aggregator=minus_one, gradient_transformers=[doubled, minus_one]
     )
@@ -71,7 +71,7 @@ def test_aggregator_then_transformers_then_clipping():
     [{"clipnorm": 1.0}, {"gradient_transformers": [minus_one]}],
     ids=["clipping", "transformer"],
 )
-def test_gradients_are_unscaled_meanwhile(processing):
+def test_gradient_functions_and_clipping_see_unscaled_gradients(processing):
     scaled = step(
         (3.0 * 64, 4.0 * 64), inner=optimizers.SGD(1.0, loss_scale_factor=64.0), **processing
     )
@@ -114,7 +114,7 @@ def test_registered_functions_are_part_of_the_config():
     assert again.gradient_aggregator is minus_one
 
 
-def test_a_function_that_nobody_would_find_again_is_no_config():
+def test_a_function_that_is_not_registered_has_no_config():
     optimizer = SWA("sgd", gradient_transformers=[lambda pairs: pairs])
     with pytest.raises(ValueError, match="must be registered"):
         optimizer.get_config()
@@ -123,7 +123,7 @@ def test_a_function_that_nobody_would_find_again_is_no_config():
 @pytest.mark.parametrize(
     "wrong", [{"gradient_transformers": doubled}, {"gradient_transformers": [1]}]
 )
-def test_transformers_are_a_list_of_functions(wrong):
+def test_transformers_that_are_not_a_list_of_functions_are_refused(wrong):
     with pytest.raises(TypeError, match="must be a list of functions"):
         SWA("sgd", **wrong)
     with pytest.raises(TypeError, match="`gradient_aggregator` must be a function"):
@@ -135,7 +135,7 @@ def test_clipping_on_the_inner_optimizer_works_too():
     np.testing.assert_allclose(step((3.0,), inner=inner), [0.5], rtol=TOLERANCE)
 
 
-def test_untouched_gradients_reach_the_inner_optimizer_as_they_are():
+def test_gradients_reach_the_inner_optimizer_unchanged_without_functions():
     seen = []
 
     class Looks(optimizers.SGD):

@@ -1,4 +1,4 @@
-"""Memory that communicators use over again, on JAX and torch."""
+"""Communicators on JAX and torch use the same memory again."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ def address(array):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_it_is_aligned_and_of_the_size_that_was_asked_for(dtype):
+def test_host_memory_is_aligned_and_has_the_requested_size(dtype):
     memory = host_memory(1001, dtype)
     assert (memory.shape, memory.dtype) == ((1001,), dtype)
     assert address(memory) % ALIGNMENT == 0
@@ -19,12 +19,12 @@ def test_it_is_aligned_and_of_the_size_that_was_asked_for(dtype):
     np.testing.assert_array_equal(memory, np.arange(1001))
 
 
-def test_it_is_given_again_once_nothing_uses_it():
+def test_host_memory_is_used_again_once_nothing_uses_it():
     memory = host_memory(10_000, "float32")
     first = address(memory)
     nbytes = memory.nbytes + ALIGNMENT
     del memory
-    others = [np.empty(nbytes, "uint8") for _ in range(10)]  # which would get what is free
+    others = [np.empty(nbytes, "uint8") for _ in range(10)]  # They would get memory that is free.
     assert address(host_memory(10_000, "float32")) == first
     del others
 
@@ -38,7 +38,7 @@ def test_a_view_still_in_use_keeps_its_values():
     np.testing.assert_array_equal(part, 1)
 
 
-def test_another_size_is_other_memory():
+def test_another_size_gets_other_memory():
     memory = host_memory(100, "float32")
     assert host_memory(200, "float32").shape == (200,)
     assert memory.shape == (100,)

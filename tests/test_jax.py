@@ -1,4 +1,4 @@
-"""What is special about JAX: donated buffers, purged variables, functional loops."""
+"""Tests of what only JAX has: donated buffers, variables without values, functional loops."""
 
 import keras
 import numpy as np
@@ -16,6 +16,7 @@ def buffers(model):
     return [v.value.unsafe_buffer_pointer() for v in variables]
 
 
+@pytest.mark.slow_on("jax")
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -54,13 +55,13 @@ def test_no_two_variables_share_a_buffer(optimizer):
         lambda optimizer: optimizer.get_config(),
     ],
 )
-def test_members_that_need_variables_say_how_to_get_them_during_an_epoch(use):
+def test_errors_during_an_epoch_say_how_to_get_the_variables(use):
     errors = []
 
     class Looks(keras.callbacks.Callback):
         def __init__(self, optimizer):
             super().__init__()
-            self.optimizer = optimizer  # `self.model` would sync the state
+            self.optimizer = optimizer  # Reading `self.model` would sync the state.
 
         def on_train_batch_end(self, batch, logs=None):
             try:
@@ -75,7 +76,8 @@ def test_members_that_need_variables_say_how_to_get_them_during_an_epoch(use):
     assert all("model.jax_state_sync()" in error for error in errors)
 
 
-def test_a_scheduled_rate_and_a_pass_over_data_say_it_too():
+@pytest.mark.slow_on("jax")
+def test_a_scheduled_rate_and_update_batch_norm_say_how_to_get_the_variables():
     errors = []
 
     class Looks(keras.callbacks.Callback):
@@ -103,12 +105,13 @@ def test_a_functional_loop_averages_the_values_it_is_given():
     optimizer = MovingAverage(keras.optimizers.SGD(1.0), average_decay=0.5)
     variable = keras.Variable([0.0], dtype="float32")
     optimizer.build([variable])
-    trainable = [jax.numpy.array([4.0])]  # not the variable's value
+    trainable = [jax.numpy.array([4.0])]  # The variable has another value.
     state = [v.value for v in optimizer.variables]
     step = jax.jit(optimizer.stateless_apply)
 
     for _ in range(2):
-        trainable, state = step(state, [jax.numpy.array([1.0])], trainable)  # 3, 2
+        # The value is 3, and then 2.
+        trainable, state = step(state, [jax.numpy.array([1.0])], trainable)
 
     (average,) = optimizer.stateless_average(state)
     np.testing.assert_allclose(average, [0.5 * (0.5 * 4 + 0.5 * 3) + 0.5 * 2])
@@ -117,7 +120,10 @@ def test_a_functional_loop_averages_the_values_it_is_given():
 
 
 class TestAnErrorBeforeTheFirstStep:
-    """Keras takes the values away before it traces the step, and restores those of the last one."""
+    """Keras takes the values away before it traces the step.
+
+    After an error it restores the values of the last step, but here there was no step.
+    """
 
     def fail(self, optimizer):
         class Fails(keras.Sequential):
@@ -131,13 +137,13 @@ class TestAnErrorBeforeTheFirstStep:
             small.fit(model)
         return model, weights
 
-    def test_leaves_a_bare_optimizers_model_without_values_which_is_why_reattach_state_is_there(
+    def test_an_error_before_the_first_step_leaves_no_values_without_a_wrapper(
         self,
     ):
         model, _ = self.fail("sgd")
         assert all(variable._value is None for variable in model.trainable_variables)
 
-    def test_leaves_a_wrappers_model_as_it_was(self):
+    def test_an_error_before_the_first_step_leaves_all_values_with_a_wrapper(self):
         model, weights = self.fail(SWA("sgd"))
         small.assert_same_bits(model.get_weights(), weights)
         assert model.optimizer.num_snapshots == 0

@@ -1,4 +1,4 @@
-"""Lookahead: the rule, the flow back into the model, and other people's Lookahead."""
+"""Lookahead: the rule, the flow back into the model, and the Lookahead of other libraries."""
 
 import keras
 import numpy as np
@@ -22,19 +22,19 @@ def descend(optimizer, values, grads):
     return seen
 
 
-def test_two_steps_forward_one_back():
+def test_two_fast_steps_are_followed_by_one_slow_step():
     optimizer = Lookahead(optimizers.SGD(1.0), sync_period=2, slow_step_size=0.5)
     seen = descend(optimizer, [[1.0]], [[[0.25]]] * 4)
     fast = [values[0][0] for values, _ in seen]
     slow = [slow[0][0] for _, slow in seen]
-    assert fast == [0.75, 0.75, 0.5, 0.5]  # at 0.5 it is called back half way to 1
+    assert fast == [0.75, 0.75, 0.5, 0.5]  # At 0.5 it is moved back half of the way to 1.
     assert slow == [1.0, 0.75, 0.75, 0.5]
     assert optimizer.num_snapshots == 2
 
 
 @pytest.mark.parametrize("period", [1, 3, 20])
 @pytest.mark.parametrize("step_size", [0.0, 0.3, 1.0])
-def test_both_weights_are_those_of_algorithm_1(period, step_size):
+def test_fast_and_slow_weights_are_those_of_algorithm_1(period, step_size):
     random = np.random.default_rng(period)
     start, grads = random.normal(size=(2, 3)), random.normal(size=(12, 2, 3))
     optimizer = Lookahead(optimizers.SGD(0.1), period, step_size)
@@ -42,7 +42,7 @@ def test_both_weights_are_those_of_algorithm_1(period, step_size):
     seen = descend(optimizer, list(start), [list(g) for g in grads])
 
     slow, step = start, 0
-    for _ in range(len(grads) // period):  # the paper's outer loop, then its inner one
+    for _ in range(len(grads) // period):  # the outer loop of the paper, and then its inner loop
         fast = slow
         for _ in range(period):
             fast = fast - 0.1 * grads[step]
@@ -53,7 +53,8 @@ def test_both_weights_are_those_of_algorithm_1(period, step_size):
         np.testing.assert_array_equal(values, averages)
 
 
-def test_fit_is_the_same_as_steps_by_hand():
+@pytest.mark.slow_on("jax", "tensorflow")
+def test_fit_gives_the_same_weights_as_steps_by_hand():
     def optimizer():
         return Lookahead(optimizers.SGD(0.05, momentum=0.9), sync_period=4)
 
@@ -73,13 +74,13 @@ def test_fit_is_the_same_as_steps_by_hand():
         np.testing.assert_allclose(variable, expected, rtol=10 * TOLERANCE, atol=10 * TOLERANCE)
 
 
-def test_pretrained_weights_loaded_after_build_are_the_first_slow_ones():
+def test_weights_that_are_loaded_after_build_are_the_first_slow_weights():
     variable = keras.Variable([1.0], dtype="float32")
     optimizer = Lookahead(optimizers.SGD(1.0), sync_period=2)
     optimizer.build([variable])
     variable.assign([9.0])
     small.apply(optimizer, [variable], [[1.0]], times=2)
-    np.testing.assert_array_equal(variable, [8.0])  # half way from 9 to 7
+    np.testing.assert_array_equal(variable, [8.0])  # This is half of the way from 9 to 7.
 
 
 def test_slow_weights_of_bfloat16_variables_are_float32():
@@ -88,11 +89,11 @@ def test_slow_weights_of_bfloat16_variables_are_float32():
     small.apply(optimizer, [variable], [[-1.0]], times=1)
     average = optimizer.get_slot(variable, "average")
     assert average.dtype == "float32"
-    np.testing.assert_array_equal(average, [1 + 2.0**-9])  # not a bfloat16 number
+    np.testing.assert_array_equal(average, [1 + 2.0**-9])  # bfloat16 cannot hold this number.
     assert float(small.numpy(variable)[0]) == 1.0
 
 
-def test_averages_of_lookahead_see_the_weights_after_they_were_called_back():
+def test_averages_around_lookahead_see_the_weights_after_the_slow_step():
     inner = Lookahead(optimizers.SGD(1.0), sync_period=2)
     optimizer, variable = SWA(inner, 1, 2), keras.Variable([1.0], dtype="float32")
     small.apply(optimizer, [variable], [[0.25]], times=4)
@@ -107,7 +108,7 @@ def test_an_average_inside_sees_the_fast_weights():
     np.testing.assert_array_equal(variable, [0.75])
 
 
-def test_weights_that_are_not_finite_do_not_reach_the_slow_ones():
+def test_nonfinite_weights_do_not_reach_the_slow_weights():
     variable = keras.Variable([1.0], dtype="float32")
     optimizer = Lookahead(optimizers.SGD(1.0), sync_period=1, skip_nonfinite=True)
     small.apply(optimizer, [variable], [[np.inf]])
@@ -117,7 +118,7 @@ def test_weights_that_are_not_finite_do_not_reach_the_slow_ones():
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="optax is installed where JAX is")
 @pytest.mark.parametrize(("period", "step_size"), [(1, 0.5), (3, 0.2), (5, 0.8)])
-def test_it_goes_as_in_optax(period, step_size):
+def test_lookahead_equals_that_of_optax(period, step_size):
     import optax
 
     random = np.random.default_rng(0)
@@ -144,6 +145,6 @@ def test_it_goes_as_in_optax(period, step_size):
         ({"slow_step_size": 1.5}, r"range \[0, 1\].*Received: slow_step_size=1.5"),
     ],
 )
-def test_arguments_out_of_range_are_refused(arguments, message):
+def test_arguments_of_lookahead_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Lookahead("sgd", **arguments)

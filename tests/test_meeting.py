@@ -1,4 +1,4 @@
-"""How the workers of a ModelAverage begin, who are threads here."""
+"""The workers of a ModelAverage start together. Here the workers are threads."""
 
 import gc
 
@@ -18,7 +18,7 @@ def half_of_square(variable):
 
 
 class TestTheFirstGradientsAreThoseOfTheChiefsVariables:
-    """Of v^2 / 2 the gradient is v: SGD(0.5) halves the chief's 1."""
+    """The gradient of v^2 / 2 is v. So SGD(0.5) halves the chief's value, 1."""
 
     def first_step(self, take_step, is_built):
         def work(communicator):
@@ -33,13 +33,13 @@ class TestTheFirstGradientsAreThoseOfTheChiefsVariables:
 
     @pytest.mark.parametrize("is_built", [True, False])
     @pytest.mark.parametrize("call", ["minimize", "get_updates"])
-    def test_in_a_step_from_a_loss(self, call, is_built):
+    def test_a_step_from_a_loss_starts_from_the_chiefs_variables(self, call, is_built):
         def take_step(optimizer, variable):
             getattr(optimizer, call)(half_of_square(variable), [variable])
 
         np.testing.assert_array_equal(self.first_step(take_step, is_built), [[0.5], [0.5]])
 
-    def test_of_variables_that_are_to_be_asked_for(self):
+    def test_a_step_with_a_function_for_variables_starts_from_the_chiefs_variables(self):
         def take_step(optimizer, variable):
             optimizer.minimize(half_of_square(variable), lambda: [variable])
 
@@ -48,7 +48,7 @@ class TestTheFirstGradientsAreThoseOfTheChiefsVariables:
 
 @pytest.mark.skipif(not hasattr(optimizers, "ScheduleFreeAdamW"), reason="of a later Keras")
 @pytest.mark.parametrize("inner_state", ["keep", "average", "reset"])
-def test_slots_that_begin_at_the_variable_begin_at_the_chiefs(inner_state):
+def test_slots_that_begin_with_the_variable_begin_with_the_chiefs_variable(inner_state):
     def work(communicator):
         inner = optimizers.ScheduleFreeAdamW()
         optimizer = ModelAverage(inner, inner_state=inner_state, communicator=communicator)
@@ -62,7 +62,7 @@ def test_slots_that_begin_at_the_variable_begin_at_the_chiefs(inner_state):
 
 @pytest.mark.parametrize("call", ["start_together", "meet"])
 @pytest.mark.parametrize("variables", [None, []], ids=["not built", "built for none"])
-def test_workers_do_not_meet_without_variables(call, variables):
+def test_workers_without_variables_cannot_meet(call, variables):
     def work(communicator):
         optimizer = ModelAverage("sgd", communicator=communicator)
         if variables is not None:
@@ -73,7 +73,7 @@ def test_workers_do_not_meet_without_variables(call, variables):
     fake_workers.run(2, work)
 
 
-def test_a_state_saved_after_a_round_that_failed_is_no_new_beginning():
+def test_workers_that_load_the_state_of_a_failed_round_do_not_take_the_chiefs_variables():
     twin, variable = Twin(), keras.Variable([1.0])
     optimizer = ModelAverage("sgd", interval_steps=1, communicator=twin)
     optimizer.build([variable])
@@ -96,10 +96,10 @@ def test_a_state_saved_after_a_round_that_failed_is_no_new_beginning():
 
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="others decide in compiled code")
-def test_a_step_on_which_nothing_is_due_reads_nothing_back_from_the_device(monkeypatch):
+def test_a_step_without_a_round_reads_no_number_from_the_device(monkeypatch):
     import torch
 
-    gc.collect()  # models that hold averages: whether they still do is looked up
+    gc.collect()  # While other models hold averages, each step reads their flags.
     reads = []
 
     def counting(name, original):

@@ -1,4 +1,4 @@
-"""ModelAverage: rounds of several workers, who are threads here."""
+"""ModelAverage: rounds of several workers. Here the workers are threads."""
 
 import fake_workers
 import keras
@@ -9,13 +9,13 @@ from fake_workers import Twin
 from keras import ops, optimizers
 
 import keras_avg
-from keras_avg import SWA, Lookahead, ModelAverage, MovingAverage, _backend
+from keras_avg import SWA, ModelAverage, MovingAverage, _backend
 
 TOLERANCE = 1e-6  # float32, over two dozen steps of variables of order 1
 OUTER_TOLERANCE = 2e-6  # with a momentum of rounds on top
 RANDOM = np.random.default_rng(5)
 STARTS = [RANDOM.normal(size=(3,)).astype("float32") for _ in range(2)]
-GRADS = RANDOM.normal(size=(3, 24, 3)).astype("float32")  # of worker, step
+GRADS = RANDOM.normal(size=(3, 24, 3)).astype("float32")  # by worker and step
 
 of_schedule_free = pytest.mark.skipif(
     not hasattr(optimizers, "ScheduleFreeAdamW"), reason="of a later Keras"
@@ -25,8 +25,8 @@ of_schedule_free = pytest.mark.skipif(
 def simulated(steps, interval, outer=None, start_step=0):
     """Local SGD(0.1, momentum=0.9) of workers with these numbers of steps, in NumPy float64.
 
-    `outer`: rate, momentum of Nesterov's method for the center. Returns the workers' values and
-    the center.
+    `outer` has the rate and the momentum of Nesterov's method for the center. Returns the workers'
+    values and the center.
     """
     size = len(steps)
     values = np.array([STARTS[0]] * size, "float64")
@@ -71,7 +71,7 @@ def inner():
     return optimizers.SGD(0.1, momentum=0.9)
 
 
-def test_the_original_check_of_two_workers_and_interval_two():
+def test_the_check_of_the_original_gives_the_same_numbers():
     def work(communicator):
         optimizer = ModelAverage(optimizers.SGD(1.0), interval_steps=2, communicator=communicator)
         variables = [keras.Variable(0.0), keras.Variable(1.0)]
@@ -115,10 +115,10 @@ def test_the_original_check_of_two_workers_and_interval_two():
     ],
     ids=["", "every step", "start step", "DiLoCo"],
 )
-def test_local_steps_and_rounds_are_those_of_numpy(size, arguments, outer):
+def test_local_steps_and_rounds_equal_those_in_numpy(size, arguments, outer):
     def work(communicator):
         optimizer = ModelAverage(inner(), communicator=communicator, **arguments)
-        start = STARTS[min(communicator.rank, 1)]  # all take the chief's
+        start = STARTS[min(communicator.rank, 1)]  # All workers take the chief's value.
         return steps_of(communicator, optimizer, keras.Variable(start), steps=20)
 
     results = fake_workers.run(size, work)
@@ -133,7 +133,7 @@ def test_local_steps_and_rounds_are_those_of_numpy(size, arguments, outer):
         np.testing.assert_allclose(slot, center, rtol=tolerance, atol=tolerance)
 
 
-def test_rounds_every_step_of_plain_sgd_are_synchronous_data_parallel_training():
+def test_rounds_at_every_step_of_plain_sgd_equal_data_parallel_training():
     def work(communicator):
         optimizer = ModelAverage(optimizers.SGD(0.1), interval_steps=1, communicator=communicator)
         return steps_of(communicator, optimizer, keras.Variable(STARTS[0]), steps=20)[0]
@@ -155,17 +155,17 @@ class TestInnerState:
 
         return fake_workers.run(size, work)
 
-    def test_kept_it_is_each_workers_own(self):
+    def test_kept_inner_state_is_different_on_each_worker(self):
         own = -0.1 * (0.9 * GRADS[:2, 0] + GRADS[:2, 1])
         np.testing.assert_allclose(self.momenta("keep"), own, rtol=TOLERANCE)
 
-    def test_averaged_it_is_the_mean(self):
+    def test_averaged_inner_state_is_the_mean_over_the_workers(self):
         own = -0.1 * (0.9 * GRADS[:2, 0] + GRADS[:2, 1])
         for momentum in self.momenta("average"):
             np.testing.assert_allclose(momentum, own.mean(axis=0), rtol=TOLERANCE)
 
     @pytest.mark.parametrize("size", [1, 2])
-    def test_reset_it_is_the_initial_one(self, size):
+    def test_reset_inner_state_has_its_initial_values(self, size):
         def adagrad():
             return optimizers.Adagrad(0.1, initial_accumulator_value=0.25)
 
@@ -176,10 +176,10 @@ class TestInnerState:
     @pytest.mark.parametrize("outer", [None, "sgd"])
     @pytest.mark.parametrize("size", [1, 2])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_reset_a_slot_that_begins_at_the_variable_is_there_again(self, dtype, size, outer):
+    def test_a_reset_slot_that_begins_with_the_variable_equals_it_again(self, dtype, size, outer):
         def work(communicator):
             wrapper = ModelAverage(
-                optimizers.ScheduleFreeAdamW(0.01, beta_2=0.9),  # bfloat16 has no 0.999
+                optimizers.ScheduleFreeAdamW(0.01, beta_2=0.9),  # bfloat16 cannot hold 0.999.
                 interval_steps=2,
                 inner_state="reset",
                 outer_optimizer=outer,
@@ -194,8 +194,9 @@ class TestInnerState:
             np.testing.assert_array_equal(momentum, variable)
             np.testing.assert_array_equal(velocity, np.zeros(3))
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @of_schedule_free
-    def test_such_a_slot_is_reset_in_fit_of_one_worker(self):
+    def test_a_slot_that_begins_with_the_variable_is_reset_in_fit_of_one_worker(self):
         inner = optimizers.ScheduleFreeAdamW(0.01)
         model = small.fit(
             small.model(ModelAverage(inner, interval_steps=3, inner_state="reset")), epochs=1
@@ -203,10 +204,11 @@ class TestInnerState:
         variables = model.trainable_variables
         momenta = [small.numpy(model.optimizer.get_slot(v, "momentum")) for v in variables]
         small.assert_same_bits(momenta, [small.numpy(v) for v in variables])
-        small.fit(model)  # on JAX, variables that share memory could not be trained on
+        small.fit(model)  # On JAX this fails if variables share memory.
 
+    @pytest.mark.slow_on("jax")
     @pytest.mark.skipif(not hasattr(optimizers, "Muon"), reason="of a later Keras")
-    def test_reset_it_is_that_of_an_optimizer_that_goes_by_paths(self):
+    def test_inner_state_is_reset_for_an_optimizer_that_uses_paths(self):
         wrapper = ModelAverage(optimizers.Muon(0.1), interval_steps=1, inner_state="reset")
         start = np.eye(3, dtype="float32")
         variables = [keras.Variable(start, name=name) for name in ("kernel", "embeddings")]
@@ -217,7 +219,7 @@ class TestInnerState:
 
     @pytest.mark.skipif(not hasattr(optimizers, "MultiOptimizer"), reason="of a later Keras")
     @pytest.mark.parametrize("inner_state", ["average", "reset"])
-    def test_it_is_that_of_members_too(self, inner_state):
+    def test_inner_state_of_members_is_averaged_and_reset_too(self, inner_state):
         def work(communicator):
             averaged = MovingAverage(inner(), average_decay=0.5)
             members = optimizers.OptimizerMap(averaged, {".*other": inner()})
@@ -234,7 +236,7 @@ class TestInnerState:
 
         small.assert_same_bits(*fake_workers.run(2, work))
 
-    def test_keras_own_average_is_not_reset(self):
+    def test_the_average_of_use_ema_is_not_reset(self):
         def ema():
             return optimizers.SGD(0.1, momentum=0.9, use_ema=True, ema_momentum=0.5)
 
@@ -249,13 +251,15 @@ class TestInnerState:
 
         assert all(np.all(value != 0) for value in fake_workers.run(2, work))
 
-    def test_it_is_reset_in_fit_of_one_worker(self):
+    @pytest.mark.slow_on("jax")
+    def test_inner_state_is_reset_in_fit_of_one_worker(self):
         model = small.model(ModelAverage(inner(), interval_steps=3, inner_state="reset"))
         small.fit(model, epochs=1)
         momenta = model.optimizer.inner_optimizer.variables[2:]
-        assert not any(np.any(small.numpy(m)) for m in momenta)  # six steps, two rounds
+        # In six steps there are two rounds, the last of them after step 6.
+        assert not any(np.any(small.numpy(m)) for m in momenta)
 
-    def test_counters_are_left_alone(self):
+    def test_counters_in_the_inner_state_do_not_change(self):
         def work(communicator):
             wrapper = ModelAverage(
                 optimizers.Adam(), interval_steps=2, inner_state="reset", communicator=communicator
@@ -277,7 +281,7 @@ class TestInnerState:
     ],
     ids=["", "outer optimizer", "reset"],
 )
-def test_built_for_no_variables_it_is_built_for_those_that_come(arguments, expected):
+def test_an_optimizer_built_for_no_variables_is_built_again_for_some(arguments, expected):
     optimizer = ModelAverage(inner(), interval_steps=1, **arguments)
     optimizer.build([])
     variable = keras.Variable([1.0])
@@ -287,7 +291,7 @@ def test_built_for_no_variables_it_is_built_for_those_that_come(arguments, expec
     np.testing.assert_array_equal(small.slots(optimizer, [variable])[0], small.numpy(variable))
 
 
-def test_averages_kept_inside_are_the_same_on_all_workers():
+def test_averages_of_inner_wrappers_are_the_same_on_all_workers():
     def work(communicator):
         moving = MovingAverage(inner(), average_decay=0.5)
         optimizer = ModelAverage(moving, interval_steps=3, communicator=communicator)
@@ -299,7 +303,7 @@ def test_averages_kept_inside_are_the_same_on_all_workers():
     np.testing.assert_array_equal(first, second)
 
 
-def test_a_worker_without_snapshots_adds_nothing_to_the_averages_inside():
+def test_a_worker_without_snapshots_adds_nothing_to_inner_averages():
     def work(communicator):
         inside = SWA(optimizers.SGD(1.0), start_averaging=10 * communicator.rank, average_period=1)
         optimizer = ModelAverage(inside, interval_steps=2, communicator=communicator)
@@ -310,7 +314,7 @@ def test_a_worker_without_snapshots_adds_nothing_to_the_averages_inside():
     assert fake_workers.run(2, work) == [(2, 1.5), (2, 1.5)]
 
 
-def test_snapshots_inside_are_counted_beyond_float32():
+def test_inner_snapshots_are_counted_beyond_the_integers_of_float32():
     def work(communicator):
         inside = MovingAverage("sgd")
         optimizer = ModelAverage(inside, communicator=communicator)
@@ -337,7 +341,7 @@ def test_a_worker_with_infinite_weights_adds_nothing_to_the_mean():
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 7])
 def test_means_are_rounded_once(workers):
-    """To the center, and to the variables from there."""
+    """The mean is rounded to the center's dtype, and from there to the variables' dtype."""
     sums = np.random.default_rng(workers).normal(size=(50, 20)).astype("float32")
     center, low = keras.Variable(np.zeros_like(sums)), keras.Variable(sums, dtype="bfloat16")
     variable = keras.Variable(np.zeros_like(sums))
@@ -351,7 +355,7 @@ def test_means_are_rounded_once(workers):
 
 @pytest.mark.parametrize("size", [0, 1, 2**16, 2**16 + 1, 3 * 2**16 - 1])
 @pytest.mark.parametrize("workers", [2, 3])
-def test_means_of_arrays_of_any_size(size, workers):
+def test_means_are_exact_for_arrays_of_any_size(size, workers):
     sums = np.random.default_rng(size).normal(size=(1, size)).astype("float32")
     center, variable = keras.Variable(np.zeros_like(sums)), keras.Variable(np.ones_like(sums))
 
@@ -359,13 +363,13 @@ def test_means_of_arrays_of_any_size(size, workers):
 
     for each in (center, variable):
         np.testing.assert_array_equal(small.numpy(each), sums / np.float32(workers))
-    variable.assign(np.zeros_like(sums))  # each has memory of its own
+    variable.assign(np.zeros_like(sums))  # The center does not change with the variable.
     np.testing.assert_array_equal(small.numpy(center), sums / np.float32(workers))
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="buffers are donated on JAX")
 def test_means_have_buffers_of_their_own():
-    sums = [np.full(2**14, number, "float32") for number in range(64)]  # some of them aligned
+    sums = [np.full(2**14, number, "float32") for number in range(64)]  # Some of them are aligned.
     centers = [keras.Variable(array) for array in sums]
     variables = [keras.Variable(array) for array in sums]
 
@@ -376,7 +380,7 @@ def test_means_have_buffers_of_their_own():
 
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="about memory layouts of torch")
-def test_means_reach_memory_that_is_not_contiguous():
+def test_means_are_written_into_memory_that_is_not_contiguous():
     import torch
 
     sums = np.random.default_rng(0).normal(size=(4, 6)).astype("float32")
@@ -388,7 +392,7 @@ def test_means_reach_memory_that_is_not_contiguous():
     np.testing.assert_array_equal(memory.numpy(), sums.T / 2)
 
 
-def test_any_communicator_will_do():
+def test_any_object_with_the_methods_of_a_communicator_is_accepted():
     optimizer = ModelAverage(inner(), interval_steps=2, communicator=Twin())
     variable = keras.Variable(STARTS[0])
     plain = keras.Variable(STARTS[0])
@@ -416,7 +420,7 @@ class TestWorkersThatDiffer:
         assert first == second
         return first
 
-    def test_in_their_models(self):
+    def test_workers_with_different_models_are_refused(self):
         def make(communicator):
             shape = (3,) if communicator.is_chief else (4,)
             optimizer = ModelAverage("sgd", communicator=communicator)
@@ -424,7 +428,7 @@ class TestWorkersThatDiffer:
 
         assert "number of elements. Received, by rank: [3, 4]" in self.run(make)
 
-    def test_in_shapes_alone(self):
+    def test_workers_whose_models_differ_only_in_shapes_are_refused(self):
         def make(communicator):
             shape = (2, 3) if communicator.is_chief else (3, 2)
             optimizer = ModelAverage("sgd", communicator=communicator)
@@ -432,7 +436,7 @@ class TestWorkersThatDiffer:
 
         assert "differ in their shapes" in self.run(make)
 
-    def test_in_their_interval(self):
+    def test_workers_with_different_intervals_are_refused(self):
         def make(communicator):
             optimizer = ModelAverage(
                 "sgd", interval_steps=5 + communicator.rank, communicator=communicator
@@ -441,7 +445,7 @@ class TestWorkersThatDiffer:
 
         assert "interval_steps. Received, by rank: [5, 6]" in self.run(make)
 
-    def test_in_their_step(self):
+    def test_workers_at_different_steps_are_refused(self):
         def make(communicator):
             optimizer = ModelAverage("sgd", communicator=communicator)
             variable = keras.Variable([1.0])
@@ -467,21 +471,21 @@ class TestArguments:
             ({"outer_optimizer": SWA("sgd")}, "Received: outer_optimizer="),
         ],
     )
-    def test_out_of_range_are_refused(self, arguments, message):
+    def test_arguments_of_model_average_out_of_range_are_refused(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             ModelAverage("sgd", **arguments)
 
-    def test_one_optimizer_inside_and_outside_is_refused(self):
+    def test_the_same_optimizer_inside_and_outside_is_refused(self):
         twice = optimizers.SGD(0.5)
         with pytest.raises(ValueError, match="must be another optimizer than"):
             ModelAverage(MovingAverage(twice), outer_optimizer=twice)
 
-    def test_two_optimizers_of_one_name_are_refused(self):
+    def test_two_optimizers_with_one_name_are_refused(self):
         inside, outside = (optimizers.SGD(rate, name="mine") for rate in (0.1, 0.7))
         with pytest.raises(ValueError, match="named 'mine'"):
             ModelAverage(inside, outer_optimizer=outside)
 
-    def test_an_outer_optimizer_of_another_model_is_refused(self):
+    def test_an_outer_optimizer_that_was_built_for_another_model_is_refused(self):
         outer = optimizers.SGD(0.7)
         first, second = (ModelAverage(inner(), outer_optimizer=outer) for _ in range(2))
         first.build([keras.Variable([1.0])])
@@ -489,15 +493,10 @@ class TestArguments:
             second.build([keras.Variable([1.0])])
         assert not second.built
 
-    def test_what_the_communicator_says_is_accepted(self):
+    def test_arguments_that_agree_with_the_communicator_are_accepted(self):
         assert ModelAverage("sgd", num_worker=1, is_chief=True).communicator.size == 1
 
-    @pytest.mark.parametrize("wrapper", [SWA, MovingAverage, Lookahead, ModelAverage])
-    def test_another_wrapper_around_it_is_refused(self, wrapper):
-        with pytest.raises(ValueError, match="ModelAverage must be the outermost"):
-            wrapper(ModelAverage("sgd"))
-
-    def test_the_config_has_what_does_not_depend_on_the_machine(self):
+    def test_the_config_has_only_arguments_that_do_not_depend_on_the_machine(self):
         outer = optimizers.SGD(0.7, momentum=0.9, nesterov=True)
         optimizer = ModelAverage(
             "adam", 1, True, 7, outer_optimizer=outer, start_step=3, inner_state="average"
@@ -509,6 +508,7 @@ class TestArguments:
         assert again.outer_optimizer.momentum == 0.9
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_the_outer_optimizers_state_is_saved_and_training_goes_on(tmp_path):
     def optimizer():
         outer = optimizers.SGD(0.7, momentum=0.9, nesterov=True)
@@ -525,6 +525,7 @@ def test_the_outer_optimizers_state_is_saved_and_training_goes_on(tmp_path):
     assert keras_avg.averaging_optimizers(loaded)[0].num_snapshots == 4
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.parametrize(
     ("written", "read"),
     [
@@ -548,6 +549,6 @@ def test_a_file_with_another_outer_optimizer_is_refused(written, read, tmp_path)
 
 
 @pytest.mark.parametrize("communicator", ["x", dict])
-def test_what_is_no_communicator_is_refused(communicator):
+def test_an_object_that_is_not_a_communicator_is_refused(communicator):
     with pytest.raises(TypeError, match="`communicator` must have rank, size"):
         ModelAverage("sgd", communicator=communicator)

@@ -1,4 +1,4 @@
-"""A wrapper and its model: found by variables, one model a wrapper, shared layers, any nesting."""
+"""A wrapper belongs to one model. It is found by its variables, also with shared layers."""
 
 import keras
 import numpy as np
@@ -16,7 +16,7 @@ has_multi_optimizer = pytest.mark.skipif(
 
 
 def own_loop(optimizer=None, steps=3):
-    """A model that is not compiled, and an optimizer that has taken steps on it."""
+    """A model that is not compiled, and an optimizer that has trained its variables."""
     model, optimizer = small.model(), optimizer or MovingAverage(optimizers.SGD(0.1))
     ones = [np.ones(v.shape) for v in model.trainable_variables]
     small.apply(optimizer, model.trainable_variables, ones, times=steps)
@@ -28,7 +28,7 @@ def trainable(model):
 
 
 class TestStatisticsInALoopOfOnesOwn:
-    def test_of_the_raw_weights_come_back(self):
+    def test_statistics_of_the_raw_weights_come_back_in_a_custom_loop(self):
         model, optimizer = own_loop()
         raw = model.get_weights()
         with optimizer.average_weights():
@@ -37,7 +37,7 @@ class TestStatisticsInALoopOfOnesOwn:
         small.assert_same_bits(model.get_weights(), raw)
         assert any(map(np.any, np.subtract(recomputed[4:6], raw[4:6])))
 
-    def test_come_back_where_they_were_reached_through_an_outer_model(self, tmp_path):
+    def test_raw_statistics_come_back_if_an_outer_model_was_updated(self, tmp_path):
         model = small.fit(small.model(SWA(optimizers.Adam(0.01), 0, 2)), epochs=1)
         outer = keras.Sequential([keras.Input((5,)), layers.Rescaling(1.0), model])
         raw = model.get_weights()
@@ -52,7 +52,7 @@ class TestStatisticsInALoopOfOnesOwn:
         loaded.optimizer.swap_weights()
         small.assert_same_bits(loaded.get_weights(), raw)
 
-    def test_come_back_where_they_were_reached_through_a_part(self, tmp_path):
+    def test_raw_statistics_come_back_if_a_part_of_the_model_was_updated(self, tmp_path):
         model = small.fit(small.model(SWA(optimizers.Adam(0.01), 0, 2)), epochs=1)
         part = keras.Sequential([keras.Input((5,)), *model.layers[:2]])
         raw = model.get_weights()
@@ -94,7 +94,7 @@ class TestFunctionsOfAModel:
         ]
 
     @pytest.mark.parametrize("kind", MAKERS)
-    def test_swap_the_averages_in_and_out(self, kind):
+    def test_swap_weights_swaps_the_averages_in_and_out(self, kind):
         model = self.model(kind)
         raw, averages = trainable(model), self.averages(model)
         keras_avg.swap_weights(model)
@@ -111,7 +111,7 @@ class TestFunctionsOfAModel:
     @pytest.mark.sample(4)
     @pytest.mark.parametrize("swapped", [False, True])
     @pytest.mark.parametrize("kind", MAKERS)
-    def test_assign_the_averages_for_good(self, kind, swapped):
+    def test_assign_average_vars_assigns_the_averages_for_good(self, kind, swapped):
         model = self.model(kind)
         averages = self.averages(model)
         if swapped:
@@ -123,7 +123,7 @@ class TestFunctionsOfAModel:
 
     @pytest.mark.sample(2)
     @pytest.mark.parametrize("kind", MAKERS)
-    def test_are_named_in_the_refusal_and_do_what_it_says(self, kind, tmp_path):
+    def test_the_error_names_functions_that_put_the_raw_weights_back(self, kind, tmp_path):
         model = self.model(kind)
         raw = trainable(model)
         keras_avg.swap_weights(model)
@@ -140,7 +140,7 @@ class TestFunctionsOfAModel:
             small.fit(each, epochs=1)
         small.assert_same_bits(trainable(loaded), trainable(model))
 
-    def test_find_the_wrapper_of_an_uncompiled_model_by_its_variables(self):
+    def test_the_wrapper_of_an_uncompiled_model_is_found_by_its_variables(self):
         model, optimizer = own_loop(SWA(MovingAverage("sgd"), start_averaging=100))
         raw, averages = (
             trainable(model),
@@ -151,7 +151,7 @@ class TestFunctionsOfAModel:
             small.assert_same_bits(trainable(model)[:1], averages)
         small.assert_same_bits(trainable(model), raw)
 
-    def test_ask_which_if_several_optimizers_keep_averages_of_an_uncompiled_model(self):
+    def test_several_optimizers_with_averages_of_an_uncompiled_model_are_refused(self):
         model, first = own_loop()
         second = SWA("sgd", 0, 1)
         ones = [np.ones(v.shape) for v in model.trainable_variables]
@@ -165,7 +165,7 @@ class TestFunctionsOfAModel:
     @pytest.mark.parametrize(
         "use", [keras_avg.swap_weights, keras_avg.assign_average_vars, lambda m: averages_of(m)]
     )
-    def test_refuse_a_model_without_averages(self, use):
+    def test_a_model_without_averages_is_refused(self, use):
         for model in (small.model(), small.model("sgd")):
             with pytest.raises(ValueError, match="no averaging wrapper of keras_avg is at work"):
                 use(model)
@@ -174,7 +174,7 @@ class TestFunctionsOfAModel:
             use(model)
 
     @has_multi_optimizer
-    def test_swap_all_members_or_none(self):
+    def test_swap_weights_swaps_all_members_or_none(self):
         model = self.model("members of a MultiOptimizer")
         raw, last = trainable(model), keras_avg.averaging_optimizers(model)[-1]
         last.averages = lambda: 1 / 0
@@ -190,7 +190,7 @@ def averages_of(model):
 
 
 class TwoOptimizers(keras.Model):
-    """As a GAN has them: each trains a part of the model, in a `train_step` of the model's own."""
+    """A model with two optimizers, as a GAN. Its own `train_step` trains a part with each."""
 
     def __init__(self):
         super().__init__()
@@ -222,7 +222,7 @@ class TestSeveralOptimizers:
             assert model.first_optimizer.averages_in_model
         small.assert_same_bits(trainable(model), raw)
 
-    def test_the_callback_takes_the_one_that_it_is_given(self):
+    def test_the_callback_uses_the_wrapper_that_it_is_given(self):
         model = self.model()
         model.compile(loss="mse")
         raw = trainable(model)
@@ -233,7 +233,7 @@ class TestSeveralOptimizers:
 
 
 class TestOneOptimizerInTwoModels:
-    """As in a loop over folds that makes the model anew and not the optimizer."""
+    """This happens in a loop over folds that makes a new model, but keeps the optimizer."""
 
     def models(self):
         shared = MovingAverage("sgd")
@@ -253,7 +253,7 @@ class TestOneOptimizerInTwoModels:
         ],
         ids=["fit", "train_on_batch", "evaluate", "swap", "assign", "context"],
     )
-    def test_is_refused_and_changes_neither(self, use):
+    def test_one_optimizer_in_two_models_is_refused_and_changes_neither(self, use):
         first, second = self.models()
         weights, others = first.get_weights(), trainable(second)
         state = first.optimizer.get_weights()
@@ -264,7 +264,7 @@ class TestOneOptimizerInTwoModels:
         small.assert_same_bits(first.optimizer.get_weights(), state)
         small.fit(first, epochs=1)
 
-    def test_is_refused_by_a_checkpoint_of_averages(self, tmp_path):
+    def test_a_checkpoint_refuses_one_optimizer_in_two_models(self, tmp_path):
         _, second = self.models()
         checkpoint = AverageModelCheckpoint(False, tmp_path / "model.keras")
         with pytest.raises(ValueError, match="was built for other variables"):
@@ -282,7 +282,7 @@ class TestALayerThatTwoModelsShare:
             model.compile(optimizer or SWA(optimizers.SGD(0.1), 0, 1), "mse")
         return models
 
-    def test_training_of_the_second_is_refused_while_it_holds_averages_of_the_first(self):
+    def test_training_a_model_is_refused_while_it_holds_averages_of_another(self):
         first, second = self.models()
         small.fit(first, epochs=1, callbacks=[SwapAverageWeights()])
         held, others = first.get_weights(), second.get_weights()
@@ -294,7 +294,7 @@ class TestALayerThatTwoModelsShare:
         keras_avg.swap_weights(first)
         small.fit(second, epochs=1)
 
-    def test_so_it_is_where_the_second_was_compiled_before(self):
+    def test_training_is_refused_if_the_second_model_was_compiled_before(self):
         first, second = self.models()
         small.fit(first, epochs=1)
         small.fit(second, epochs=1)
@@ -305,7 +305,7 @@ class TestALayerThatTwoModelsShare:
             small.assert_same_bits(second.get_weights(), others)
         small.fit(second, epochs=1)
 
-    def test_so_it_is_in_loops_of_ones_own(self):
+    def test_training_the_second_model_is_refused_in_custom_loops(self):
         first, second = self.models()
         one, other = SWA(optimizers.SGD(0.1), 0, 1), SWA(optimizers.SGD(0.1), 0, 1)
         small.apply(
@@ -320,14 +320,14 @@ class TestALayerThatTwoModelsShare:
             )
 
     @pytest.mark.parametrize("frozen", [False, True])
-    def test_the_same_model_may_be_compiled_anew(self, frozen):
+    def test_a_model_with_averages_may_be_compiled_again(self, frozen):
         first, _ = self.models()
         small.fit(first, epochs=1, callbacks=[SwapAverageWeights()])
         first.layers[1].trainable = not frozen
         first.compile(SWA(optimizers.SGD(0.1), 0, 1), "mse")
         small.fit(first, epochs=1, callbacks=[SwapAverageWeights()])
 
-    def test_a_model_that_is_gone_is_not_in_the_way(self):
+    def test_a_deleted_model_does_not_prevent_training(self):
         import gc
 
         first, second = self.models()
@@ -337,7 +337,7 @@ class TestALayerThatTwoModelsShare:
         small.fit(second, epochs=1)
 
 
-def test_a_model_whose_variables_were_replaced_is_not_swapped():
+def test_swapping_a_model_whose_variables_were_replaced_is_refused():
     model = keras.Sequential([keras.Input((8,)), layers.Dense(4)])
     model.compile(SWA("sgd", 0, 1), "mse")
     model.fit(np.ones((8, 8)), np.ones((8, 4)), verbose=0)

@@ -16,7 +16,7 @@ TOLERANCE = 1e-6
 
 
 def walk(optimizer, steps, gradient=0.1, dtype="float32"):
-    """One variable under a constant gradient, and its values before and after each step."""
+    """A variable with a constant gradient, and its values before and after each step."""
     variable = keras.Variable([1.0], dtype=dtype)
     values = [small.numpy(variable)]
     for _ in range(steps):
@@ -34,7 +34,7 @@ def walk(optimizer, steps, gradient=0.1, dtype="float32"):
         (1.0, 2, {"start_step": 1}, 0.8, 0.85),
     ],
 )
-def test_examples_of_the_addons_tests(rate, steps, arguments, raw, average):
+def test_the_examples_of_addons_give_the_same_averages(rate, steps, arguments, raw, average):
     optimizer = MovingAverage(optimizers.SGD(rate), average_decay=0.5, **arguments)
 
     variable, _ = walk(optimizer, steps)
@@ -43,6 +43,7 @@ def test_examples_of_the_addons_tests(rate, steps, arguments, raw, average):
     np.testing.assert_allclose(optimizer.get_slot(variable, "average"), [average], rtol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @settings(max_examples=40, deadline=None)
 @given(
     decay=st.floats(0.0, 1.0),
@@ -79,7 +80,7 @@ def test_average_is_the_weighted_sum_of_all_values(decay, start_step, dynamic, p
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_averages_of_low_precision_weights_are_float32_and_move(dtype):
-    """Keras' own average with decay 0.999 in bfloat16 never moves: 0.999 rounds to 1 there."""
+    """Keras' own average in bfloat16 with decay 0.999 never moves, because 0.999 rounds to 1."""
     optimizer = MovingAverage(optimizers.SGD(1.0), average_decay=0.999)
 
     variable, values = walk(optimizer, steps=50, gradient=-1.0, dtype=dtype)
@@ -96,7 +97,7 @@ def test_one_minus_a_decay_near_one_keeps_its_digits():
 
     small.apply(optimizer, [variable], [[-1.0]])
 
-    # 1 - float32(0.99999) would be off by 1.4e-3.
+    # 1 - float32(0.99999) has an error of 1.4e-3.
     np.testing.assert_allclose(optimizer.get_slot(variable, "average"), [1e-5], rtol=TOLERANCE)
 
 
@@ -106,7 +107,7 @@ def test_a_period_keeps_the_half_life():
     variable = keras.Variable([0.0], dtype="float32")
     for optimizer in (every, each_fifth):
         variable.assign([0.0])
-        small.apply(optimizer, [variable], [[-1.0]])  # to 1, where it stays
+        small.apply(optimizer, [variable], [[-1.0]])  # The variable moves to 1, and stays there.
         small.apply(optimizer, [variable], [[0.0]], times=4)
 
     every, each_fifth = (o.get_slot(variable, "average") for o in (every, each_fifth))
@@ -115,7 +116,7 @@ def test_a_period_keeps_the_half_life():
     np.testing.assert_allclose(each_fifth, every, rtol=TOLERANCE)
 
 
-def test_a_decay_of_zero_keeps_the_variable_itself_in_storage_of_its_own():
+def test_a_decay_of_zero_keeps_a_copy_of_the_variable():
     optimizer = MovingAverage(optimizers.SGD(0.3), average_decay=0.0)
     variable, _ = walk(optimizer, steps=2)
     average = optimizer.get_slot(variable, "average")
@@ -173,12 +174,12 @@ def test_num_updates_caps_the_decay_once():
 
 
 @pytest.mark.parametrize("wrong", [1.0, "a", True])
-def test_num_updates_takes_integers_only(wrong):
+def test_num_updates_that_is_not_an_integer_is_refused(wrong):
     with pytest.raises(TypeError, match=r"`num_updates` must be an integer.*Received"):
         MovingAverage("sgd", num_updates=wrong)
 
 
-def test_num_updates_and_a_schedule_exclude_each_other():
+def test_num_updates_together_with_a_schedule_is_refused():
     ramp = optimizers.schedules.PolynomialDecay(0.5, 4)
     with pytest.raises(ValueError, match="Leave one of them out"):
         MovingAverage("sgd", average_decay=ramp, num_updates=3)
@@ -192,7 +193,7 @@ def test_a_schedule_that_begins_out_of_range_is_refused():
     MovingAverage("sgd", average_decay=optimizers.schedules.PolynomialDecay(0.0, 4, 1.0))
 
 
-def test_a_decay_in_the_place_of_sequential_update_is_recognized():
+def test_the_error_recognizes_a_decay_that_was_passed_as_sequential_update():
     with pytest.raises(TypeError, match=r"Did you mean average_decay=0\.999"):
         MovingAverage("sgd", 0.999)
 
@@ -209,12 +210,12 @@ def test_a_decay_in_the_place_of_sequential_update_is_recognized():
         ({"num_updates": -5}, "num_updates=-5"),
     ],
 )
-def test_values_out_of_range_are_refused(arguments, message):
+def test_arguments_of_moving_average_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=f"Received: {message}"):
         MovingAverage("sgd", **arguments)
 
 
-def test_positional_arguments_are_those_of_addons():
+def test_positional_arguments_of_moving_average_are_those_of_addons():
     config = MovingAverage("sgd", False, 0.9, 5, "Polyak").get_config()
 
     assert config["sequential_update"] is False

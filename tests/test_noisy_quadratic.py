@@ -1,9 +1,9 @@
-"""Every rule on a problem with a known answer: gradient descent on a quadratic with noise.
+"""Every rule is tried on a problem with a known answer: gradient descent on a noisy quadratic.
 
     x' = (1 - eta h) x - eta c xi,   a = 1 - eta h,   V = eta^2 c^2 / (1 - a^2)
 
-V is the variance of x when it has come to rest, and each rule makes a known share of it. It is
-measured over many coordinates, each of which has its own noise.
+V is the variance of x in equilibrium. The average of each rule has a known share of this variance.
+The test measures it over many coordinates, each with its own noise.
 """
 
 import math
@@ -21,12 +21,12 @@ A = 1 - ETA * H
 V = ETA**2 * C**2 / (1 - A**2)
 COORDINATES = 20_000
 STEPS = 240
-# Of a variance: its standard error over so many coordinates is 1 %, and five are allowed.
+# The standard error of a variance over so many coordinates is 1 %. Five of them are allowed.
 TOLERANCE = 0.05
 
 
 def measured(wrapper, steps=STEPS):
-    """The variance over the coordinates of what is shown in the end."""
+    """The variance of the shown values over the coordinates, after training."""
     random = np.random.default_rng(11)
     x = keras.Variable(random.normal(size=COORDINATES, scale=V**0.5))
     optimizer = wrapper(optimizers.SGD(ETA))
@@ -39,7 +39,7 @@ def measured(wrapper, steps=STEPS):
 
 
 def of_weights(weights, lags):
-    """Variance of a weighted sum of values at rest: sum of w_i w_j a^|lag_i - lag_j|, times V."""
+    """The variance of a weighted sum in equilibrium: V times sum of w_i w_j a^|lag_i - lag_j|."""
     weights, lags = np.asarray(weights, "float64"), np.asarray(lags)
     return V * weights @ A ** np.abs(lags[:, None] - lags[None, :]) @ weights
 
@@ -104,15 +104,16 @@ RULES = {
 }
 
 
+@pytest.mark.slow_on("tensorflow")
 @pytest.mark.parametrize("rule", RULES)
-def test_the_variance_is_that_of_the_formula(rule, record_property):
+def test_the_variance_of_the_average_equals_the_formula(rule, record_property):
     make, expected = RULES[rule]
     found = measured(make)
     record_property("relative", float(found / expected - 1))
     assert found == pytest.approx(expected, rel=TOLERANCE)
 
 
-def test_without_a_wrapper_the_variance_is_that_of_the_process():
+def test_the_variance_without_a_wrapper_is_that_of_the_process():
     assert measured(lambda o: LAWA(o, 1, 0, 1)) == pytest.approx(V, rel=TOLERANCE)
     assert pytest.approx(of_mean(1, 1)) == V
     assert math.isclose(of_moving_average(0.0, 1), V)

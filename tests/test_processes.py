@@ -1,4 +1,4 @@
-"""What takes processes of their own: being killed, and several devices."""
+"""Tests that need processes of their own: a process is killed, or has several devices."""
 
 import pathlib
 import signal
@@ -35,11 +35,12 @@ def test_training_killed_in_the_middle_of_an_epoch_ends_where_it_would_have(tmp_
 @pytest.mark.sample(1)
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="keras.distribution is for JAX")
 @pytest.mark.parametrize("kind", ["data", "model"])
-def test_sharded_averages_are_swapped_and_saved_where_they_lie(kind, tmp_path):
+def test_sharded_averages_stay_on_their_devices_when_swapped_and_saved(kind, tmp_path):
     finished = run("swap_sharded.py", tmp_path, kind)
     assert finished.returncode == 0, finished.stderr
 
 
+@pytest.mark.slow_on("tensorflow")
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="strategies are TensorFlow's")
 def test_gradients_of_two_replicas_are_summed_once_by_keras_or_by_the_caller():
     finished = run("apply_aggregated.py")

@@ -1,7 +1,7 @@
-"""Replays what TensorFlow Addons and torch were seen to do, step by step.
+"""Replays recordings of TensorFlow Addons and torch, step by step.
 
-Two kinds of replay: whole trainings, from the recorded gradients, and averages alone, of the
-recorded values. The second needs no inner optimizer that does what the recorded one did.
+There are two kinds of replay. One trains with the recorded gradients. The other averages the
+recorded values, so it does not need the same inner optimizer.
 """
 
 import keras
@@ -11,9 +11,10 @@ import recordings
 
 import keras_avg
 
-# Of |difference| / (1 + |recorded value|). All is float32, with a resolution of 6e-8 to 1.2e-7. An
-# average of recorded values differs by the roundings of another arrangement of the same formula; a
-# training by those of Keras 3's inner optimizers against Keras 2's too, over up to 40 steps.
+# The tolerance is for  |difference| / (1 + |recorded value|).  All values are float32, whose
+# resolution is 6e-8 to 1.2e-7. An average of recorded values differs because the same formula is
+# arranged in another way. A training differs further because the inner optimizers of Keras 3 and
+# Keras 2 round differently, over up to 40 steps.
 AVERAGE_TOLERANCE = 1e-6
 TRAINING_TOLERANCE = 5e-6
 
@@ -24,13 +25,13 @@ ADDONS = {
     for family in ("swa", "moving_average", "clipping", "lr_schedule", "sparse", "lookahead")
     for recording in recordings.trainings(family)
 }
-# Where the average flows back, the recorded values do not tell what it was made of.
+# If the average flows back, the recorded values are not those that were averaged.
 OF_RECORDED_VALUES = {
     name: recording for name, recording in ADDONS.items() if recording.wrapper != "Lookahead"
 }
 TORCH = {recording.id: recording for recording in recordings.averaged_models()}
 
-# The differences from Addons on purpose.
+# The intended differences from Addons.
 SHADOW_COPY = {
     "open/moving_average/059": "after `shadow_copy`, Addons' average started at zeros",
 }
@@ -47,7 +48,7 @@ TRAINED_OTHERWISE = SHADOW_COPY | {
 
 
 class Assigns(keras.optimizers.Optimizer):
-    """Takes each gradient for the variable's new value."""
+    """An optimizer that assigns each gradient to its variable."""
 
     def update_step(self, gradient, variable, learning_rate):
         self.assign(variable, gradient)
@@ -55,7 +56,7 @@ class Assigns(keras.optimizers.Optimizer):
 
 @pytest.fixture(scope="session")
 def note_deviation(record_testsuite_property):
-    """Keeps the largest deviation of each family, for those who ask pytest for `--junitxml`."""
+    """Notes the largest deviation of each family. pytest writes it with `--junitxml`."""
     largest = {}
 
     def note(replay, recording, deviation):
@@ -69,7 +70,7 @@ def note_deviation(record_testsuite_property):
 
 @pytest.fixture
 def as_gradient():
-    """Turns a recorded gradient into one for Keras: sparse where the backend has such gradients."""
+    """Turns a recorded gradient into one for Keras. It is sparse if the backend supports that."""
     if keras.backend.backend() != "tensorflow":
         return lambda grad: _tensor(grad.dense() if _is_sparse(grad) else grad)
     import tensorflow as tf
@@ -107,8 +108,9 @@ def _recorded(cases, left_out):
 def _inner_optimizer(recorded):
     arguments = dict(recorded["args"])
     if recorded["class"] == "Adam":
-        # Keras 2 held the betas in float32, so that `1 - beta` was rounded alike in the moments and
-        # in their correction. Keras 3 rounds only the latter: its early steps are 6e-6 too long.
+        # Keras 2 kept the betas in float32. So `1 - beta` had the same rounding in the moments and
+        # in their correction. Keras 3 rounds it only in the correction, and its early steps are too
+        # long by 6e-6.
         arguments |= {"beta_1": float(np.float32(0.9)), "beta_2": float(np.float32(0.999))}
     if schedule := recorded.get("learning_rate_schedule"):
         cyclical = getattr(keras_avg.schedules, schedule["class"])
@@ -117,7 +119,7 @@ def _inner_optimizer(recorded):
 
 
 def _rule(recording, optimizer):
-    """The recorded wrapper without its clipping, which belongs to the training."""
+    """The recorded wrapper without its clipping, which only matters in training."""
     arguments = {k: v for k, v in recording.arguments.items() if k not in CLIPPING}
     return getattr(keras_avg, recording.wrapper)(optimizer, **arguments)
 
@@ -137,12 +139,12 @@ def _replay(optimizer, variables, gradients):
 
 
 def _arrays(variables):
-    # A copy, because NumPy may look into memory that the next step overwrites.
+    # A copy, because the next step may overwrite the memory of the NumPy array.
     return [np.array(keras.ops.convert_to_numpy(variable)) for variable in variables]
 
 
 def _check_trajectory(actual, recorded, tolerance):
-    """Every element of every variable after every step. Returns the largest deviation."""
+    """Compare every element of every variable after every step. Return the largest deviation."""
     largest = 0.0
     for step, (values, expected) in enumerate(zip(actual, recorded, strict=True)):
         deviation = _deviation(values, expected)
@@ -160,8 +162,8 @@ def _deviation(values, expected):
     return np.max(deviations)
 
 
-def test_recordings_tell_what_can_be_computed_by_hand():
-    recording = ADDONS["open/swa/014"]  # SGD(0.1), a snapshot after steps 0, 2, 4, ...
+def test_recordings_agree_with_values_that_are_computed_by_hand():
+    recording = ADDONS["open/swa/014"]  # It has SGD(0.1), and snapshots after steps 0, 2, 4, ...
     first, second, third = recording.values[:3]
     for v, start in enumerate(recording.initial_values):
         grad = recording.gradients[0][v]
@@ -186,9 +188,9 @@ def test_no_recording_is_missing():
 
 @pytest.mark.sample(12)
 @_recorded(ADDONS, left_out=TRAINED_OTHERWISE)
-def test_training_goes_as_in_addons(recording, as_gradient, note_deviation):
+def test_training_equals_recordings_of_addons(recording, as_gradient, note_deviation):
     gradients = recording.gradients
-    if recording.inner["class"] == "Adam":  # Keras 3 on TensorFlow does not sum repeated rows.
+    if recording.inner["class"] == "Adam":  # On TensorFlow, Keras 3 does not sum repeated rows.
         gradients = [[g.summed() if _is_sparse(g) else g for g in grads] for grads in gradients]
     optimizer = getattr(keras_avg, recording.wrapper)(
         _inner_optimizer(recording.inner), **recording.arguments
@@ -209,7 +211,7 @@ def test_training_goes_as_in_addons(recording, as_gradient, note_deviation):
 
 @pytest.mark.sample(20)
 @_recorded(OF_RECORDED_VALUES, left_out=SHADOW_COPY)
-def test_recorded_values_are_averaged_as_in_addons(recording, note_deviation):
+def test_averages_of_recorded_values_equal_those_of_addons(recording, note_deviation):
     optimizer = _rule(recording, Assigns(learning_rate=1.0))
     variables = _variables(recording.initial_values)
 
@@ -222,12 +224,14 @@ def test_recorded_values_are_averaged_as_in_addons(recording, note_deviation):
     note_deviation("averages", recording, deviation)
 
 
-# torch averages when  t > after  and  (t - after - 1) % every == 0,  where step t gives weights[t]
-# and the model is made with weights[0]. Replaying weights[0] as step 0 makes t our step:
-#     SWA            is due at  after + 1, after + 1 + every, ...: the same.
-#     MovingAverage  is due when  (t + 1) % every == 0:  the same where  (after + 2) % every == 0.
-# torch's first average is a copy: decay 0 up to step after + 1. Its decay is that of one update,
-# however many steps apart; MovingAverage's is that of one step, every-th root of torch's.
+# In torch the model begins with weights[0], and step t gives weights[t]. torch averages when
+#     t > after  and  (t - after - 1) % every == 0.
+# The replay takes weights[0] as step 0, so its step t is torch's step t:
+#     SWA            is due at  after + 1, after + 1 + every, ...  These are the same steps.
+#     MovingAverage  is due when  (t + 1) % every == 0.  These are the same steps if
+#                    (after + 2) % every == 0.
+# torch's first average is a copy. So the decay is 0 up to step after + 1. torch's decay is that of
+# one averaging. The decay of MovingAverage is that of one step, the every-th root of torch's.
 
 
 def _as_averaged_model(recording):
@@ -244,7 +248,7 @@ def _as_averaged_model(recording):
 
 @pytest.mark.sample(6)
 @_recorded(TORCH, left_out={})
-def test_weights_are_averaged_as_in_torch(recording, note_deviation):
+def test_averages_of_recorded_weights_equal_those_of_torch(recording, note_deviation):
     optimizer = _as_averaged_model(recording)
     variables = _variables(recording.weights[0])
 
@@ -252,7 +256,7 @@ def test_weights_are_averaged_as_in_torch(recording, note_deviation):
         optimizer, variables, [[_tensor(w) for w in step] for step in recording.weights]
     )
 
-    # Before its first update torch's average is a copy of the model as it was made.
+    # Before its first update, torch's average is a copy of the new model.
     first = recording.num_averaged.index(1)
     deviation = _check_trajectory(
         averages[1 + first :], recording.averages[first:], AVERAGE_TOLERANCE
@@ -262,7 +266,7 @@ def test_weights_are_averaged_as_in_torch(recording, note_deviation):
         assert optimizer.num_snapshots == recording.num_averaged[-1]
 
 
-# What the replays are worth: rules that are a little off do not pass.
+# The replays can fail: these rules are slightly wrong, and do not pass.
 
 
 class SlowerSWA(keras_avg.SWA):
@@ -279,7 +283,7 @@ class ForgetfulAverage(keras_avg.MovingAverage):
     ("wrong", "name"),
     [(SlowerSWA, "open/swa/012"), (ForgetfulAverage, "open/moving_average/003")],
 )
-def test_wrong_weight_is_noticed(wrong, name):
+def test_a_wrong_weight_is_noticed(wrong, name):
     recording = ADDONS[name]
     optimizer = wrong(Assigns(learning_rate=1.0), **recording.arguments)
     _, averages = _replay(

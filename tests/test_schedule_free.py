@@ -1,4 +1,4 @@
-"""Training between an average and an iterate: schedule-free, and primal averaging."""
+"""ScheduleFree and PrimalAverage train between an average and an iterate."""
 
 import json
 import pathlib
@@ -28,7 +28,7 @@ def recorded():
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"])
-def test_it_is_that_of_the_original(case):
+def test_schedule_free_training_equals_that_of_the_original(case):
     given = GOLDEN["cases"][case]["arguments"]
     variables, gradients = recorded()
     inner = optimizers.SGD(given["lrs"][0], momentum=given.get("momentum", 0.0))
@@ -50,7 +50,7 @@ def test_it_is_that_of_the_original(case):
 
 
 def by_hand(inner, gradients, interpolation, shares, start):
-    """y and x after each step, with z stepped by the bare optimizer, in float64."""
+    """y and x after each step, in float64. The bare optimizer steps z."""
     z = keras.Variable(start)
     x = np.asarray(start, "float64")
     for gradient, c in zip(gradients, shares, strict=True):
@@ -79,7 +79,7 @@ def by_hand(inner, gradients, interpolation, shares, start):
     ],
     ids=["ScheduleFree", "PrimalAverage"],
 )
-def test_z_is_stepped_as_by_the_bare_optimizer(wrap, interpolation, shares, inner):
+def test_the_bare_optimizer_takes_the_same_steps_of_z(wrap, interpolation, shares, inner):
     random = np.random.default_rng(2)
     start = random.normal(size=(3, 2)).astype("float32")
     gradients = random.normal(size=(8, 3, 2)).astype("float32")
@@ -93,7 +93,8 @@ def test_z_is_stepped_as_by_the_bare_optimizer(wrap, interpolation, shares, inne
         np.testing.assert_allclose(average, x, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_primal_averaging_with_interpolation_1_is_heavy_ball():
+@pytest.mark.slow_on("jax", "tensorflow")
+def test_primal_averaging_with_interpolation_1_equals_heavy_ball():
     rate, m = 0.1, 0.9
     average = small.model(PrimalAverage(optimizers.SGD(rate), interpolation=1.0, average_decay=m))
     heavy = small.model(optimizers.SGD(rate * (1 - m), momentum=m))
@@ -103,8 +104,9 @@ def test_primal_averaging_with_interpolation_1_is_heavy_ball():
         np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.parametrize("inner", [lambda: optimizers.Adam(0.01), lambda: optimizers.SGD(0.1)])
-def test_primal_averaging_without_decay_is_the_inner_optimizer(inner):
+def test_primal_averaging_without_decay_equals_the_inner_optimizer(inner):
     average, bare = small.model(PrimalAverage(inner(), average_decay=0.0)), small.model(inner())
     for model in (average, bare):
         small.fit(model, epochs=2)
@@ -112,7 +114,8 @@ def test_primal_averaging_without_decay_is_the_inner_optimizer(inner):
         np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_a_rate_of_zero_moves_nothing_and_gives_no_nan():
+@pytest.mark.slow_on("jax", "tensorflow")
+def test_a_learning_rate_of_zero_moves_nothing_and_gives_no_nan():
     model = small.model(ScheduleFree(optimizers.SGD(0.0)))
     before = [small.numpy(v) for v in model.trainable_variables]
     small.fit(model, epochs=1)
@@ -125,7 +128,7 @@ def test_a_rate_of_zero_moves_nothing_and_gives_no_nan():
     assert np.any(small.numpy(model.trainable_variables[0]) != before[0])
 
 
-def test_micro_steps_and_skipped_steps_leave_every_bit():
+def test_micro_steps_and_skipped_steps_change_no_bit():
     inner = optimizers.SGD(0.1, gradient_accumulation_steps=2)
     optimizer, variable = ScheduleFree(inner), keras.Variable([0.1, 0.2, 0.3])
     small.apply(optimizer, [variable], [[1.0, 2.0, 3.0]], times=2)
@@ -153,6 +156,7 @@ def test_training_goes_on_from_averages_that_were_assigned(wrap, swapped):
     np.testing.assert_array_equal(variable, average)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_a_file_resumes_bit_for_bit_also_after_a_swap(tmp_path):
     model = small.fit(small.model(ScheduleFree(optimizers.Adam(0.01))), epochs=1)
     with model.optimizer.average_weights():
@@ -165,7 +169,8 @@ def test_a_file_resumes_bit_for_bit_also_after_a_swap(tmp_path):
     small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
 
 
-def test_wrappers_around_average_what_is_trained():
+@pytest.mark.slow_on("jax")
+def test_wrappers_around_schedule_free_average_the_trained_variables():
     model = small.model(SWA(ScheduleFree(optimizers.SGD(0.1)), 0, 1))
     trajectories = small.trajectories(model, 6)
     for variable, values in zip(model.trainable_variables, trajectories, strict=True):
@@ -176,11 +181,11 @@ def test_wrappers_around_average_what_is_trained():
 
 @pytest.mark.parametrize("wrap", [ScheduleFree, PrimalAverage])
 class TestNesting:
-    def test_a_wrapper_inside_is_refused(self, wrap):
+    def test_a_wrapper_inside_schedule_free_or_primal_average_is_refused(self, wrap):
         with pytest.raises(ValueError, match=r"innermost.*Nest the other way: SWA\("):
             wrap(SWA("sgd"))
 
-    def test_what_changes_the_variables_from_outside_is_refused(self, wrap):
+    def test_a_wrapper_that_changes_the_variables_is_refused_around_schedule_free(self, wrap):
         for around in (
             Lookahead,
             lambda inner: ModelAverage(inner, outer_optimizer=optimizers.SGD(0.7)),
@@ -189,7 +194,8 @@ class TestNesting:
             with pytest.raises(ValueError, match="made of what it keeps"):
                 around(wrap("sgd"))
 
-    def test_the_mean_over_workers_is_not(self, wrap):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_model_average_around_schedule_free_is_accepted(self, wrap):
         model = small.fit(small.model(ModelAverage(wrap("sgd"), interval_steps=2)), epochs=1)
         alone = small.fit(small.model(wrap("sgd")), epochs=1)
         small.assert_same_bits(model.get_weights(), alone.get_weights())
@@ -206,11 +212,11 @@ class TestNesting:
         (lambda: PrimalAverage("sgd", interpolation=-0.1), "interpolation=-0.1"),
     ],
 )
-def test_bad_arguments_are_refused(make, received):
+def test_bad_arguments_of_schedule_free_are_refused(make, received):
     with pytest.raises(ValueError, match=f"Received: {received}"):
         make()
 
 
-def test_decay_is_that_of_the_average_where_there_is_one():
+def test_decay_of_primal_average_is_refused_and_names_average_decay():
     with pytest.raises(TypeError, match="average_decay"):
         PrimalAverage("sgd", decay=0.9)

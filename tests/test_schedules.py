@@ -1,8 +1,8 @@
-"""Learning rates by hand, by another formula, and as TensorFlow Addons and torch were seen to do.
+"""Learning rates equal numbers by hand, another formula, and recordings of Addons and torch.
 
-A deviation is |difference| / the largest rate of the schedule. Both come from float32, whose
-resolution is 6e-8 to 1.2e-7: of a few operations here, of the position `t / step_size - 2 cycle`
-in Addons, which loses a digit to the subtraction.
+A deviation is |difference| / the largest rate of the schedule. Deviations come from float32, whose
+resolution is 6e-8 to 1.2e-7. Here a few operations round. In Addons, the subtraction in
+`t / step_size - 2 cycle` loses a digit.
 """
 
 import fractions
@@ -54,7 +54,7 @@ SCALE_FUNCTIONS = {
 
 @pytest.fixture(scope="session")
 def note_deviation(record_testsuite_property):
-    """Keeps the largest deviation of each family, for those who ask pytest for `--junitxml`."""
+    """Notes the largest deviation of each family. pytest writes it with `--junitxml`."""
     largest = {}
 
     def note(family, deviation):
@@ -77,7 +77,7 @@ def rates(schedule, steps):
 
 
 def integer(step):
-    """A step as Keras' optimizers pass it."""
+    """A step number in the form in which Keras' optimizers pass it."""
     return ops.convert_to_tensor(step, "int32")
 
 
@@ -88,7 +88,7 @@ def deviation(actual, expected):
 
 
 def annealed(strategy, first, last, start_step, anneal_steps, steps):
-    """From one rate to another in NumPy float64; `first` is the rate up to `start_step`."""
+    """Annealing to the last rate in NumPy float64. `first` is the rate up to `start_step`."""
     if strategy == "linear":
         return np.interp(steps, [start_step, start_step + anneal_steps], [first, last])
     angles = np.interp(steps, [start_step, start_step + anneal_steps], [0.0, np.pi])
@@ -96,7 +96,7 @@ def annealed(strategy, first, last, start_step, anneal_steps, steps):
 
 
 def triangles(initial, maximal, step_size, steps, scale, scale_mode):
-    """A zigzag line drawn through its corners, in NumPy float64."""
+    """A zigzag line through given corners, in NumPy float64."""
     corners = step_size * np.arange(0, 4 + max(steps) // step_size)
     heights = np.interp(steps, corners, np.arange(len(corners)) % 2)
     cycles = np.searchsorted(corners[::2], steps, side="right")
@@ -117,13 +117,13 @@ def test_linear_annealing_begins_after_the_start_step():
     assert rates(schedule, range(8)).tolist() == [1, 1, 1, 0.75, 0.5, 0.25, 0, 0]
 
 
-def test_cosine_annealing_is_half_way_in_the_middle():
+def test_cosine_annealing_has_half_of_the_way_in_the_middle():
     schedule = SWALearningRate(1.0, 3.0, start_step=0, anneal_steps=2)
 
     np.testing.assert_allclose(rates(schedule, range(4)), [1, 2, 3, 3], rtol=FORMULA_TOLERANCE)
 
 
-def test_no_annealing_jumps_at_the_start_step():
+def test_the_rate_jumps_at_the_start_step_without_annealing():
     schedule = SWALearningRate(1.0, 0.25, start_step=2, anneal_steps=0)
 
     assert rates(schedule, range(4)).tolist() == [1, 1, 0.25, 0.25]
@@ -142,7 +142,7 @@ def test_a_triangle_goes_up_and_down():
     assert rates(schedule, range(9)).tolist() == [1, 2, 3, 2, 1, 2, 3, 2, 1]
 
 
-def test_a_cycle_need_not_have_whole_halves():
+def test_half_a_cycle_need_not_be_a_whole_number_of_steps():
     schedule = TriangularCyclicalLearningRate(0, 5, step_size=2.5)
 
     assert rates(schedule, range(7)).tolist() == [0, 2, 4, 4, 2, 0, 2]
@@ -181,7 +181,7 @@ def test_a_scale_function_gets_cycles_from_one_and_steps_from_zero():
     anneal_steps=st.integers(1, 2000),
     steps=st.lists(st.integers(0, 5000), min_size=1, max_size=4),
 )
-def test_annealing_is_the_formula_in_float64(strategy, last, start_step, anneal_steps, steps):
+def test_annealing_equals_the_formula_in_float64(strategy, last, start_step, anneal_steps, steps):
     schedule = SWALearningRate(1.0, last, start_step, anneal_steps, strategy)
 
     expected = annealed(strategy, 1.0, last, start_step, anneal_steps, [*steps, start_step])
@@ -197,10 +197,10 @@ def test_annealing_is_the_formula_in_float64(strategy, last, start_step, anneal_
     gamma=st.floats(0.9, 1.0),
     steps=st.lists(st.integers(0, 5000), min_size=1, max_size=4),
 )
-def test_cycles_are_the_zigzag_line(initial, step_size, scale_mode, gamma, steps):
+def test_cycles_equal_a_zigzag_line(initial, step_size, scale_mode, gamma, steps):
     schedule = ExponentialCyclicalLearningRate(initial, 1.0, step_size, scale_mode, gamma)
 
-    # Half the period that integers can tell; the next test says how close that is.
+    # Half of the period that the schedule uses. The next test says how exact this period is.
     half = float(schedule._period / 2)
     expected = triangles(initial, 1.0, half, steps, lambda x: gamma**x, scale_mode)
 
@@ -234,7 +234,7 @@ def test_no_recording_is_missing():
 
 
 @recorded(ANNEALED)
-def test_rates_are_those_of_torch(recording, note_deviation):
+def test_rates_equal_recordings_of_torch(recording, note_deviation):
     start = len(recording.decayed)
     before = ExponentialDecay(recording.learning_rate, decay_steps=1, decay_rate=0.9)
     schedule = SWALearningRate(
@@ -250,7 +250,7 @@ def test_rates_are_those_of_torch(recording, note_deviation):
     )
 
     largest = deviation(*after, recording.annealed)
-    if recording.anneal_steps > 0:  # Else torch's jump is at construction, and all this decays.
+    if recording.anneal_steps > 0:  # Otherwise torch jumps at construction, before these steps.
         expected = [recording.learning_rate, *recording.decayed]
         largest = max(largest, deviation([*decayed, *at_start], expected))
     note_deviation(f"SWALR, {recording.anneal_strategy}", largest)
@@ -265,7 +265,7 @@ def _recorded_schedule(recording, **changes):
 
 
 @recorded(CYCLICAL)
-def test_rates_are_those_of_addons(recording, note_deviation):
+def test_rates_equal_recordings_of_addons(recording, note_deviation):
     schedule = _recorded_schedule(recording)
 
     of_tensors = rates(schedule, range(len(recording.rates)))
@@ -317,7 +317,8 @@ def test_any_kind_of_step_gives_the_same_float32_scalar(schedule):
     assert len({float(rate) for rate in given_rates}) == 1
 
 
-@pytest.mark.parametrize("schedule", ALL[1:], ids=_name)  # Keras' CosineDecay computes in floatx.
+# The first is left out, because Keras' CosineDecay computes in floatx.
+@pytest.mark.parametrize("schedule", ALL[1:], ids=_name)
 def test_rates_do_not_depend_on_floatx(schedule, floatx):
     before = rates(schedule, range(8))
 
@@ -348,7 +349,7 @@ def test_cycles_count_single_steps_beyond_the_integers_of_float32(step_size):
 def test_a_decay_near_one_keeps_its_digits():
     schedule = ExponentialCyclicalLearningRate(0, 1, step_size=1, gamma=0.99999)
 
-    # float32(0.99999) to this power would be off by 5e-3.
+    # float32(0.99999) to this power has an error of 5e-3.
     np.testing.assert_allclose(rates(schedule, [200_001]), [0.99999**200_001], rtol=1e-6)
 
 
@@ -378,7 +379,7 @@ def test_a_config_has_every_argument_and_gives_the_same_schedule(schedule):
 
 
 @each
-def test_from_config_leaves_the_config_as_it_is(schedule):
+def test_from_config_does_not_change_the_config(schedule):
     config = schedule.get_config()
 
     type(schedule).from_config(config)
@@ -394,7 +395,7 @@ def test_a_scale_function_that_is_not_registered_has_no_config(scale_fn):
         schedule.get_config()
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(2, jax=1, tensorflow=1)
 @each
 def test_a_saved_model_goes_on_with_the_schedule(schedule, tmp_path):
     inner = keras.optimizers.SGD(schedule, momentum=0.5)
@@ -420,7 +421,7 @@ def test_compiled_training_follows_the_rates(schedule):
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
     model.layers[0].kernel.assign([[0.0]])
     optimizer = keras_avg.SWA(keras.optimizers.SGD(schedule), start_averaging=2, average_period=1)
-    model.compile(optimizer, loss=lambda _, prediction: prediction)  # a gradient of 1
+    model.compile(optimizer, loss=lambda _, prediction: prediction)  # The gradient is 1.
     weights = [0.0]
     remember = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda *_: weights.append(small.numpy(model.layers[0].kernel).item())
@@ -435,7 +436,7 @@ def test_compiled_training_follows_the_rates(schedule):
     np.testing.assert_array_equal(float(optimizer.learning_rate), rates(schedule, [10])[0])
 
 
-def test_the_largest_steps_are_compared_on_every_backend():
+def test_the_largest_step_numbers_work_on_every_backend():
     schedule = SWALearningRate(0.1, 0.05, start_step=2**31 - 1, anneal_steps=2**31 - 1)
     np.testing.assert_array_equal(rates(schedule, [0, 10]), np.float32([0.1, 0.1]))
 

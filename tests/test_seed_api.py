@@ -1,4 +1,4 @@
-"""docs/seed-api.md names every member of the original API, and what it is here."""
+"""docs/seed-api.md names every member of the original API, and its counterpart here."""
 
 import pathlib
 import re
@@ -16,7 +16,7 @@ SHARED = {
     *("get_slot", "get_slot_names", "get_updates", "get_weights", "iterations", "minimize"),
     *("set_weights", "variables", "weights", "__init__"),
 }
-# What the five pages list, by the heading of its table.
+# The members on each of the five pages, by the heading of its table.
 MEMBERS = {
     "tf.keras.optimizers.Optimizer": SHARED
     | {"clipnorm", "clipvalue", "global_clipnorm", "gradient_aggregator", "gradient_transformers"},
@@ -50,7 +50,7 @@ ROWS = [
 ]
 
 
-def test_there_is_a_table_for_each_page():
+def test_each_page_of_the_original_has_a_table():
     assert tables().keys() == MEMBERS.keys()
 
 
@@ -60,19 +60,19 @@ def test_each_member_on_a_page_is_in_its_table(heading):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_each_row_names_a_test_or_says_that_there_is_nothing_here(row):
+def test_each_row_names_a_test_or_says_that_the_member_does_not_exist(row):
     if row["here"].startswith("none"):
         assert row["test"] == "-"
     else:
         assert re.fullmatch(
             r"`tests/test_\w+\.py(::\w+)+`", row["test"]
-        )  # test_docs.py looks it up
+        )  # test_docs.py checks that the test exists.
 
 
 @pytest.mark.parametrize(
     "name", sorted(SHARED | MEMBERS["tfa.optimizers.AveragedOptimizerWrapper"])
 )
-def test_each_member_is_one_here(name):
+def test_each_member_of_the_original_exists_here(name):
     arguments = {"decay", "gradient_aggregator", "gradient_transformers"}
     optimizer = keras_avg.SWA(keras.optimizers.SGD())
     assert name in arguments or hasattr(optimizer, name)

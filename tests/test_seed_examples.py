@@ -1,4 +1,4 @@
-"""The examples of the original API pages, with today's names: `keras` for `tf.keras`."""
+"""The examples of the original API pages work, with `keras` instead of `tf.keras`."""
 
 import keras
 import numpy as np
@@ -12,7 +12,7 @@ BACKEND = keras.backend.backend()
 TOLERANCE = 1e-6  # rounding of a few float32 operations on numbers of order 1
 
 about_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="about TensorFlow")
-# The pages show plain optimizers, of which these classes inherit everything.
+# The pages show plain optimizers. A wrapper must work in the same examples.
 each_wrapper = pytest.mark.parametrize(
     "wrapped", [keras_avg.SWA, keras_avg.MovingAverage], ids=lambda kind: kind.__name__
 )
@@ -29,7 +29,7 @@ def deferred_model():
 
 
 @each_wrapper
-def test_usage(wrapped):
+def test_the_usage_example_works(wrapped):
     """Pages AveragedOptimizerWrapper and Optimizer, "Usage"."""
     var1, var2 = keras.Variable(1.0), keras.Variable(2.0)
     opt = wrapped(optimizers.SGD(learning_rate=0.1))
@@ -42,8 +42,9 @@ def test_usage(wrapped):
     np.testing.assert_allclose(var2, 2.0 - 0.1 * 8.0, rtol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax")
 @each_wrapper
-def test_custom_training_loop_with_keras_models(wrapped):
+def test_the_example_of_a_custom_training_loop_works(wrapped):
     """Pages AveragedOptimizerWrapper and Optimizer, "Custom training loop"."""
     data = [(small.X[i : i + 8], small.Y[i : i + 8] > 0) for i in range(0, 48, 8)]
     opt = wrapped(optimizers.SGD(learning_rate=0.1))
@@ -61,7 +62,7 @@ def test_custom_training_loop_with_keras_models(wrapped):
 
 
 @each_wrapper
-def test_processing_gradients_before_applying_them(wrapped):
+def test_the_example_of_processing_gradients_works(wrapped):
     """Pages AveragedOptimizerWrapper and Optimizer, "Processing gradients"."""
     variables = [keras.Variable([1.0]), keras.Variable([2.0])]
     opt = wrapped(optimizers.SGD(learning_rate=0.1))
@@ -78,8 +79,8 @@ def test_processing_gradients_before_applying_them(wrapped):
 
 @about_tensorflow
 @each_wrapper
-def test_processing_gradients_of_a_tape(wrapped):
-    """Pages AveragedOptimizerWrapper and Optimizer, "Processing gradients", as it stands there."""
+def test_the_example_of_processing_gradients_of_a_tape_works(wrapped):
+    """Pages AveragedOptimizerWrapper and Optimizer, "Processing gradients", word for word."""
     import tensorflow as tf
 
     variables = [tf.Variable([1.0]), tf.Variable([2.0])]
@@ -95,7 +96,7 @@ def test_processing_gradients_of_a_tape(wrapped):
 
 
 @each_wrapper
-def test_hyperparameters(wrapped):
+def test_the_example_of_hyperparameters_works(wrapped):
     """Pages AveragedOptimizerWrapper and Optimizer, "Hyper parameters"."""
     var1, var2 = keras.Variable(1.0), keras.Variable(2.0)
     opt = wrapped(optimizers.SGD(learning_rate=0.1))
@@ -109,6 +110,7 @@ def test_hyperparameters(wrapped):
     np.testing.assert_allclose(opt.lr, 0.05, rtol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax")
 def test_weights_are_updated_to_their_mean_before_saving(tmp_path):
     """Pages AveragedOptimizerWrapper, MovingAverage and SWA, `assign_average_vars`."""
     model = small.model()
@@ -127,7 +129,7 @@ def test_weights_are_updated_to_their_mean_before_saving(tmp_path):
 # tfa.optimizers.MovingAverage, tfa.optimizers.SWA
 
 
-def test_moving_average_around_an_optimizer():
+def test_the_example_of_moving_average_works():
     """Page MovingAverage, "Example of usage"."""
     learning_rate = 2.0
     opt = optimizers.SGD(learning_rate)
@@ -139,7 +141,7 @@ def test_moving_average_around_an_optimizer():
     np.testing.assert_allclose(opt.get_slot(var, "average"), [0.99 + 0.008], rtol=TOLERANCE)
 
 
-def test_stochastic_weight_averaging_around_an_optimizer():
+def test_the_example_of_swa_works():
     """Page SWA, "Example of usage"."""
     learning_rate, m, k = 1.0, 1, 2
     opt = optimizers.SGD(learning_rate)
@@ -155,7 +157,7 @@ def test_stochastic_weight_averaging_around_an_optimizer():
 # tf.keras.optimizers.Optimizer
 
 
-def test_a_schedule_as_learning_rate():
+def test_a_learning_rate_may_be_a_schedule():
     """Page Optimizer, "Callable learning rate", the first way."""
     var = keras.Variable(np.ones((1,), "float32"))
     learning_rate = optimizers.schedules.ExponentialDecay(
@@ -167,7 +169,7 @@ def test_a_schedule_as_learning_rate():
     np.testing.assert_allclose(var, [1 - 0.03 - 0.03 * 0.1 ** (1 / 20)], rtol=TOLERANCE)
 
 
-def test_a_function_as_learning_rate():
+def test_a_learning_rate_may_be_a_function():
     """Page Optimizer, "Callable learning rate", the second way."""
     var = keras.Variable(np.ones((1,), "float32"))
 
@@ -180,8 +182,8 @@ def test_a_function_as_learning_rate():
 
 
 @about_tensorflow
-def test_aggregated_gradients():
-    """Page Optimizer, `apply_gradients`. On two replicas: tests/test_processes.py."""
+def test_the_example_of_aggregated_gradients_works():
+    """Page Optimizer, `apply_gradients`. tests/test_processes.py tries it on two replicas."""
     import tensorflow as tf
 
     variables = [keras.Variable([1.0])]
@@ -206,8 +208,9 @@ def trained_on_a_hundred_numbers():
     return m, opt
 
 
-def test_get_weights():
-    """Page Optimizer, `get_weights`: root mean squares of kernel and bias, the count, and ours."""
+@pytest.mark.slow_on("jax")
+def test_get_weights_returns_the_slots_of_the_example():
+    """Page Optimizer, `get_weights`: the count, the root mean squares, and the wrapper's own."""
     model, opt = trained_on_a_hundred_numbers()
     kernel, bias = model.trainable_variables
 
@@ -221,7 +224,7 @@ def test_get_weights():
     assert len(weights) == len(paths)
 
 
-def test_set_weights():
+def test_set_weights_sets_the_slots_of_the_example():
     """Page Optimizer, `set_weights`."""
     model, opt = trained_on_a_hundred_numbers()
     kernel, bias = model.trainable_variables

@@ -1,4 +1,4 @@
-"""What `ModelAverage` in one process is called elsewhere: SNOO, MuLoCo with one worker, DiLoCo."""
+"""`ModelAverage` in one process equals methods of other names: SNOO, MuLoCo, DiLoCo."""
 
 import keras
 import numpy as np
@@ -10,12 +10,12 @@ from keras_avg import SWA, Lookahead, ModelAverage, MovingAverage
 
 TOLERANCE = 1e-6  # rounding of a few float32 operations on numbers of order 1
 
-# torchft's published history of one layer: start 1, gradient 2, SGD(1) inside and SGD(2) outside,
-# synchronized at 6 and 12.
+# The history of one layer that torchft has published. It starts at 1, the gradient is 2, SGD(1) is
+# inside and SGD(2) outside, and the rounds are at steps 6 and 12.
 TORCHFT = [1, -1, -3, -5, -7, -9, -23, -25, -27, -29, -31, -33, -47]
 
 
-def test_the_history_of_torchft():
+def test_the_history_equals_that_of_torchft():
     optimizer = ModelAverage(
         optimizers.SGD(1.0), interval_steps=6, outer_optimizer=optimizers.SGD(2.0)
     )
@@ -27,7 +27,7 @@ def test_the_history_of_torchft():
 
 
 def snoo(trajectory_of, start, k, rate, momentum, rounds):
-    """SNOO as its paper has it: s = w - w_K, b = mu b + s, w <- w - eta (mu b + s)."""
+    """SNOO as in its paper: s = w - w_K, b = mu b + s, w <- w - eta (mu b + s)."""
     w, b = np.asarray(start, "float64"), 0.0
     for _ in range(rounds):
         s = w - trajectory_of(w, k)
@@ -37,7 +37,7 @@ def snoo(trajectory_of, start, k, rate, momentum, rounds):
 
 
 @pytest.mark.parametrize("inner", ["SGD", "Muon"])
-def test_it_is_snoo_and_with_muon_inside_muloco(inner):
+def test_model_average_with_outer_momentum_is_snoo_or_muloco(inner):
     random = np.random.default_rng(4)
     start = random.normal(size=(3, 2)).astype("float32")
     target = random.normal(size=(3, 2)).astype("float32")
@@ -65,7 +65,8 @@ def test_it_is_snoo_and_with_muon_inside_muloco(inner):
         np.testing.assert_allclose(variable, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_without_momentum_it_is_lookahead():
+@pytest.mark.slow_on("jax", "tensorflow")
+def test_model_average_without_outer_momentum_is_lookahead():
     average = ModelAverage(
         optimizers.SGD(0.1), interval_steps=3, outer_optimizer=optimizers.SGD(0.4)
     )
@@ -76,7 +77,8 @@ def test_without_momentum_it_is_lookahead():
         np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_a_wrapper_around_it_averages_the_center_that_one_worker_has(tmp_path):
+@pytest.mark.slow_on("jax", "tensorflow")
+def test_a_wrapper_around_model_average_averages_the_center_of_one_worker(tmp_path):
     def make():
         center = ModelAverage(
             optimizers.SGD(0.1),
@@ -111,7 +113,7 @@ class Two:
         pass
 
 
-def test_with_several_workers_a_wrapper_around_it_is_refused_when_training_begins():
+def test_a_wrapper_around_model_average_of_several_workers_is_refused():
     optimizer = SWA(ModelAverage("sgd", communicator=Two()))
     with pytest.raises(ValueError, match=r"outermost.*each worker's own.*2 workers inside SWA"):
         small.apply(optimizer, [keras.Variable([1.0])], [[1.0]])

@@ -1,4 +1,4 @@
-"""State in lists, files and configs: what fits is loaded whole, what does not is refused."""
+"""State in lists, files and configs is loaded completely if it fits, and otherwise refused."""
 
 import json
 import zipfile
@@ -17,12 +17,12 @@ def trained(optimizer):
     return small.fit(small.model(optimizer), epochs=1)
 
 
-def test_weights_are_own_variables_then_the_inner_optimizers():
+def test_weights_are_first_the_wrappers_variables_and_then_the_inner_ones():
     optimizer = trained(SWA("adam", 0, 2)).optimizer
 
     own = len(optimizer.variables) - len(optimizer.inner_optimizer.variables)
 
-    assert own == 3 + 6  # three numbers, one average for each trainable variable
+    assert own == 3 + 6  # three counters, and an average for each trainable variable
     assert [v is w for v, w in zip(optimizer.weights, optimizer.variables, strict=True)]
     assert optimizer.variables[own:] == optimizer.inner_optimizer.variables
     for array, variable in zip(optimizer.get_weights(), optimizer.variables, strict=True):
@@ -32,7 +32,7 @@ def test_weights_are_own_variables_then_the_inner_optimizers():
 
 @keras.saving.register_keras_serializable(package="keras_avg_tests")
 class Drift(SWA):
-    """Adds up gradients in state that it makes as Keras' own optimizers do."""
+    """Sums gradients in variables that it makes in the way of Keras' own optimizers."""
 
     def build(self, variables):
         super().build(variables)
@@ -47,9 +47,10 @@ class Drift(SWA):
             last.assign(grad)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
-def test_state_that_a_subclass_makes_as_in_keras_is_part_of_all_others(name, tmp_path):
+def test_the_state_of_a_subclass_is_part_of_variables_and_files(name, tmp_path):
     model = trained(Drift("adam", 0, 2))
     assert int(model.optimizer.steps) == 6
     assert (
@@ -72,7 +73,8 @@ def test_state_that_a_subclass_makes_as_in_keras_is_part_of_all_others(name, tmp
     small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
 
 
-def test_state_of_a_subclass_is_not_taken_from_files_without(tmp_path):
+@pytest.mark.slow_on("tensorflow")
+def test_a_file_without_the_state_of_a_subclass_is_refused(tmp_path):
     trained(SWA("adam", 0, 2)).save_weights(tmp_path / "m.weights.h5")
     model = trained(Drift("adam", 0, 2))
     before = model.optimizer.get_weights()
@@ -81,7 +83,8 @@ def test_state_of_a_subclass_is_not_taken_from_files_without(tmp_path):
     small.assert_same_bits(model.optimizer.get_weights(), before)
 
 
-def test_set_weights_takes_what_get_weights_gives():
+@pytest.mark.slow_on("tensorflow")
+def test_set_weights_takes_the_list_that_get_weights_returns():
     one, other = trained(SWA("adam", 0, 2)), small.model(SWA("adam", 0, 2))
     other.optimizer.build(other.trainable_variables)
 
@@ -91,7 +94,7 @@ def test_set_weights_takes_what_get_weights_gives():
     assert other.optimizer.num_snapshots == one.optimizer.num_snapshots == 3
 
 
-def test_set_weights_is_all_or_none():
+def test_set_weights_sets_all_variables_or_none():
     optimizer = trained(SWA("adam", 0, 2)).optimizer
     before = optimizer.get_weights()
     with pytest.raises(ValueError, match=r"has 23 variables. Received: 22 variables"):
@@ -101,12 +104,13 @@ def test_set_weights_is_all_or_none():
     small.assert_same_bits(optimizer.get_weights(), before)
 
 
-def test_set_weights_needs_variables():
+def test_set_weights_before_build_is_refused():
     with pytest.raises(ValueError, match="no variables to set before it is built"):
         SWA("adam").set_weights([])
 
 
-def test_own_variables_stand_in_a_file_once(tmp_path):
+@pytest.mark.slow_on("tensorflow")
+def test_a_file_has_each_own_variable_once(tmp_path):
     model = trained(SWA(MovingAverage("adam"), 0, 2))
     model.save(tmp_path / "model.keras")
     with zipfile.ZipFile(tmp_path / "model.keras") as archive:
@@ -121,9 +125,10 @@ def test_own_variables_stand_in_a_file_once(tmp_path):
     assert len(arrays) == len(model.optimizer.variables)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
-def test_files_bring_back_every_bit(tmp_path, name):
+def test_files_restore_every_bit(tmp_path, name):
     model = trained(SWA(MovingAverage(optimizers.Adam(0.01)), 0, 2))
     other = trained(SWA(MovingAverage(optimizers.Adam(0.5)), 0, 2))
     save = model.save if name.endswith("keras") else model.save_weights
@@ -135,7 +140,9 @@ def test_files_bring_back_every_bit(tmp_path, name):
     small.assert_same_bits(other.optimizer.get_weights(), model.optimizer.get_weights())
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])  # 0.9: as many arrays, of the same shapes
+@pytest.mark.slow_on("tensorflow")
+# With a momentum of 0.9, the other optimizer has as many arrays, and of the same shapes.
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_file_of_another_optimizer_is_refused_and_changes_nothing(tmp_path, momentum):
     trained(optimizers.SGD(0.1, momentum=momentum)).save_weights(tmp_path / "other.weights.h5")
     model = trained(SWA(MovingAverage("adam"), 0, 2))
@@ -147,13 +154,14 @@ def test_a_file_of_another_optimizer_is_refused_and_changes_nothing(tmp_path, mo
     small.assert_same_bits(model.optimizer.get_weights(), before)
 
 
-def test_averaging_can_start_from_another_optimizers_file(tmp_path):
+def test_averaging_can_start_from_a_file_of_another_optimizer(tmp_path):
     plain = trained(optimizers.SGD(0.1, momentum=0.9))
     plain.save_weights(tmp_path / "plain.weights.h5")
     model = small.model(SWA(optimizers.SGD(0.1, momentum=0.9), 0, 1))
     model.optimizer.build(model.trainable_variables)
 
-    # Keras' own words about the averages and about the inner optimizer, which change with releases.
+    # These are warnings of Keras about the averages and the inner optimizer. Their text changes
+    # between releases.
     with pytest.warns(UserWarning, match="could not be loaded|Skipping variable loading"):
         model.load_weights(tmp_path / "plain.weights.h5", skip_mismatch=True)
 
@@ -161,7 +169,7 @@ def test_averaging_can_start_from_another_optimizers_file(tmp_path):
     assert model.optimizer.num_snapshots == 0
 
 
-def test_an_optimizer_that_is_not_built_warns_and_says_to_build(tmp_path):
+def test_loading_into_an_optimizer_that_is_not_built_warns_and_says_to_build(tmp_path):
     trained(SWA("sgd")).save_weights(tmp_path / "model.weights.h5")
     model = small.model(SWA("sgd"))
     with pytest.warns(UserWarning, match="Call `optimizer.build") as caught:
@@ -169,7 +177,7 @@ def test_an_optimizer_that_is_not_built_warns_and_says_to_build(tmp_path):
     assert caught
 
 
-def test_a_config_names_inner_optimizers_publicly():
+def test_a_config_has_the_public_names_of_inner_optimizers():
     text = json.dumps(SWA(MovingAverage(optimizers.Adam())).get_config())
     assert "keras.src.backend" not in text
     assert '"class_name": "Adam"' in text
@@ -178,14 +186,14 @@ def test_a_config_names_inner_optimizers_publicly():
 @pytest.mark.skipif(
     not hasattr(optimizers, "MultiOptimizer"), reason="MultiOptimizer came with Keras 3.15"
 )
-def test_a_config_names_the_members_of_a_multi_optimizer_publicly():
+def test_a_config_has_the_public_names_of_the_members_of_a_multi_optimizer():
     members = optimizers.OptimizerMap(optimizers.Adam(), {".*bias": optimizers.SGD()})
     text = json.dumps(SWA(optimizers.MultiOptimizer(members)).get_config())
     assert "keras.src.backend" not in text
     assert '"class_name": "SGD"' in text
 
 
-def test_an_optimizer_goes_through_the_registry_by_name():
+def test_an_optimizer_is_saved_and_loaded_by_its_registered_name():
     optimizer = SWA("adam", 3, 4)
     config = optimizers.serialize(optimizer)
     assert config["registered_name"] == "keras_avg>SWA"
@@ -202,6 +210,7 @@ def test_averages_of_low_precision_weights_survive_a_file(tmp_path, dtype_policy
     small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_an_optimizer_built_for_no_variables_can_be_built_for_some():
     model = small.model()
     optimizer = SWA(MovingAverage("nadam"), 0, 2)
@@ -219,7 +228,9 @@ def test_an_optimizer_built_for_no_variables_can_be_built_for_some():
     )
 
 
-@pytest.mark.filterwarnings("ignore:Skipping variable loading")  # Keras, of its own optimizers
+@pytest.mark.slow_on("jax", "tensorflow")
+# Keras gives this warning about its own optimizers.
+@pytest.mark.filterwarnings("ignore:Skipping variable loading")
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -250,5 +261,5 @@ def test_weights_from_before_training_are_not_loaded_over_averages(tmp_path):
     small.fit(model, epochs=1)
     model.load_weights(tmp_path / "untrained.weights.h5")
     model.optimizer.swap_weights()
-    with pytest.raises(ValueError, match="without raw weights is refused"):  # Keras says it on
+    with pytest.raises(ValueError, match="without raw weights is refused"):
         model.load_weights(tmp_path / "untrained.weights.h5")

@@ -1,4 +1,4 @@
-"""SWA: which snapshots are taken, and what they average to."""
+"""SWA takes the right snapshots, and averages them right."""
 
 import keras
 import numpy as np
@@ -16,7 +16,7 @@ TOLERANCE = 1e-6
 
 
 def walk(optimizer, steps, gradient=0.1, start=1.0):
-    """One variable under a constant gradient, and its values before and after each step."""
+    """A variable with a constant gradient, and its values before and after each step."""
     variable = keras.Variable([start], dtype="float32")
     values = [small.numpy(variable)]
     for _ in range(steps):
@@ -34,6 +34,7 @@ def test_three_snapshots_average_to_the_middle_one():
     np.testing.assert_allclose(optimizer.get_slot(variable, "average"), [0.8], rtol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @settings(max_examples=25, deadline=None)
 @given(start=st.integers(0, 12), period=st.integers(1, 6), updates=st.integers(1, 16))
 def test_average_is_the_mean_of_the_snapshots(start, period, updates):
@@ -53,6 +54,7 @@ def test_average_is_the_mean_of_the_snapshots(start, period, updates):
         )
 
 
+@pytest.mark.slow_on("jax")
 def test_the_first_snapshot_is_the_variable_bit_for_bit():
     optimizer = SWA(optimizers.SGD(0.3), start_averaging=2, average_period=5)
     variable = keras.Variable(np.geomspace(1e-8, 1e8, 50), dtype="float32")
@@ -75,7 +77,7 @@ def test_float32_counts_snapshots_beyond_its_own_integers():
     optimizer = SWA(optimizers.SGD(1.0), 0, 1)
     variable = keras.Variable([0.0], dtype="float32")
     optimizer.build([variable])
-    count = 2**24 + 1  # not a float32
+    count = 2**24 + 1  # float32 cannot hold this integer.
     state = optimizer.get_weights()
     state[1] = np.asarray(count)
     optimizer.set_weights(state)
@@ -106,12 +108,12 @@ def test_training_that_ends_before_the_start_has_no_average():
         ({"average_period": "10"}, "average_period='10'"),
     ],
 )
-def test_steps_that_are_not_counts_are_refused(arguments, message):
+def test_steps_that_are_not_nonnegative_integers_are_refused(arguments, message):
     with pytest.raises(ValueError, match=f"integer >= .*Received: {message}"):
         SWA("sgd", **arguments)
 
 
-def test_positional_arguments_are_those_of_addons():
+def test_positional_arguments_of_swa_are_those_of_addons():
     optimizer = SWA("sgd", 3, np.int64(4), "Mean", False)
 
     config = optimizer.get_config()

@@ -1,4 +1,4 @@
-"""SWAG: mean, squares and deviations of snapshots, and samples from what they span."""
+"""SWAG: the mean, squares and deviations of snapshots, and samples from their distribution."""
 
 import keras
 import numpy as np
@@ -24,15 +24,16 @@ def flat(arrays):
     return np.concatenate([array.ravel() for array in arrays]).astype("float64")
 
 
-def test_numbers_to_check_in_the_head():
-    # SGD(1) takes the variable to 3 and to 1: mean 2, mean of squares 5.
+def test_the_mean_and_the_square_of_two_snapshots_are_computed_in_the_head():
+    # SGD(1) moves the variable to 3 and to 1. The mean is 2, and the mean of the squares is 5.
     optimizer, variable = SWAG(optimizers.SGD(1.0), 0, 1, rank=2), keras.Variable([5.0])
     small.apply(optimizer, [variable], [[2.0]], times=2)
     for name, expected in (("average", 2), ("square", 5), ("deviation_0", 0), ("deviation_1", -1)):
         np.testing.assert_allclose(optimizer.get_slot(variable, name), [expected])
 
 
-def test_moments_and_columns_are_those_of_numpy():
+@pytest.mark.slow_on("jax")
+def test_moments_and_columns_equal_those_in_numpy():
     model = small.model(SWAG(optimizers.SGD(0.1), 1, 2, rank=3))
     trajectories = small.trajectories(model, 12)
     for variable, values in zip(model.trainable_variables, trajectories, strict=True):
@@ -47,14 +48,15 @@ def test_moments_and_columns_are_those_of_numpy():
             np.testing.assert_allclose(found, value, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_samples_have_the_moments_of_the_distribution():
-    """Of 2,000 samples: their mean and covariance, within five standard errors."""
+    """The mean and covariance of 400 samples are right within five standard errors."""
     random = np.random.default_rng(0)
     optimizer, variable = SWAG(optimizers.SGD(1.0), 0, 1, rank=4), keras.Variable(np.zeros(6))
     steps = random.normal(size=(8, 6))
     for step in steps:
         small.apply(optimizer, [variable], [step])
-    number, samples = 2000, []
+    number, samples = 400, []
     for seed in range(number):
         with optimizer.sample_weights(seed):
             samples.append(small.numpy(variable).astype("float64"))
@@ -72,24 +74,26 @@ def test_samples_have_the_moments_of_the_distribution():
     assert np.max(np.abs(found - covariance) / spread) < 5
 
 
-def test_one_vector_for_all_variables_draws_the_columns():
+@pytest.mark.slow_on("jax", "tensorflow")
+def test_one_vector_for_all_variables_weights_the_columns():
     """Without diagonal noise, all variables move along the columns by the same amounts."""
     model = trained(rank=3, epochs=1)
     optimizer = model.optimizer
     mean = [small.numpy(v) for v in optimizer.kept["average"].kept]
     for square, value in zip(optimizer.kept["square"].kept, mean, strict=True):
-        square.assign(value * value)  # no variance
+        square.assign(value * value)  # There is no variance.
     columns = [[small.numpy(v) for v in optimizer.kept[f"deviation_{i}"].kept] for i in range(3)]
     with optimizer.sample_weights(1):
         moved = flat(weights(model)) - flat(mean)
     directions = np.stack([flat(column) for column in columns], axis=1)
     shares, *_ = np.linalg.lstsq(directions, moved, rcond=None)
-    np.testing.assert_allclose(directions @ shares, moved, atol=1e-3)  # of float32 squares
+    # The tolerance is for squares in float32.
+    np.testing.assert_allclose(directions @ shares, moved, atol=1e-3)
     assert np.all(np.abs(shares) > 1e-3)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_with_less_than_two_columns_only_the_diagonal_is_drawn(rank):
+def test_only_the_diagonal_is_drawn_with_less_than_two_columns(rank):
     optimizer, variable = SWAG(optimizers.SGD(1.0), 0, 1, rank=rank), keras.Variable(np.ones(4000))
     random = np.random.default_rng(1)
     for _ in range(5):
@@ -104,7 +108,8 @@ def test_with_less_than_two_columns_only_the_diagonal_is_drawn(rank):
 
 
 class TestTheContext:
-    def test_gives_the_same_sample_for_the_same_seed(self):
+    @pytest.mark.slow_on("tensorflow")
+    def test_the_same_seed_gives_the_same_sample(self):
         model = trained()
         samples = []
         for seed in (1, 1, 2, None, None):
@@ -114,15 +119,17 @@ class TestTheContext:
         for one, other in ((0, 2), (2, 3), (3, 4)):
             assert np.any(samples[one][0] != samples[other][0])
 
-    def test_of_scale_0_holds_the_mean(self):
+    @pytest.mark.slow_on("tensorflow")
+    def test_a_sample_of_scale_0_is_the_mean(self):
         model = trained()
         with model.optimizer.sample_weights(0, scale=0):
             sample = weights(model)
         with model.optimizer.average_weights():
             small.assert_same_bits(weights(model), sample)
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize("swapped", [False, True])
-    def test_leaves_every_bit_also_after_an_exception(self, swapped):
+    def test_sample_weights_restores_every_bit_after_an_exception_too(self, swapped):
         model = trained()
         if swapped:
             model.optimizer.swap_weights()
@@ -144,7 +151,8 @@ class TestTheContext:
             model.optimizer.swap_weights()
         small.fit(model, epochs=1)
 
-    def test_swapped_without_statistics_gives_those_of_the_raw_weights_back(self):
+    @pytest.mark.slow_on("tensorflow")
+    def test_sample_weights_of_a_swapped_model_restores_the_raw_statistics(self):
         model = trained()
         raw = model.get_weights()
         model.optimizer.swap_weights()
@@ -155,7 +163,7 @@ class TestTheContext:
         model.optimizer.swap_weights()
         small.assert_same_bits(model.get_weights(), raw)
 
-    def test_refuses_training_inside(self):
+    def test_training_inside_sample_weights_is_refused(self):
         model = trained()
         with (
             model.optimizer.sample_weights(0),
@@ -163,16 +171,18 @@ class TestTheContext:
         ):
             small.fit(model, epochs=1)
 
-    def test_needs_a_snapshot(self):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_sample_weights_without_a_snapshot_is_refused(self):
         model = small.fit(small.model(SWAG("sgd", start_averaging=100)), epochs=1)
         with pytest.raises(ValueError, match="no snapshot yet"), model.optimizer.sample_weights():
             pass
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize(
         ("arguments", "received"),
         [({"scale": -1}, "scale=-1"), ({"seed": 0.5}, "seed=0.5"), ({"scale": "x"}, "scale='x'")],
     )
-    def test_refuses_bad_arguments(self, arguments, received):
+    def test_bad_arguments_of_sample_weights_are_refused(self, arguments, received):
         model = trained()
         sampling = model.optimizer.sample_weights(**arguments)
         with pytest.raises(ValueError, match=f"Received: {received}"), sampling:
@@ -185,7 +195,8 @@ def test_a_bad_rank_is_refused(rank):
         SWAG("sgd", rank=rank)
 
 
-def test_it_is_saved_and_sampled_from_a_file(tmp_path):
+@pytest.mark.slow_on("tensorflow")
+def test_swag_is_saved_and_sampled_after_loading(tmp_path):
     model = trained()
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")

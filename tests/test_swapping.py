@@ -1,4 +1,4 @@
-"""The raw and the averaged values take turns in the model, and no bit is lost."""
+"""Swaps exchange the raw and the averaged values in the model, and no bit is lost."""
 
 import math
 
@@ -26,15 +26,15 @@ def trainable(model):
 
 
 def wide_variable():
-    """Weights of all magnitudes: adding and subtracting averages would change about half."""
+    """Weights of all magnitudes. A swap by addition and subtraction would change half of them."""
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=4000)
     return keras.Variable(np.geomspace(1e-8, 1e8, 4000) * signs, dtype="float32")
 
 
-def test_swapping_exchanges_and_swapping_back_restores():
+def test_a_swap_puts_averages_in_and_a_second_swap_restores_raw_weights():
     optimizer, variable = MovingAverage(optimizers.SGD(2.0), average_decay=0.5), None
     variable = keras.Variable([1.0], dtype="float32")
-    small.apply(optimizer, [variable], [[0.1]])  # 0.8, average 0.9
+    small.apply(optimizer, [variable], [[0.1]])  # The variable is 0.8, and the average is 0.9.
 
     optimizer.swap_weights()
     assert optimizer.averages_in_model
@@ -132,6 +132,7 @@ def test_nan_and_infinity_survive_a_swap():
     assert small.numpy(variable).tobytes() == raw.tobytes()
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_the_context_puts_raw_weights_back_after_an_exception():
     model = trained()
     raw = trainable(model)
@@ -148,7 +149,8 @@ def test_the_context_puts_raw_weights_back_after_an_exception():
     small.assert_same_bits(trainable(model), raw)
 
 
-def test_statistics_computed_in_the_context_go_out_with_the_averages(tmp_path):
+@pytest.mark.slow_on("tensorflow")
+def test_statistics_computed_in_the_context_are_swapped_out_with_the_averages(tmp_path):
     model = trained()
     raw = model.get_weights()
     with model.optimizer.average_weights():
@@ -165,6 +167,7 @@ def test_statistics_computed_in_the_context_go_out_with_the_averages(tmp_path):
     small.assert_same_bits(loaded.get_weights(), raw)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_statistics_of_a_model_that_lost_its_raw_weights_can_be_computed():
     model, other = trained(), trained()
     model.optimizer.swap_weights()
@@ -173,7 +176,7 @@ def test_statistics_of_a_model_that_lost_its_raw_weights_can_be_computed():
     assert other.optimizer.averages_in_model
 
 
-def test_the_context_leaves_raw_weights_that_were_put_back_inside():
+def test_the_context_keeps_raw_weights_that_were_put_back_inside_it():
     model = trained()
     raw = trainable(model)
     with model.optimizer.average_weights():
@@ -182,7 +185,8 @@ def test_the_context_leaves_raw_weights_that_were_put_back_inside():
     small.assert_same_bits(trainable(model), raw)
 
 
-def test_the_context_leaves_averages_that_were_there_before():
+@pytest.mark.slow_on("tensorflow")
+def test_the_context_keeps_averages_that_were_in_the_model_before():
     model = trained()
     model.optimizer.swap_weights()
     with model.optimizer.average_weights():
@@ -190,12 +194,13 @@ def test_the_context_leaves_averages_that_were_there_before():
     assert model.optimizer.averages_in_model
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "optimizer",
     [lambda: SWA(optimizers.Adam(0.01), 1, 2), lambda: MovingAverage(optimizers.Adam(0.01))],
 )
-def test_looking_at_the_averages_does_not_disturb_training(optimizer):
+def test_evaluating_the_averages_does_not_change_training(optimizer):
     undisturbed, looked_at = small.model(optimizer()), small.model(optimizer())
     for _ in range(3):
         small.fit(undisturbed, epochs=1)
@@ -208,7 +213,8 @@ def test_looking_at_the_averages_does_not_disturb_training(optimizer):
     small.assert_same_bits(looked_at.optimizer.get_weights(), undisturbed.optimizer.get_weights())
 
 
-def test_before_the_first_snapshot_there_is_nothing_to_swap():
+@pytest.mark.slow_on("jax")
+def test_a_swap_before_the_first_snapshot_is_refused():
     model = trained(SWA("sgd", start_averaging=100))
     raw = trainable(model)
     with pytest.raises(ValueError, match=r"no snapshot yet.*Received: 6 updates"):
@@ -218,7 +224,7 @@ def test_before_the_first_snapshot_there_is_nothing_to_swap():
 
 
 class TestTrainingWhileSwapped:
-    def test_is_refused_eagerly(self):
+    def test_eager_training_while_swapped_is_refused(self):
         variable = keras.Variable([1.0])
         optimizer = SWA(optimizers.SGD(1.0), 0, 1)
         small.apply(optimizer, [variable], [[1.0]])
@@ -227,11 +233,12 @@ class TestTrainingWhileSwapped:
             small.apply(optimizer, [variable], [[1.0]])
         assert int(optimizer.iterations) == 1
 
-    def test_is_refused_at_a_trace(self):
+    @pytest.mark.slow_on("tensorflow")
+    def test_training_while_swapped_is_refused_when_the_step_is_traced(self):
         model = trained()
         raw = trainable(model)
         model.optimizer.swap_weights()
-        model.compile(model.optimizer, "mse")  # forgets the compiled step
+        model.compile(model.optimizer, "mse")  # The compiled step is dropped.
         averages, state = trainable(model), model.optimizer.get_weights()
 
         with pytest.raises(RuntimeError, match="so training is refused"):
@@ -243,7 +250,7 @@ class TestTrainingWhileSwapped:
         small.assert_same_bits(trainable(model), raw)
 
     @pytest.mark.parametrize("swap", [lambda m: m.optimizer.swap_weights(), keras_avg.swap_weights])
-    def test_is_refused_before_the_first_step_though_the_step_was_compiled_before(self, swap):
+    def test_training_while_swapped_is_refused_if_the_step_was_compiled_before(self, swap):
         model = trained()
         compiled, raw = model.train_function, trainable(model)
         swap(model)
@@ -251,7 +258,7 @@ class TestTrainingWhileSwapped:
         for train in (small.fit, lambda m: m.train_on_batch(small.X[:8], small.Y[:8])) * 2:
             with pytest.raises(RuntimeError, match=r"`keras_avg.swap_weights\(model\)`"):
                 train(model)
-        small.assert_same_bits(model.get_weights(), averages)  # batch-norm statistics too
+        small.assert_same_bits(model.get_weights(), averages)  # These include the statistics.
         small.assert_same_bits(model.optimizer.get_weights(), state)
 
         swap(model)
@@ -259,7 +266,8 @@ class TestTrainingWhileSwapped:
         small.assert_same_bits(trainable(model), raw)
         small.fit(model, epochs=1)
 
-    def test_is_refused_in_a_second_fit_without_the_callback(self):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_a_second_fit_without_the_callback_is_refused(self):
         model = small.model(SWA(optimizers.Adam(0.01), 0, 2))
         small.fit(model, epochs=1, callbacks=[keras_avg.callbacks.SwapAverageWeights()])
         averages, updates = model.get_weights(), int(model.optimizer.iterations)
@@ -271,8 +279,9 @@ class TestTrainingWhileSwapped:
         small.fit(model, epochs=1)
         assert int(model.optimizer.iterations) == 2 * updates
 
+    @pytest.mark.slow_on("tensorflow")
     @sees_compiled_steps
-    def test_in_code_that_goes_past_the_model_is_found_at_the_end_of_fit_each_time(self):
+    def test_hidden_training_while_swapped_is_found_at_the_end_of_each_fit(self):
         model = trained()
         compiled, raw = model.train_function, trainable(model)
         model.optimizer.swap_weights()
@@ -286,7 +295,7 @@ class TestTrainingWhileSwapped:
         small.assert_same_bits(trainable(model), raw)
 
     @sees_compiled_steps
-    def test_in_code_that_goes_past_the_model_is_found_by_a_file(self, tmp_path):
+    def test_hidden_training_while_swapped_is_found_when_a_file_is_saved(self, tmp_path):
         model = small.model(SWA(optimizers.Adam(0.01), 0, 2))
         model.train_on_batch(small.X[:8], small.Y[:8])
         compiled = model.train_function
@@ -297,8 +306,9 @@ class TestTrainingWhileSwapped:
             with pytest.raises(RuntimeError, match="1 updates since they were put in"):
                 model.save_weights(tmp_path / "mixed.weights.h5")
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @sees_compiled_steps
-    def test_by_another_wrapper_is_found_at_the_end_of_fit(self):
+    def test_training_by_another_wrapper_while_swapped_is_found_at_the_end_of_fit(self):
         model = trained(SWA(optimizers.Adam(0.01), 0, 2))
         first, second = model.optimizer, SWA(optimizers.Adam(0.01), 0, 2)
         model.compile(second, "mse")
@@ -313,7 +323,7 @@ class TestTrainingWhileSwapped:
         first.swap_weights()
         small.assert_same_bits(trainable(model), raw)
 
-    def test_is_refused_to_the_wrapper_inside_too(self):
+    def test_the_inner_wrapper_cannot_train_while_the_outer_one_is_swapped(self):
         model = trained(SWA(MovingAverage("sgd"), 0, 1))
         swa, moving_average = keras_avg.averaging_optimizers(model)
         with swa.average_weights():
@@ -323,13 +333,13 @@ class TestTrainingWhileSwapped:
             with pytest.raises(RuntimeError, match="averages of 'SWA', so assigning"):
                 moving_average.assign_average_vars(model.variables)
 
-    def test_assigning_averages_is_refused(self):
+    def test_assigning_averages_while_swapped_is_refused(self):
         model = trained()
         model.optimizer.swap_weights()
         with pytest.raises(RuntimeError, match="assigning them for good is refused"):
             model.optimizer.assign_average_vars(model.variables)
 
-    def test_a_second_wrapper_waits_for_the_first(self):
+    def test_a_second_wrapper_cannot_swap_before_the_first_has_swapped_back(self):
         model = trained(SWA(MovingAverage("sgd"), 0, 1))
         swa, moving_average = keras_avg.averaging_optimizers(model)
         swa.swap_weights()
@@ -342,6 +352,7 @@ class TestTrainingWhileSwapped:
         moving_average.swap_weights()
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_a_new_optimizer_starts_from_the_averages_that_another_left_in_the_model():
     model = trained()
     first = model.optimizer
@@ -355,7 +366,7 @@ def test_a_new_optimizer_starts_from_the_averages_that_another_left_in_the_model
     second.swap_weights()
 
     small.assert_same_bits(trainable(model), raw)
-    assert first.averages_in_model  # for all it knows
+    assert first.averages_in_model  # It cannot know that the other optimizer has trained them.
 
 
 class TestFilesWrittenWhileSwapped:
@@ -369,7 +380,9 @@ class TestFilesWrittenWhileSwapped:
         ],
         ids=["nested", "under a LossScaleOptimizer"],
     )
-    def test_hold_both_copies_and_resume_bit_for_bit(self, optimizer, name, tmp_path):
+    def test_a_file_of_a_swapped_model_holds_both_copies_and_resumes_bit_for_bit(
+        self, optimizer, name, tmp_path
+    ):
         model = trained(optimizer())
         (wrapper, *_) = keras_avg.averaging_optimizers(model)
         raw, averages = trainable(model), small.slots(wrapper, model.trainable_variables)
@@ -396,7 +409,9 @@ class TestFilesWrittenWhileSwapped:
             [small.numpy(v) for v in model.optimizer.variables],
         )
 
-    def test_hold_low_precision_raw_weights(self, tmp_path, dtype_policy):
+    def test_a_file_of_a_swapped_model_holds_low_precision_raw_weights(
+        self, tmp_path, dtype_policy
+    ):
         dtype_policy("bfloat16")
         model = trained()
         raw = trainable(model)
@@ -442,7 +457,7 @@ class TestCopiesThatLostTheRawWeights:
         model.optimizer.set_weights(copy)
         return model
 
-    def test_say_so_at_the_next_swap_and_save(self, tmp_path):
+    def test_the_next_swap_and_save_say_that_raw_weights_are_lost(self, tmp_path):
         model = self.restored()
         assert model.optimizer.averages_in_model
         with pytest.raises(RuntimeError, match="does not carry them"):
@@ -450,17 +465,18 @@ class TestCopiesThatLostTheRawWeights:
         with pytest.raises(RuntimeError, match="does not carry them"):
             model.save(tmp_path / "model.keras")
 
-    def test_say_so_in_the_context(self):
+    def test_the_context_says_that_raw_weights_are_lost(self):
         model = self.restored()
         with pytest.raises(RuntimeError, match="does not carry them"):
             model.optimizer.average_weights().__enter__()
 
-    def test_say_so_at_the_next_step(self):
+    def test_the_next_step_says_that_raw_weights_are_lost(self):
         model = self.restored()
         with pytest.raises(RuntimeError, match="does not carry them"):
             small.fit(model)
 
-    def test_a_state_of_another_update_over_a_swap_is_not_written_to_a_file(self, tmp_path):
+    @pytest.mark.slow_on("jax")
+    def test_a_state_of_another_update_than_the_raw_weights_is_not_saved(self, tmp_path):
         model = trained()
         model.optimizer.swap_weights()
         copy = model.optimizer.get_weights()
@@ -476,8 +492,9 @@ class TestCopiesThatLostTheRawWeights:
         model.optimizer.swap_weights()
         small.assert_same_bits(trainable(model), raw)
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize("compiled_anew", [False, True])
-    def test_an_unswapped_state_tree_over_a_swapped_state_is_no_swap(self, compiled_anew):
+    def test_restoring_an_unswapped_state_tree_ends_a_swap(self, compiled_anew):
         model = trained()
         raw, tree = trainable(model), model.get_state_tree(value_format="numpy_array")
         model.optimizer.swap_weights()
@@ -490,7 +507,7 @@ class TestCopiesThatLostTheRawWeights:
         small.fit(model, epochs=1)
         assert not model.optimizer.averages_in_model
 
-    def test_a_restored_state_is_not_in_the_way_of_another_wrapper(self):
+    def test_another_wrapper_can_swap_after_a_state_was_restored(self):
         model = trained(SWA(MovingAverage("sgd"), 0, 1))
         swa, moving_average = keras_avg.averaging_optimizers(model)
         tree = model.get_state_tree(value_format="numpy_array")
@@ -500,7 +517,7 @@ class TestCopiesThatLostTheRawWeights:
         assert moving_average.averages_in_model
         assert not swa.averages_in_model
 
-    def test_an_unswapped_copy_over_a_swapped_state_is_no_swap(self):
+    def test_restoring_an_unswapped_copy_ends_a_swap(self):
         model = trained()
         weights, copy = model.get_weights(), model.optimizer.get_weights()
         model.optimizer.swap_weights()
@@ -510,7 +527,7 @@ class TestCopiesThatLostTheRawWeights:
         small.fit(model)
 
 
-def test_wrappers_are_found_wherever_they_are():
+def test_wrappers_are_found_at_any_depth():
     def model(optimizer):
         return small.model(optimizer)
 
@@ -528,7 +545,7 @@ def test_wrappers_are_found_wherever_they_are():
         assert {type(f) for f in found} == {SWA, MovingAverage}
 
 
-def test_averages_out_of_a_functional_state():
+def test_averages_are_computed_from_a_functional_state():
     model = trained()
     state = [v.value for v in model.optimizer.variables]
 

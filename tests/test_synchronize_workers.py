@@ -1,4 +1,4 @@
-"""SynchronizeWorkers: workers, who are threads here, each with a `fit` on its own shard."""
+"""SynchronizeWorkers: each worker runs `fit` on its own shard. Here the workers are threads."""
 
 import contextlib
 import json
@@ -20,12 +20,13 @@ from keras_avg.callbacks import SwapAverageWeights, SynchronizeWorkers
 
 
 class TestInFit:
-    """`fit` of workers in threads, each on its shard."""
+    """Workers in threads run `fit`, each on its own shard."""
 
     def fit_shards(self, sizes, make_optimizer, *more_callbacks, epochs=2, **compile_arguments):
         models = [small.model() for _ in sizes]
         if len(sizes) > 1:
-            models[1].set_weights([w + 1 for w in models[1].get_weights()])  # the chief's count
+            # These values must not matter, because all workers take the chief's.
+            models[1].set_weights([w + 1 for w in models[1].get_weights()])
 
         def work(communicator):
             model, size = models[communicator.rank], sizes[communicator.rank]
@@ -45,7 +46,7 @@ class TestInFit:
         return ModelAverage(inner(), interval_steps=3, communicator=communicator)
 
     def by_hand(self, sizes, epochs=2):
-        """The same with plain models and rounds in NumPy."""
+        """The same training with plain models, and with rounds in NumPy."""
         models = [small.model(inner()) for _ in sizes]
         steps = [epochs * size // 4 for size in sizes]
         done = [0] * len(sizes)
@@ -69,8 +70,9 @@ class TestInFit:
                 center = [small.numpy(v) for v in models[0].trainable_variables]
         return models, center
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.parametrize("sizes", [(16, 16), (16, 8, 12)], ids=["even", "uneven"])
-    def test_workers_end_where_numpy_ends(self, sizes):
+    def test_workers_end_with_the_weights_of_the_numpy_oracle(self, sizes):
         models = self.fit_shards(sizes, self.optimizer)
 
         expected, center = self.by_hand(sizes)
@@ -83,6 +85,7 @@ class TestInFit:
                 np.testing.assert_allclose(slot, target, rtol=1e-5, atol=1e-5)
         assert len({model.optimizer.num_snapshots for model in models}) == 1
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_one_worker_needs_no_callback(self):
         (alone,) = self.fit_shards((16,), self.optimizer)
         plain = small.model(inner())
@@ -90,7 +93,8 @@ class TestInFit:
         small.assert_same_bits(alone.get_weights(), plain.get_weights())
         assert alone.optimizer.num_snapshots == 2
 
-    def test_one_worker_with_an_outer_optimizer(self):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_one_worker_with_an_outer_optimizer_trains_like_lookahead(self):
         def optimizer(communicator=None):
             return ModelAverage(
                 inner(),
@@ -105,7 +109,8 @@ class TestInFit:
         for value, expected in zip(alone.get_weights(), by_hand.get_weights(), strict=True):
             np.testing.assert_allclose(value, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
-    def test_the_center_is_judged_and_saved(self, tmp_path):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_the_center_is_evaluated_and_saved(self, tmp_path):
         models = self.fit_shards((16, 12), self.optimizer, SwapAverageWeights)
         for model in models:
             assert model.optimizer.averages_in_model
@@ -117,13 +122,14 @@ class TestInFit:
         small.assert_same_bits(loaded.get_weights(), models[0].get_weights())
         assert loaded.optimizer.communicator.size == 1
 
-    def test_statistics_are_averaged_unless_told_not_to(self):
+    def test_statistics_are_averaged_unless_the_argument_says_no(self):
         models = self.fit_shards((12, 12), self.optimizer, epochs=1)
         small.assert_same_bits(*(m.get_weights() for m in models))
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize("swap_first", [True, False], ids=["before", "behind"])
     @pytest.mark.parametrize("sizes", [(2, 6), (9, 3)], ids=["before a round", "after some"])
-    def test_who_finishes_first_ends_with_the_last_center_and_its_statistics(
+    def test_a_worker_that_finishes_first_ends_with_the_last_center_and_its_statistics(
         self, sizes, swap_first
     ):
         models = [small.model() for _ in sizes]
@@ -146,7 +152,8 @@ class TestInFit:
             model.optimizer.swap_weights()
         small.assert_same_bits(*(m.get_weights() for m in models))
 
-    def test_who_finishes_first_ends_with_keras_own_average_too(self):
+    @pytest.mark.slow_on("jax")
+    def test_a_worker_that_finishes_first_ends_with_the_average_of_use_ema(self):
         models = [small.model() for _ in range(2)]
 
         def work(communicator):
@@ -164,7 +171,9 @@ class TestInFit:
         fake_workers.run(2, work)
 
     @pytest.mark.parametrize("average_non_trainable", [True, False])
-    def test_all_that_is_not_trained_starts_as_the_chiefs(self, average_non_trainable):
+    def test_variables_that_are_not_trained_start_with_the_chiefs_values(
+        self, average_non_trainable
+    ):
         models = [small.model() for _ in range(2)]
         models[0].layers[0].trainable = models[1].layers[0].trainable = False
         models[1].set_weights([w + 1 for w in models[1].get_weights()])
@@ -179,7 +188,8 @@ class TestInFit:
         for weights in fake_workers.run(2, work):
             small.assert_same_bits(weights, chiefs)
 
-    def test_what_is_frozen_keeps_its_bits(self):
+    @pytest.mark.slow_on("jax")
+    def test_frozen_variables_keep_their_bits(self):
         models = [small.model() for _ in range(3)]
         for model in models:
             model.layers[0].trainable = model.layers[1].trainable = False
@@ -196,8 +206,9 @@ class TestInFit:
         for weights in fake_workers.run(3, work):
             small.assert_same_bits(weights, before)
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch runs step by step")
-    def test_executions_of_several_steps(self):
+    def test_rounds_work_with_several_steps_per_execution(self):
         def optimizer(communicator):
             return ModelAverage(inner(), interval_steps=4, communicator=communicator)
 
@@ -223,7 +234,7 @@ class TestInFit:
             small.fit(model, callbacks=[SynchronizeWorkers()])
 
     @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch trains eagerly")
-    def test_a_forgotten_callback_is_noticed_at_the_trace(self):
+    def test_a_missing_callback_is_an_error_when_the_step_is_traced(self):
         models = [small.model() for _ in range(2)]
 
         def work(communicator):
@@ -234,8 +245,9 @@ class TestInFit:
         with pytest.raises(RuntimeError, match=r"2 workers.*SynchronizeWorkers"):
             fake_workers.run(2, work)
 
+    @pytest.mark.slow_on("jax")
     @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch trains eagerly")
-    def test_a_callback_forgotten_the_second_time_is_noticed_at_the_end(self):
+    def test_a_callback_that_is_missing_in_the_second_fit_is_an_error_at_its_end(self):
         models = [small.model() for _ in range(2)]
 
         def work(communicator):
@@ -247,7 +259,8 @@ class TestInFit:
         with pytest.raises(RuntimeError, match=r"no round since step 6.*SynchronizeWorkers"):
             fake_workers.run(2, work)
 
-    def test_a_state_loaded_between_two_fits_is_no_missed_round(self, tmp_path):
+    @pytest.mark.slow_on("tensorflow")
+    def test_a_state_that_is_loaded_between_two_fits_is_not_a_missed_round(self, tmp_path):
         models = [small.model() for _ in range(2)]
 
         def work(communicator):
@@ -262,7 +275,8 @@ class TestInFit:
 
         assert fake_workers.run(2, work) == [(24, 8), (24, 8)]
 
-    def test_a_loop_that_calls_the_callback_by_hand_ends_where_fit_ends(self):
+    @pytest.mark.slow_on("tensorflow")
+    def test_a_loop_that_calls_the_callback_by_hand_gives_the_weights_of_fit(self):
         models = [small.model() for _ in range(2)]
 
         def work(communicator):
@@ -308,6 +322,7 @@ class TestInFit:
 
         assert fake_workers.run(2, work) == [1, 1]
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize("first", [True, False], ids=["first in the list", "last in the list"])
     @pytest.mark.parametrize("mistake", [KeyError, KeyboardInterrupt])
     def test_an_error_after_a_batch_with_a_round_is_not_replaced(self, mistake, first):
@@ -333,7 +348,8 @@ class TestInFit:
         with pytest.raises(mistake, match="gone"):
             small.fit(model, callbacks=[SynchronizeWorkers()])
 
-    def test_a_chief_that_alone_has_trained_before_sees_that_workers_differ(self, tmp_path):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_a_chief_that_has_trained_alone_is_an_error_on_every_worker(self, tmp_path):
         small.fit(small.model(self.optimizer(None))).save_weights(tmp_path / "m.weights.h5")
         models = [small.model() for _ in range(2)]
 
@@ -348,8 +364,9 @@ class TestInFit:
 
         fake_workers.run(2, work)
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch trains eagerly")
-    def test_a_callback_forgotten_after_a_fit_that_failed_is_noticed_at_the_end(self):
+    def test_a_callback_that_is_missing_after_a_failed_fit_is_an_error_at_the_end(self):
         class Fails(keras.callbacks.Callback):
             def on_train_batch_end(self, batch, logs=None):
                 raise KeyError
@@ -360,10 +377,11 @@ class TestInFit:
         with pytest.raises(RuntimeError, match=r"no round since step 0.*SynchronizeWorkers"):
             small.fit(model)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.parametrize("epochs", [2, 3])
-    def test_training_goes_on_from_a_state_that_a_callback_loads(self, epochs, tmp_path):
+    def test_training_goes_on_from_a_state_that_another_callback_loads(self, epochs, tmp_path):
         class Returns(keras.callbacks.Callback):
-            """To the end of the first epoch, at the end of the second."""
+            """At the end of the second epoch, it loads the state of the end of the first."""
 
             def on_epoch_end(self, epoch, logs=None):
                 if epoch == 0:
@@ -374,14 +392,15 @@ class TestInFit:
         def trained(epochs, *callbacks):
             model = small.model(self.optimizer(Twin()))
             callbacks = [SynchronizeWorkers(), *callbacks]
-            return small.fit(model, epochs, batch_size=12, callbacks=callbacks)  # four batches
+            # An epoch has four batches.
+            return small.fit(model, epochs, batch_size=12, callbacks=callbacks)
 
         model = trained(epochs, Returns())
         expected = trained(epochs - 1)
         small.assert_same_bits(model.get_weights(), expected.get_weights())
-        assert model.optimizer.num_snapshots == epochs - 1  # after steps 3 and 6
+        assert model.optimizer.num_snapshots == epochs - 1  # The rounds are after steps 3 and 6.
 
-    def test_a_worker_without_an_epoch_left_keeps_the_others_company(self):
+    def test_a_worker_without_an_epoch_left_joins_the_rounds_of_the_others(self):
         models = [small.model() for _ in range(2)]
 
         def work(communicator):
@@ -393,12 +412,13 @@ class TestInFit:
 
         small.assert_same_bits(*fake_workers.run(2, work))
 
-    def test_averages_inside_are_as_many_on_all_workers(self):
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_inner_averages_have_the_same_number_of_snapshots_on_all_workers(self):
         def optimizer(communicator):
             inside = SWA(inner(), start_averaging=4, average_period=1)
             return ModelAverage(inside, interval_steps=3, communicator=communicator)
 
-        models = self.fit_shards((24, 12), optimizer, epochs=1)  # 6 and 3 steps
+        models = self.fit_shards((24, 12), optimizer, epochs=1)  # The workers take 6 and 3 steps.
         wrappers = [model.optimizer.inner_optimizer for model in models]
         assert [wrapper.num_snapshots for wrapper in wrappers] == [2, 2]
         averages = (
@@ -406,13 +426,13 @@ class TestInFit:
         )
         small.assert_same_bits(*averages)
 
-    def test_the_callback_alone_is_refused(self):
+    def test_the_callback_without_a_model_average_is_refused(self):
         with pytest.raises(ValueError, match=r"one keras_avg.ModelAverage.*Received: 0"):
             small.fit(small.model(SWA("sgd")), callbacks=[SynchronizeWorkers()])
 
 
 class TestBackups:
-    """Of epochs of four batches, and rounds after every third."""
+    """Backups in epochs of four batches, with a round after every third batch."""
 
     @staticmethod
     def fit(communicator, model, folder, *callbacks, batches=4):
@@ -422,7 +442,7 @@ class TestBackups:
         x, y = small.X[: 4 * batches], small.Y[: 4 * batches]
         model.fit(x, y, batch_size=4, epochs=3, shuffle=False, verbose=0, callbacks=callbacks)
 
-    def test_who_has_finished_keeps_its_own_while_others_train(self, tmp_path):
+    def test_a_worker_that_has_finished_keeps_its_backup_while_others_train(self, tmp_path):
         models, seen = [small.model() for _ in range(2)], []
 
         class Looks(keras.callbacks.Callback):
@@ -431,18 +451,20 @@ class TestBackups:
 
         def work(communicator):
             model = models[communicator.rank]
-            if communicator.is_chief:  # it ends with the first round
+            if communicator.is_chief:  # It ends with the first round.
                 self.fit(communicator, model, tmp_path, batches=1)
             else:
                 self.fit(communicator, model, tmp_path, Looks())
 
         fake_workers.run(2, work)
-        assert seen[2]  # after two rounds
+        assert seen[2]  # This was after two rounds.
         assert not any((tmp_path / rank).exists() for rank in "01")
 
-    def test_of_different_epochs_are_refused_and_those_of_one_worker_serve_all(self, tmp_path):
+    def test_backups_of_different_epochs_are_refused_and_one_workers_backup_serves_all(
+        self, tmp_path
+    ):
         class Dies(keras.callbacks.Callback):
-            """After step 8, of which only the chief makes a backup."""
+            """Dies after step 8. Only the chief makes a backup of this step."""
 
             def on_train_batch_end(self, batch, logs=None):
                 if int(self.model.optimizer.iterations) == 8:
@@ -451,7 +473,8 @@ class TestBackups:
                     raise KeyError("killed")
 
             def chief_is_ahead(self):
-                with contextlib.suppress(OSError, ValueError):  # not there, half written
+                # The file may not exist yet, or may be written just now.
+                with contextlib.suppress(OSError, ValueError):
                     return json.loads(metadata.read_text())["epoch"] == 2
 
         def start(*callbacks_of_the_other):
@@ -479,7 +502,7 @@ class TestBackups:
 
 
 class MovesTheClock(keras.callbacks.Callback):
-    """As anything that counts a step which no callback hears of."""
+    """Moves the optimizer's counter by a step, without a call of the other callbacks."""
 
     def __init__(self, at_end_of_epoch):
         super().__init__()
@@ -491,7 +514,7 @@ class MovesTheClock(keras.callbacks.Callback):
 
 
 @pytest.mark.parametrize(("epoch", "due"), [(0, 7), (1, 13)])
-def test_a_due_round_that_did_not_take_place_is_never_silent(epoch, due):
+def test_a_due_round_that_did_not_take_place_is_an_error(epoch, due):
     optimizer = ModelAverage(inner(), interval_steps=due, communicator=Twin())
     callbacks = [SynchronizeWorkers(), MovesTheClock(epoch)]
     with pytest.raises(RuntimeError, match=f"was due after step {due} and did not take place"):

@@ -1,4 +1,4 @@
-"""Files that were cut short or changed: no code runs, and what is refused leaves no trace."""
+"""Truncated and changed files run no code. If a file is refused, it changes nothing."""
 
 import codecs
 import io
@@ -18,7 +18,7 @@ from keras_avg import SWA, MovingAverage
 
 
 def trained(optimizer=None):
-    """A model after three steps by hand: nothing to compile."""
+    """A model after three steps by hand, so that nothing must be compiled."""
     model = small.model(optimizer or SWA(MovingAverage("adam"), 0, 2))
     ones = [np.ones(v.shape, "float32") for v in model.trainable_variables]
     small.apply(model.optimizer, model.trainable_variables, ones, times=3)
@@ -35,9 +35,9 @@ def swapped_file(tmp_path):
 
 
 def expect_own_state_kept(loaded, load, error, match):
-    """`load` fails, and a swap that is under way still ends in the same raw weights.
+    """Check that `load` fails, and that the end of a swap still gives the same raw weights.
 
-    Keras reads the model's weights before it comes to the optimizer, and keeps them.
+    Keras loads the model's weights before the optimizer, and does not undo that.
     """
     optimizer = loaded.optimizer
     raw = loaded.get_weights()
@@ -55,7 +55,7 @@ def expect_own_state_kept(loaded, load, error, match):
 
 @pytest.mark.parametrize("name", ["m.keras", "m.weights.h5"])
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9, 0.999])
-def test_a_file_cut_short_changes_nothing(tmp_path, name, kept):
+def test_a_truncated_file_changes_nothing(tmp_path, name, kept):
     saved, model = trained(), trained()
     (saved.save if name.endswith(".keras") else saved.save_weights)(tmp_path / name)
     whole = (tmp_path / name).read_bytes()
@@ -122,7 +122,7 @@ def test_a_model_is_not_returned_when_an_array_does_not_fit(tmp_path):
         keras.saving.load_model(tmp_path / "m.keras")
 
 
-def test_averages_without_raw_values_are_never_silent(swapped_file):
+def test_averages_without_raw_values_are_an_error_at_the_next_use(swapped_file):
     with h5py.File(swapped_file, "r+") as file:
         for name in [n for n in file["optimizer/vars"] if n.startswith(("raw", "swapped"))]:
             del file[f"optimizer/vars/{name}"]
@@ -141,6 +141,7 @@ def test_averages_without_raw_values_are_never_silent(swapped_file):
             use()
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_raw_values_of_a_state_that_is_not_swapped_are_dropped(swapped_file):
     with h5py.File(swapped_file, "r+") as file:
         put("averages_in_model", 0)(file["optimizer/vars"])
@@ -151,15 +152,15 @@ def test_raw_values_of_a_state_that_is_not_swapped_are_dropped(swapped_file):
 
 
 class TestOtherFiles:
-    """What fits by half is refused too, before anything of the optimizer's is taken from it."""
+    """A file of which only a part fits is refused, before the optimizer takes anything from it."""
 
-    def test_another_model(self, tmp_path):
+    def test_a_file_of_another_model_is_refused(self, tmp_path):
         other = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3), keras.layers.Dense(1)])
         other.compile(SWA(MovingAverage("adam"), 0, 2), "mse")
         other.optimizer.build(other.trainable_variables)
         other.save_weights(tmp_path / "m.weights.h5")
         model = trained()
-        match = "could not be loaded"  # Keras' own words about the layers come first
+        match = "could not be loaded"  # Keras' own error about the layers comes first.
         load = lambda: model.load_weights(tmp_path / "m.weights.h5")  # noqa: E731
         expect_own_state_kept(model, load, ValueError, match)
 
@@ -175,13 +176,13 @@ class TestOtherFiles:
         ],
         ids=["another inner optimizer", "less nesting", "more nesting"],
     )
-    def test_another_inner_optimizer(self, tmp_path, build, match):
+    def test_a_file_of_another_inner_optimizer_is_refused(self, tmp_path, build, match):
         trained(build()).save_weights(tmp_path / "m.weights.h5")
         model = trained()
         load = lambda: model.load_weights(tmp_path / "m.weights.h5")  # noqa: E731
         expect_own_state_kept(model, load, ValueError, match)
 
-    def test_inner_variables_of_other_shapes(self, tmp_path):
+    def test_a_file_with_inner_variables_of_other_shapes_is_refused(self, tmp_path):
         trained().save_weights(tmp_path / "m.weights.h5")
         with h5py.File(tmp_path / "m.weights.h5", "r+") as file:
             put("5", np.zeros(7))(file["optimizer/inner_optimizer/inner_optimizer/vars"])
@@ -189,16 +190,16 @@ class TestOtherFiles:
         load = lambda: model.load_weights(tmp_path / "m.weights.h5")  # noqa: E731
         expect_own_state_kept(model, load, ValueError, r"Received: shape \(7,\)")
 
-    def test_a_wrappers_file_for_an_optimizer_without_wrapper(self, tmp_path):
+    def test_a_file_of_a_wrapper_is_refused_by_an_optimizer_without_one(self, tmp_path):
         trained().save_weights(tmp_path / "m.weights.h5")
         model = trained(optimizers.SGD(momentum=0.5))
         before = [small.numpy(v) for v in model.optimizer.variables]
-        with pytest.warns(UserWarning, match="Skipping variable loading"):  # as Keras has it
+        with pytest.warns(UserWarning, match="Skipping variable loading"):  # a warning of Keras
             model.load_weights(tmp_path / "m.weights.h5")
         small.assert_same_bits([small.numpy(v) for v in model.optimizer.variables], before)
 
-    def test_averages_of_another_kind_go_on_as_ones_own(self, tmp_path):
-        """The averages of `SWA` can be the start of a `MovingAverage`: number and shapes fit."""
+    def test_averages_of_another_rule_are_loaded_if_they_fit(self, tmp_path):
+        """A `MovingAverage` can start from the averages of `SWA`, because names and shapes fit."""
         saved = trained(SWA("adam", 0, 2))
         saved.save_weights(tmp_path / "m.weights.h5")
         model = trained(MovingAverage("adam"))
@@ -257,7 +258,7 @@ class TestNoCodeRuns:
     @pytest.mark.parametrize(
         "place", ["optimizer", "average_decay", "gradient_aggregator", "learning_rate", "itself"]
     )
-    def test_from_a_config(self, tmp_path, marker, kind, place):
+    def test_a_config_runs_no_code(self, tmp_path, marker, kind, place):
         path = tmp_path / "m.keras"
         trained(MovingAverage("sgd")).save(path)
         config = json.loads(member(path, "config.json"))
@@ -274,7 +275,7 @@ class TestNoCodeRuns:
         with pytest.raises((TypeError, ValueError)):
             keras.saving.load_model(path)
 
-    def test_from_a_pickle_among_the_arrays(self, tmp_path, marker):
+    def test_a_pickle_among_the_arrays_runs_no_code(self, tmp_path, marker):
         class Evil:
             def __reduce__(self):
                 return open, (str(marker), "w")
@@ -289,7 +290,7 @@ class TestNoCodeRuns:
         with pytest.raises(ValueError, match="allow_pickle"):
             keras.saving.load_model(path)
 
-    def test_from_a_pickle_in_the_place_of_an_array(self, swapped_file, marker):
+    def test_a_pickle_instead_of_an_array_runs_no_code(self, swapped_file, marker):
         class Evil:
             def __reduce__(self):
                 return open, (str(marker), "w")

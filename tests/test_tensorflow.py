@@ -1,4 +1,4 @@
-"""What is special about TensorFlow: traces that build, native variables, replicas."""
+"""Tests of what only TensorFlow has: builds in a trace, native variables, steps without a batch."""
 
 import keras
 import numpy as np
@@ -42,7 +42,7 @@ def test_a_first_apply_inside_a_function_starts_the_averages_once(kind, jit_comp
         gradients = tape.gradient(loss, model.trainable_variables)
         optimizer.apply(gradients, model.trainable_variables)
 
-    if jit_compile:  # XLA cannot create variables
+    if jit_compile:  # XLA cannot create variables.
         optimizer.build(model.trainable_variables)
     trajectory = [[small.numpy(v)] for v in model.trainable_variables]
     for _ in range(6):
@@ -59,7 +59,7 @@ def test_a_first_apply_inside_a_function_starts_the_averages_once(kind, jit_comp
         )
 
 
-def test_model_and_averages_made_in_one_trace_start_at_the_initial_weights():
+def test_averages_made_in_the_trace_of_the_model_start_at_the_initial_weights():
     import tensorflow as tf
 
     optimizer = MovingAverage(optimizers.SGD(0.0), average_decay=0.5)
@@ -75,14 +75,15 @@ def test_model_and_averages_made_in_one_trace_start_at_the_initial_weights():
     for _ in range(3):
         step(tf.constant(small.X[:8]))
 
-    # Nothing moves at rate 0: averages that began elsewhere would differ.
+    # With learning rate 0 nothing moves. If the averages had begun with other values, they would
+    # still differ.
     small.assert_same_bits(
         small.slots(optimizer, model.trainable_variables),
         [small.numpy(v) for v in model.trainable_variables],
     )
 
 
-def test_native_variables_in_a_custom_loop():
+def test_native_variables_are_averaged_in_a_custom_loop():
     import tensorflow as tf
 
     variable = tf.Variable([1.0, 2.0])
@@ -101,8 +102,8 @@ def test_native_variables_in_a_custom_loop():
     np.testing.assert_allclose(variable, [0.75, 1.75], rtol=TOLERANCE)
 
 
-def test_a_variable_that_a_trace_only_looks_at_is_no_part_of_it():
-    """Else the code could not run once the other model, whose flag that was, is deleted."""
+def test_a_trace_does_not_depend_on_a_variable_that_it_only_looked_at():
+    """The flag may belong to another model. The code must still run after this model is deleted."""
     import tensorflow as tf
 
     flag = tf.Variable(7)
@@ -116,7 +117,8 @@ def test_a_variable_that_a_trace_only_looks_at_is_no_part_of_it():
     assert traced.variables == ()
 
 
-def test_a_model_is_exported_and_checkpointed(tmp_path):
+@pytest.mark.slow_on("tensorflow")
+def test_a_model_can_be_exported_and_checkpointed(tmp_path):
     import tensorflow as tf
 
     model = small.fit(small.model(SWA(MovingAverage("adam"), 0, 2)))
@@ -155,7 +157,7 @@ def test_native_variables_of_another_dtype_than_the_averages_are_swapped():
     np.testing.assert_array_equal(tf.cast(variable, "float32"), [0.5, 1.5])
 
 
-def test_a_schedule_in_place_of_a_constant_rate_does_not_stop_a_checkpoint(tmp_path):
+def test_a_checkpoint_works_after_a_schedule_replaced_a_constant_rate(tmp_path):
     import tensorflow as tf
 
     def new():
@@ -173,7 +175,7 @@ EPOCHS = 3
 
 
 def of_unknown_length():
-    """Data whose end Keras finds by one more step, for which there is no batch."""
+    """Data of unknown length. Keras finds its end by one more step, which has no batch."""
     import tensorflow as tf
 
     def batches():
@@ -187,14 +189,14 @@ def of_unknown_length():
 
 @pytest.mark.filterwarnings("ignore:.*shuffle=True|Your input ran out of data")
 class TestAStepThatHadNoBatch:
-    """Keras without XLA: the iterator fails, and what does not depend on the batch runs."""
+    """Without XLA, the iterator fails, but operations that do not depend on the batch run."""
 
     def fit(self, optimizer, **arguments):
         model = small.model(optimizer, jit_compile=False)
         model.fit(of_unknown_length(), epochs=EPOCHS, verbose=0, **arguments)
         return model
 
-    def test_counts_with_a_bare_optimizer_which_is_why_this_is_tested(self):
+    def test_a_step_without_a_batch_counts_with_a_bare_optimizer(self):
         model = self.fit(optimizers.Adam())
         assert int(model.optimizer.iterations) == EPOCHS * (small.BATCHES + 1)
 
@@ -208,7 +210,7 @@ class TestAStepThatHadNoBatch:
             (lambda inner: optimizers.LossScaleOptimizer(SWA(inner, 6, 7)), 2),
         ],
     )
-    def test_counts_nowhere(self, wrapper, snapshots):
+    def test_a_step_without_a_batch_does_not_count_with_a_wrapper(self, wrapper, snapshots):
         model = self.fit(wrapper(optimizers.Adam(0.01)))
         known = small.fit(small.model(wrapper(optimizers.Adam(0.01))), epochs=EPOCHS)
         for each in (model, known):
@@ -216,21 +218,23 @@ class TestAStepThatHadNoBatch:
             assert found.num_snapshots == snapshots
             assert int(found.iterations) == EPOCHS * small.BATCHES
         for ours, theirs in zip(model.get_weights(), known.get_weights(), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)  # XLA rounds otherwise
+            # XLA rounds differently.
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
-    def test_counts_nowhere_where_gradients_accumulate(self):
+    def test_a_step_without_a_batch_does_not_count_with_accumulation(self):
         inner = optimizers.Adam(0.01, gradient_accumulation_steps=2)
         model = self.fit(SWA(inner, 0, 1))
         assert model.optimizer.num_snapshots == EPOCHS * small.BATCHES // 2
 
     @pytest.mark.parametrize("interval", [2, 7])
-    def test_does_not_take_a_round_of_several_workers_away(self, interval):
+    def test_a_step_without_a_batch_does_not_remove_a_round_of_workers(self, interval):
         optimizer = ModelAverage("adam", interval_steps=interval, communicator=Twin())
         self.fit(optimizer, callbacks=[keras_avg.callbacks.SynchronizeWorkers()])
         assert optimizer.num_snapshots == EPOCHS * small.BATCHES // interval
 
 
-def test_a_first_trace_that_failed_leaves_an_optimizer_that_can_be_asked_and_used():
+@pytest.mark.slow_on("tensorflow")
+def test_an_optimizer_works_after_its_first_trace_failed():
     class FailsOnce(keras.Sequential):
         has_failed = False
 

@@ -1,4 +1,4 @@
-"""All kinds of variables, and optimizers for some of them: trained as without the wrappers."""
+"""Wrappers do not change training of any kind of variable, or with optimizers for some of them."""
 
 import bare_training
 import keras
@@ -16,11 +16,11 @@ has_multi_optimizer = pytest.mark.skipif(
 )
 
 WORDS = np.random.default_rng(3).integers(0, 9, size=(small.BATCH_SIZE * small.BATCHES, 4))
-WORDS[:, 2:] = WORDS[:, :2]  # each word stands twice in its row
+WORDS[:, 2:] = WORDS[:, :2]  # Each word occurs twice in its row.
 
 
 def compiled(optimizer, stack):
-    """A model of these layers, with the same weights each time."""
+    """A compiled model of these layers. Its weights are the same each time."""
     keras.utils.set_random_seed(42)
     model = keras.Sequential([keras.Input((5,)), *stack()])
     model.compile(optimizer, "mse")
@@ -50,7 +50,7 @@ def of_several_dtypes(optimizer):
 
 
 def low_rank(optimizer):
-    """A layer with LoRA: its kernel is frozen, two factors are trained."""
+    """A model with a LoRA layer: its kernel is frozen, and two factors are trained."""
     model = compiled(optimizer, lambda: [layers.Dense(6, activation="tanh"), layers.Dense(1)])
     model.layers[0].enable_lora(rank=2)
     model.compile(optimizer, "mse")
@@ -65,7 +65,7 @@ def partly_frozen(optimizer):
 
 
 def in_float8(optimizer):
-    """Scales and histories are variables that their gradients overwrite."""
+    """A float8 model. Its scales and histories are overwritten by their gradients."""
     model = compiled(optimizer, lambda: [layers.Dense(16, activation="tanh"), layers.Dense(1)])
     model.layers[0].quantize("float8")
     model.compile(optimizer, "mse")
@@ -86,20 +86,20 @@ def fit_words(model, callbacks):
     return model
 
 
-def test_layers_of_several_dtypes():
-    # Not by Adam: its beta_2 is 1 in bfloat16, and nothing moves.
+def test_averages_are_right_for_layers_of_several_dtypes():
+    # Not Adam: its beta_2 is rounded to 1 in bfloat16, and then nothing moves.
     bare_training.assert_invisible(of_several_dtypes, INNER["nesterov"])
 
 
 @pytest.mark.parametrize("inner", ["adam", "accumulation"])
 @pytest.mark.parametrize("model", [constrained, low_rank, partly_frozen], ids=lambda f: f.__name__)
-def test_models_of_all_kinds(model, inner):
+def test_averages_are_right_for_models_of_all_kinds(model, inner):
     bare_training.assert_invisible(model, INNER[inner])
 
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("inner", ["adam", "accumulation"])
-def test_float8(inner):
+def test_averages_are_right_for_float8_layers(inner):
     model = bare_training.assert_invisible(in_float8, INNER[inner])
 
     wrapper, variables = model.optimizer, model.trainable_variables
@@ -114,20 +114,20 @@ def test_float8(inner):
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("inner", ["adam", "nesterov", "clipping", "accumulation", "loss scale"])
-def test_an_embedding_with_repeated_words(inner):
+def test_averages_are_right_for_an_embedding_with_repeated_words(inner):
     if keras.backend.backend() == "tensorflow" and inner == "loss scale":
         pytest.skip("Keras cannot divide sparse gradients by a static `loss_scale_factor`")
     bare_training.assert_invisible(embedding, INNER[inner], fit_words)
 
 
-def test_an_embedding_under_a_loss_scale_optimizer(dtype_policy):
+def test_averages_are_right_for_an_embedding_under_a_loss_scale_optimizer(dtype_policy):
     dtype_policy("mixed_float16")
     bare_training.assert_invisible(embedding, INNER["clipping"], fit_words)
 
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("clipping", ["clipnorm", "clipvalue", "global_clipnorm"])
-def test_gradients_of_an_embedding_are_clipped_as_by_the_inner_optimizer(clipping):
+def test_gradients_of_an_embedding_are_clipped_like_by_the_inner_optimizer(clipping):
     bare = fit_words(embedding(optimizers.SGD(0.5, **{clipping: 0.01})), [])
     outside = fit_words(embedding(SWA(optimizers.SGD(0.5), **{clipping: 0.01})), [])
     free = fit_words(embedding(optimizers.SGD(0.5)), [])
@@ -137,7 +137,7 @@ def test_gradients_of_an_embedding_are_clipped_as_by_the_inner_optimizer(clippin
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
-def test_variables_that_get_no_gradient():
+def test_averages_are_right_for_variables_without_a_gradient():
     class Unused(layers.Layer):
         def build(self, shape):
             self.unused = self.add_weight(name="unused", shape=(3,), initializer="ones")
@@ -154,7 +154,7 @@ def test_variables_that_get_no_gradient():
     np.testing.assert_array_equal(trained.optimizer.get_slot(unused, "average"), [1.0, 1.0, 1.0])
 
 
-def test_layers_frozen_between_two_compiles():
+def test_averages_are_right_for_layers_frozen_between_two_compiles():
     def unfrozen_then_frozen(model, callbacks):
         model.get_layer("hidden").trainable = False
         model.compile(model.optimizer.__class__.from_config(model.optimizer.get_config()), "mse")
@@ -175,7 +175,7 @@ def test_layers_frozen_between_two_compiles():
     keras.backend.backend() == "jax",
     reason="Keras' `stateless_apply` wants all variables that the optimizer was built with",
 )
-def test_layers_frozen_between_two_compiles_with_one_optimizer():
+def test_one_optimizer_works_with_layers_frozen_between_two_compiles():
     def freeze_and_go_on(model, callbacks):
         model.get_layer("hidden").trainable = False
         model.compile(model.optimizer, "mse")
@@ -194,7 +194,7 @@ def test_layers_frozen_between_two_compiles_with_one_optimizer():
     )
 
 
-def test_three_wrappers_deep(tmp_path):
+def test_averages_are_right_with_three_nested_wrappers(tmp_path):
     def optimizer(inner):
         inmost = MovingAverage(inner, average_decay=0.5)
         return SWA(MovingAverage(inmost, average_decay=0.9, dynamic_decay=True), 1, 2)
@@ -212,7 +212,7 @@ def test_three_wrappers_deep(tmp_path):
         wrappers, [swa_of_variables, warm_moving_average, halves], strict=True
     ):
         assert_averages_of(wrapper, model.trainable_variables, record.values, oracle)
-    model.get_state_tree()  # raises where two variables have one path
+    model.get_state_tree()  # It raises if two variables have the same path.
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     small.assert_same_bits(
@@ -238,7 +238,7 @@ def adam_and_sgd(wrap_kernels=lambda inner: inner, wrap_rest=lambda inner: inner
 @pytest.mark.sample(1)
 @has_multi_optimizer
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
-def test_a_multi_optimizer_inside(policy, dtype_policy):
+def test_averages_are_right_with_a_multi_optimizer_inside(policy, dtype_policy):
     dtype_policy(policy)
     bare_training.assert_invisible(small.model, adam_and_sgd)
 
@@ -246,7 +246,7 @@ def test_a_multi_optimizer_inside(policy, dtype_policy):
 @pytest.mark.sample(1)
 @has_multi_optimizer
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
-def test_wrappers_as_members_of_a_multi_optimizer(policy, dtype_policy):
+def test_averages_are_right_with_wrappers_as_members_of_a_multi_optimizer(policy, dtype_policy):
     dtype_policy(policy)
     swa, moving_average = [], []
 
@@ -275,7 +275,7 @@ def test_wrappers_as_members_of_a_multi_optimizer(policy, dtype_policy):
 
 
 @has_multi_optimizer
-def test_wrappers_inside_and_outside_of_a_multi_optimizer():
+def test_averages_are_right_with_wrappers_inside_and_outside_of_a_multi_optimizer():
     def inside():
         return adam_and_sgd(lambda inner: MovingAverage(inner, average_decay=0.5))
 

@@ -1,6 +1,6 @@
 """Every wrapper around every kind of inner optimizer keeps the same promises.
 
-A new wrapper is admitted with one row in `wrappers.py`.
+A new wrapper needs one row in `wrappers.py`.
 """
 
 import keras
@@ -16,8 +16,9 @@ STEPS = 11
 AVERAGE_TOLERANCE = 1e-6
 
 
+@pytest.mark.sample(12, jax=6, tensorflow=4)
 @product(TRANSPARENT)
-def test_training_is_that_of_the_inner_optimizer_bit_for_bit(wrapper, inner):
+def test_training_equals_that_of_the_inner_optimizer_bit_for_bit(wrapper, inner):
     plain = small.fit(small.model(INNER[inner]()))
     averaged = small.fit(small.model(wrapped(wrapper, inner)))
 
@@ -30,7 +31,7 @@ def test_training_is_that_of_the_inner_optimizer_bit_for_bit(wrapper, inner):
 
 
 @product()
-def test_averages_are_those_of_the_oracle(wrapper, inner, record_property):
+def test_averages_equal_the_oracle(wrapper, inner, record_property):
     model = small.model(wrapped(wrapper, inner))
     wrappers, innermost = chain(model.optimizer)
     accumulated = innermost.gradient_accumulation_steps or 1
@@ -48,9 +49,11 @@ def test_averages_are_those_of_the_oracle(wrapper, inner, record_property):
     assert largest <= AVERAGE_TOLERANCE
 
 
+@pytest.mark.sample(12, jax=8, tensorflow=5)
 @product()
 def test_a_loaded_model_trains_on_as_if_it_had_never_stopped(wrapper, inner, tmp_path):
-    # Five batches an epoch: with two micro-steps an update the file is written in mid-accumulation.
+    # An epoch has five batches. With two micro-steps for each update, the file is written in the
+    # middle of an accumulation.
     model = small.fit(small.model(wrapped(wrapper, inner)), epochs=1, steps_per_epoch=5)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
@@ -63,7 +66,7 @@ def test_a_loaded_model_trains_on_as_if_it_had_never_stopped(wrapper, inner, tmp
     small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(6, jax=3, tensorflow=2)
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch runs Python at each step")
 @pytest.mark.parametrize("inner", ["adam", "accumulation"])
 @each_wrapper
@@ -86,7 +89,7 @@ def test_the_train_step_is_traced_as_often_as_without_the_wrapper(wrapper, inner
 
 
 @product()
-def test_a_config_makes_the_same_optimizer_again(wrapper, inner):
+def test_a_config_constructs_an_equal_optimizer(wrapper, inner):
     optimizer = wrapped(wrapper, inner)
     config = optimizer.get_config()
     before = str(config)
@@ -99,13 +102,13 @@ def test_a_config_makes_the_same_optimizer_again(wrapper, inner):
     assert keras.saving.deserialize_keras_object(serialized).get_config() == config
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(6, jax=3, tensorflow=3)
 @each_wrapper
 def test_a_snapshot_takes_place_after_every_real_update_that_is_due(wrapper):
     model = small.model(wrapped(wrapper, "accumulation"))
     wrappers, _ = chain(model.optimizer)
 
-    small.fit(model)  # twelve micro-steps
+    small.fit(model)  # These are twelve micro-steps.
 
     assert [w.num_snapshots for w in wrappers] == WRAPPERS[wrapper].snapshots
     assert all(w.has_average for w in wrappers)
@@ -122,10 +125,12 @@ def test_paths_of_all_variables_are_unique(wrapper):
     model.get_state_tree()
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(8, jax=4, tensorflow=4)
 @pytest.mark.parametrize("policy", ["float32", "bfloat16"])
 @each_wrapper
-def test_averages_are_swapped_in_and_every_bit_comes_back(wrapper, policy, dtype_policy, tmp_path):
+def test_averages_are_swapped_in_and_every_raw_bit_is_restored(
+    wrapper, policy, dtype_policy, tmp_path
+):
     dtype_policy(policy)
     model = small.fit(small.model(wrapped(wrapper, "nesterov")))
     wrappers, _ = chain(model.optimizer)
@@ -146,9 +151,9 @@ def test_averages_are_swapped_in_and_every_bit_comes_back(wrapper, policy, dtype
     small.assert_same_bits(model.optimizer.get_weights(), state)
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(5, jax=2, tensorflow=2)
 @each_wrapper
-def test_what_is_kept_of_low_precision_variables_is_float32(wrapper, dtype_policy):
+def test_stores_of_low_precision_variables_are_float32(wrapper, dtype_policy):
     dtype_policy("bfloat16")
     model = small.model(wrapped(wrapper, "nesterov"))
     trajectories = small.trajectories(model, steps=6)
@@ -157,7 +162,7 @@ def test_what_is_kept_of_low_precision_variables_is_float32(wrapper, dtype_polic
         kept = [variable for store in optimizer.kept.values() for variable in store.kept]
         assert {keras.backend.standardize_dtype(variable.dtype) for variable in kept} == {"float32"}
         if not WRAPPERS[wrapper].is_transparent:
-            continue  # what is kept cannot be told from variables that are rounded to bfloat16
+            continue  # Variables rounded to bfloat16 do not say what their unrounded values are.
         for average, values in zip(shown(optimizer), trajectories, strict=True):
             expected = oracle([value.astype("float64") for value in values])
             deviation = np.abs(average.astype("float64") - expected) / (1 + np.abs(expected))
@@ -166,7 +171,7 @@ def test_what_is_kept_of_low_precision_variables_is_float32(wrapper, dtype_polic
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @each_wrapper
-def test_a_non_finite_variable_stays_out_if_that_is_asked_for(wrapper, bad):
+def test_a_nonfinite_variable_is_not_averaged_with_skip_nonfinite(wrapper, bad):
     inner = keras.optimizers.SGD(0.5)
     optimizer = WRAPPERS[wrapper].make(inner, skip_nonfinite=True)
     variable = keras.Variable([1.0, 2.0])
@@ -180,8 +185,8 @@ def test_a_non_finite_variable_stays_out_if_that_is_asked_for(wrapper, bad):
 
 @pytest.mark.sample(4)
 @each_wrapper
-def test_steps_by_hand_and_compiled_steps_take_turns(wrapper):
-    """No buffer is shared, which a compiled JAX step could not donate twice."""
+def test_steps_by_hand_and_compiled_steps_can_alternate(wrapper):
+    """No buffer is shared. A compiled JAX step could not donate a shared buffer twice."""
     model = small.model(wrapped(wrapper, "adam"))
     ones = [np.ones(v.shape) for v in model.trainable_variables]
     for _ in range(2):

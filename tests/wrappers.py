@@ -1,7 +1,7 @@
-"""The table of wrappers that the contract is about, and the inner optimizers that it tries.
+"""The table of wrappers that the contract tests, and the inner optimizers that it tries.
 
-A new wrapper is admitted with one row here. Every test that goes through `WRAPPERS` then covers it:
-training, averages, files, configs, traces, swaps, low precision, non-finite values and devices.
+A new wrapper needs one row here. Then every test that uses `WRAPPERS` covers it: training,
+averages, files, configs, traces, swaps, low precision, non-finite values and devices.
 """
 
 from collections.abc import Callable
@@ -27,15 +27,15 @@ from keras_avg import (
 
 
 class Row(NamedTuple):
-    """What the contract has to know of a wrapper, or of a nest of them.
+    """What the contract must know about a wrapper, or about nested wrappers.
 
     Attributes:
         make: Function of the inner optimizer, and of keywords for the outermost wrapper.
-        shown: For each wrapper, outermost first: a function of a variable's trajectory (its value
-            before training, then after each update) that gives what is shown of it, by another
-            formula than the package's.
-        snapshots: For each wrapper: how many averagings six updates bring.
-        is_transparent: Whether training is that of the inner optimizer.
+        shown: A function for each wrapper, the outermost first. It takes a variable's trajectory
+            (its values before training and after each update). It returns the value that the
+            swapped model must hold, by another formula than the package.
+        snapshots: For each wrapper, the number of averagings in six updates.
+        is_transparent: Whether the wrapper leaves training unchanged.
     """
 
     make: Callable
@@ -49,7 +49,7 @@ def warm_up(updates):
 
 
 def last_synchronized(trajectory):
-    """With a step size of 1, and with one worker, what flows back is what was there."""
+    """The value after the last round. With a step size of 1 or one worker, the center equals it."""
     return trajectory[(len(trajectory) - 1) // 3 * 3]
 
 
@@ -126,14 +126,14 @@ INNER = {
     "loss scale": lambda: optimizers.Adam(0.01, loss_scale_factor=1024.0),
     "schedule": lambda: optimizers.SGD(optimizers.schedules.CosineDecay(0.1, 8)),
 }
-# Every wrapper around the first, and the nest around all three, in the quick tests. The thorough
-# tests take the rest of the product.
+# The quick tests try every wrapper around the first of these, and the nested wrappers around all
+# three. The thorough tests try all other pairs.
 ALWAYS = ("adam", "accumulation", "nesterov")
-NEST = "SWA of MovingAverage"  # both kinds of average at once
+NEST = "SWA of MovingAverage"  # It has both kinds of average.
 
 
 def product(rows=tuple(WRAPPERS), inner=tuple(INNER)):
-    """Pairs of a wrapper and an inner optimizer; most are for the thorough tests."""
+    """Pairs of a wrapper and an inner optimizer. Most of them are for the thorough tests."""
     return pytest.mark.parametrize(
         ("wrapper", "inner"),
         [
@@ -158,7 +158,7 @@ def wrapped(wrapper, inner):
 
 
 def chain(optimizer):
-    """The wrappers of a nest, outermost first, and the optimizer inside."""
+    """The nested wrappers, the outermost first, and the optimizer inside."""
     links = [optimizer]
     while hasattr(links[-1], "inner_optimizer"):
         links.append(links[-1].inner_optimizer)
@@ -166,5 +166,5 @@ def chain(optimizer):
 
 
 def shown(optimizer):
-    """What a wrapper shows, as arrays, one for each variable that it averages."""
+    """The values that a wrapper shows, as arrays, one for each averaged variable."""
     return [np.array(keras.ops.convert_to_numpy(a), copy=True) for a in optimizer.averages()]

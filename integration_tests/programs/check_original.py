@@ -1,4 +1,4 @@
-"""One of two workers that take the steps of the original's own test, eagerly."""
+"""One of two workers. They take the steps of the original's own test, eagerly."""
 
 import json
 
@@ -25,7 +25,7 @@ def two_variables(communicator):
 
 
 def slope(communicator):
-    """y = 42 x from 0: one step of the sum of squares, alone and averaged."""
+    """Fit y = 42 x from 0. Take one step on the sum of squares, alone and averaged."""
     start = 0.5 if communicator.is_chief else 1.0
     x = np.linspace(-start, start - 0.01, 100)
     gradient = keras.ops.convert_to_tensor(np.float32(-2 * 42 * np.sum(x**2)))
@@ -41,6 +41,6 @@ def slope(communicator):
 
 
 communicator = keras_avg.distributed.initialize(60)
-# A third step is the chief's alone, and does not wait: so it comes last.
+# Only the chief takes a third step. It does not wait for the other worker, so it must come last.
 found = slope(communicator)
 print(json.dumps({"slope": found, "steps": two_variables(communicator)}), flush=True)

@@ -1,4 +1,4 @@
-"""Workers of which one fails between two sums; the others save their weights and tell.
+"""A job in which one worker fails between two sums. The others save their weights, and say so.
 
 python fail.py RANK kill|stall|stop TIMEOUT FOLDER
 """

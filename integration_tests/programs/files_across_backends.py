@@ -1,4 +1,4 @@
-"""`save FOLDER` trains and saves, `load FOLDER SOURCE...` loads; both write down what they have."""
+"""`save FOLDER` trains and saves, and `load FOLDER SOURCE...` loads. Both write their values."""
 
 import pathlib
 import sys
@@ -7,7 +7,18 @@ import keras
 import numpy as np
 import small_model
 
-from keras_avg import SWA, Lookahead, ModelAverage, MovingAverage
+from keras_avg import (
+    BEMA,
+    LAWA,
+    SWA,
+    SWAG,
+    Lookahead,
+    ModelAverage,
+    MovingAverage,
+    PrimalAverage,
+    ScheduleFree,
+    decays,
+)
 
 POLICIES = ("float32", "bfloat16")
 HELD = ("raw", "averages")
@@ -23,20 +34,29 @@ def new_outer_optimizer():
     return keras.optimizers.SGD(0.7, momentum=0.9, nesterov=True)
 
 
-FLOWS_BACK = {
+KINDS = {
     "ModelAverage": lambda: ModelAverage(
         MovingAverage("sgd"), interval_steps=3, outer_optimizer=new_outer_optimizer()
     ),
     "Lookahead": lambda: Lookahead("sgd", sync_period=3),
+    "LAWA": lambda: LAWA("sgd", window=2, average_period=3),
+    "SWAG": lambda: SWAG("sgd", average_period=3, rank=2),
+    "BEMA": lambda: BEMA("sgd", average_period=3),
+    "ScheduleFree": lambda: ScheduleFree("sgd"),
+    "PrimalAverage": lambda: PrimalAverage("sgd"),
+    "PowerFunction": lambda: MovingAverage("sgd", average_decay=decays.PowerFunction(0.1)),
 }
 
 
 def save(folder):
-    for name, optimizer in FLOWS_BACK.items():
+    for name, optimizer in KINDS.items():
         model = small_model.compiled(optimizer())
         small_model.fit(model, epochs=2)
-        model.save(folder / f"{name}.keras")
-        np.savez(folder / f"{name}.npz", **state(model))
+        for held in HELD:
+            if held == "averages":
+                model.optimizer.swap_weights()
+            model.save(folder / f"{held}-{name}.keras")
+            np.savez(folder / f"{held}-{name}.npz", **state(model))
     for policy in POLICIES:
         keras.config.set_dtype_policy(policy)
         for held in HELD:
@@ -52,9 +72,14 @@ def save(folder):
 
 def load(folder, *sources):
     for source in sources:
-        for name in FLOWS_BACK:
-            model = keras.saving.load_model(source / f"{name}.keras")
-            np.savez(folder / f"{source.name}-{name}.npz", **state(model))
+        for name in KINDS:
+            for held in HELD:
+                model = keras.saving.load_model(source / f"{held}-{name}.keras")
+                found = state(model)
+                if held == "averages":
+                    model.optimizer.swap_weights()
+                found |= numbered("raw", model.variables)
+                np.savez(folder / f"{source.name}-{held}-{name}.npz", **found)
     for policy in POLICIES:
         keras.config.set_dtype_policy(policy)
         for held in HELD:
@@ -75,14 +100,14 @@ def loaded(path):
 
 
 def state_and_future(model):
-    """All values, then those after swapping back, after steps by hand, and after an epoch."""
+    """All values: first as they are, then after a swap, after steps by hand, and after an epoch."""
     optimizer = model.optimizer
     found = {"averages_in_model": np.asarray(optimizer.averages_in_model)} | state(model)
     if optimizer.averages_in_model:
         optimizer.swap_weights()
     found |= numbered("raw", model.variables)
     if keras.config.dtype_policy().name != "float32":
-        return found  # in bfloat16 each backend computes in its own way
+        return found  # In bfloat16 each backend computes differently.
     found["predicted"] = model.predict(small_model.X, verbose=0)
     found["bare"] = predicted_without_keras_avg(model.get_weights())
     ones = [keras.ops.ones(v.shape, v.dtype) for v in model.trainable_variables]

@@ -1,4 +1,4 @@
-"""One worker that cannot join the others: it comes too late, or they do not come at all.
+"""A worker that cannot join the others. It comes too late, or the others do not come at all.
 
 python join.py late|alone TIMEOUT
 """

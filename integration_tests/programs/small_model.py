@@ -1,4 +1,4 @@
-"""A model and data that train in a moment, the same on each backend."""
+"""A small model and its data. Both are the same on each backend."""
 
 import keras
 import numpy as np
@@ -9,7 +9,7 @@ Y = (X[:, :1] * X[:, 1:2] + X[:, 2:].sum(axis=1, keepdims=True)).astype("float32
 
 
 def compiled(optimizer):
-    """A model with fixed weights: random ones differ from backend to backend."""
+    """A model with fixed weights, because random weights differ between backends."""
     model = keras.Sequential(
         [
             keras.Input((5,)),
@@ -30,6 +30,6 @@ def fit(model, epochs):
 
 
 def arrays(variables):
-    """Float32 holds every bfloat16, which `.npz` files do not."""
+    """Convert bfloat16 to float32, because `.npz` files cannot hold it. No bit is lost."""
     values = [np.asarray(keras.ops.convert_to_numpy(v)) for v in variables]
     return [v if v.dtype.kind in "iu" else v.astype("float32") for v in values]

@@ -1,4 +1,4 @@
-"""One worker that sums arrays and prints what it got.
+"""A worker that sums arrays, and prints the sums.
 
 python sums.py [LATE_RANK SECONDS]
 """
@@ -51,7 +51,7 @@ def main(late=None, seconds=0):
     other_sizes = refusal(communicator.all_reduce_sum, [np.ones(5 + rank, "float32")])
     other_shapes = refusal(communicator.all_reduce_sum, [np.ones((6, 1 + 2 * rank))[:2]])
     other_calls = refusal(*((communicator.all_reduce_sum, []) if rank else (communicator.barrier,)))
-    time.sleep(1.5 * rank)  # worker 0 is the first to end: the others must not be disturbed
+    time.sleep(1.5 * rank)  # Worker 0 ends first. The others must not be disturbed by that.
     print(
         json.dumps(
             {

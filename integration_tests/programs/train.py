@@ -1,4 +1,4 @@
-"""One worker that fits a linear model on its shard, and prints what came of it.
+"""A worker that fits a linear model on its shard, and prints the result.
 
 python train.py '{"batches": [20, 20], ...}'; the options are the keys of `DEFAULTS`.
 """
@@ -16,18 +16,18 @@ import numpy as np
 import keras_avg
 
 DEFAULTS = {
-    "batches": [20, 20],  # in an epoch, by rank
+    "batches": [20, 20],  # batches in an epoch, by rank
     "epochs": 1,
     "inner": {"learning_rate": 0.05, "momentum": 0.9},
     "outer": None,
     "interval": 3,
     "callback": True,
     "steps_per_execution": 1,
-    "units": [1],  # of the model, by rank, repeated
+    "units": [1],  # units of the model, by rank. The list is repeated.
     "num_worker": None,
     "timeout": 60,
-    "folder": None,  # for backups and files
-    "failing": None,  # [rank, "kill" or "stall", batches done before]
+    "folder": None,  # the folder for backups and files
+    "failing": None,  # [rank, "kill" or "stall", number of batches before]
     "swap": False,
 }
 FEATURES, BATCH = 4, 8
@@ -41,7 +41,7 @@ def shard(rank, batches):
 
 
 class Fails(keras.callbacks.Callback):
-    """Once: a job that was started again finds the mark of the first time."""
+    """Fails once. When the job is started again, it finds the mark of the first failure."""
 
     def __init__(self, fault, after, mark):
         super().__init__()
@@ -76,7 +76,9 @@ def main(options):
         traces.append(1)
         return keras.ops.mean(keras.ops.square(y - prediction))
 
-    keras.utils.set_random_seed(rank)  # different starts: the chief's counts
+    keras.utils.set_random_seed(
+        rank
+    )  # The workers start differently, and take the chief's weights.
     units = options["units"][rank % len(options["units"])]
     model = keras.Sequential([keras.Input((FEATURES,)), keras.layers.Dense(units)])
     initial = [w.tolist() for w in model.get_weights()]
@@ -118,8 +120,8 @@ def main(options):
         }
     print(json.dumps(result), flush=True)
     if result["error"]:
-        time.sleep(3 * (rank == 0))  # on JAX the others depend on this process to the end
-        os._exit(0)  # engines wait for lost workers when a program ends in the ordinary way
+        time.sleep(3 * (rank == 0))  # On JAX the others need process 0 until they end.
+        os._exit(0)  # At an ordinary exit, engines wait for lost workers.
 
 
 if __name__ == "__main__":

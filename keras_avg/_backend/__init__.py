@@ -1,66 +1,71 @@
-"""What keras_avg asks of a framework beyond `keras.ops`. The only importer of frameworks.
+"""The operations that keras_avg needs beyond `keras.ops`. Only this folder imports frameworks.
 
 Each file defines the same names with the same signatures, in the same order:
 
-* `widest_float()`: name of the widest float dtype in use. Weights are computed in it, so that
-  float64 averages get float64 weights; JAX has float64 only when x64 is enabled.
-* `copy(tensor)`: the same values in a buffer of their own. JAX train steps donate their state, and
-  a buffer that two variables share cannot be donated twice; torch variables are views of storage
+* `widest_float()`: the name of the widest float dtype in use. Weights are computed in it, because
+  float64 averages need float64 weights. JAX has float64 only if x64 is enabled.
+* `copy(tensor)`: the same values in a new buffer. On JAX, train steps donate their state, and a
+  buffer that two variables share cannot be donated twice. On torch, variables are views of storage
   that the next step overwrites.
-* `set_aside(variable)`: what a variable holds, for after it was assigned anew. Not copied where
-  an assignment leaves the old tensor alone; torch writes into it.
-* `to_assign(tensor)`: a tensor in a buffer that the variable it is assigned to may keep. Only JAX
-  variables keep what they are given, and donate it; others copy it, or copy it when they change.
-* `detached(variable)`: what a variable, tensor or NumPy array holds, as a tensor that no gradient
-  flows into; not copied.
-* `value(variable, dtype)`: what a variable or tensor holds, as a tensor, in another dtype if one is
-  named; not copied without need.
-* `assign_quotients(sources, divisor, targets, ...)`: gives variables the values of others, of
-  tensors or NumPy arrays, over a number; and the variables of each further list those of the one
-  before. Each in its own dtype and buffer, and all together, so that a value is still in the cache.
-  On torch in place: fresh memory costs ten copies.
-* `Counter(variable)`: an integer variable that compiled code counts with. `read()`, and
-  `read_after_step()`, which may trust that one in-place change since `read()` added one;
-  `advance(amount)`. Torch reads a mirror on the host, because asking a GPU for a number stops the
-  queue of work.
-* `scalar(compute)`: what `compute()` gives, from counters: a Python number on torch, computed on
-  the host for the same reason; a tensor elsewhere.
-* `concrete(number)`: what a counter reads, or its variable holds, as a Python number; None where
-  that cannot be known, in code that is being compiled.
+* `set_aside(variable)`: the value of a variable, which stays the same when the variable is assigned
+  a new one. It is copied only on torch, where an assignment writes into the same memory.
+* `to_assign(tensor)`: a tensor that can be assigned to a variable. It is copied only on JAX, where
+  the variable keeps the tensor's buffer and a train step donates it.
+* `detached(variable)`: the value of a variable, tensor or NumPy array, as a tensor without
+  gradients. It is not copied.
+* `value(variable, dtype)`: the value of a variable or tensor, as a tensor. If `dtype` is given, it
+  is cast. It is copied only if necessary.
+* `assign_quotients(sources, divisor, targets, ...)`: divides variables, tensors or NumPy arrays by
+  a number, and assigns the results to the variables in `targets`. Each further list of variables
+  gets the values of the list before. Each variable keeps its own dtype and buffer. One value goes
+  through all lists before the next, because then it is still in the cache. On torch this works in
+  place, because new memory costs as much as ten copies.
+* `Counter(variable)`: an integer variable that compiled code can count with. It has `read()` and
+  `advance(amount)`. It also has `read_after_step()`, which may assume that one in-place change
+  since `read()` has added 1. On torch a mirror on the host is read, because reading a number from a
+  GPU stops its queue of work.
+* `scalar(compute)`: the result of `compute()`, which computes with counters. On torch it is a
+  Python number, computed on the host for the same reason. Elsewhere it is a tensor.
+* `concrete(number)`: the value of a counter or of its variable, as a Python number. It is None in
+  code that is being compiled, where the value is not known.
 * `all_finite(tensors)`: one truth value for all elements of all tensors.
 * `lerp(averages, values, weight)`: a list of `average + weight * (value - average)`, each in its
-  average's dtype; weight 1 gives the value bit for bit.
-* `assign_if(condition, targets, sources, new_values)`: assigns `new_values(targets, sources)`
-  where the condition holds, and computes nothing where it does not. JAX needs a `cond` that
-  returns values, TensorFlow one around the assignments, torch a Python `if`.
-* `run_if(condition, function, variables)`: runs a function that assigns to these variables, where
-  the condition holds.
-* `put_if(condition, place, rings, sources, new_values)`: assigns `new_values(sources)` to one of
-  several lists of variables, where the condition holds: that of the integer `place`. The others are
-  not touched.
-* `lerp_if(condition, averages, variables, weight)`: the same for `lerp`, with `weight()`; a
-  multi-tensor update in place where the framework has one.
-* `start_averages(updates, averages, variables)`: gives the averages the variables' values if there
-  has been no update yet. To be called before the step; on JAX that takes saying so.
-* `loss_gradients(loss, variables, output_gradient, tape)`: calls `loss` with its effects on state,
-  and gives the variables and their gradients, weighed by `output_gradient(value of the loss)`; None
-  for a variable that the loss does not use. `variables` is a list, or a function that may be called
-  only after the loss was. TensorFlow records on a tape, and takes a tensor from the user's in place
-  of a loss to call; JAX differentiates functions without effects, so what the loss assigns is kept
-  aside and assigned after it.
-* `after(grads)`: context whose effects take place only where the gradients do. TensorFlow runs what
-  does not depend on the batch, such as a counter, in a step that has no batch too: Keras calls one
-  at the end of data of unknown length.
-* `part_of_sum(grad)`: one replica's part of a gradient that is summed over all replicas already. A
-  TensorFlow strategy adds them up when the step is taken, whatever they are.
-* `outside_trace(reads)`: context in which variables are made and read, also while a step is traced.
-  On TensorFlow a trace that fails later leaves variables that were made in it without values. If
-  one of `reads`, which are read in it, has no value yet, it has to be the trace after all.
-* `random_state_kept()`: context after which the global generator is as before. On torch every pass
-  over data draws from it, and the order of later batches would change.
-* `eager_inference(function)`: `function`, run without gradients and without the compiled copies
-  of what it calls, nor leaving any. Torch checks by itself that a copy still fits; JAX has no
-  such switch but one that takes the kernels of `jax.numpy` apart, too.
+  average's dtype. Weight 1 gives the value bit for bit.
+* `assign_if(condition, targets, sources, new_values)`: if the condition is true, assigns
+  `new_values(targets, sources)`. Otherwise it computes nothing. JAX needs a `cond` that returns
+  values, TensorFlow a `cond` around the assignments, torch a Python `if`.
+* `run_if(condition, function, variables)`: if the condition is true, runs a function that assigns
+  to these variables.
+* `put_if(condition, place, rings, sources, new_values)`: if the condition is true, assigns
+  `new_values(sources)` to one of several lists of variables. The integer `place` chooses the list.
+  The other lists do not change.
+* `lerp_if(condition, averages, variables, weight)`: if the condition is true, assigns the `lerp` of
+  averages and variables with `weight()`. It uses a multi-tensor update in place if the framework
+  has one.
+* `start_averages(updates, averages, variables)`: assigns the variables' values to the averages if
+  there was no update yet. It must be called before the step. On JAX, XLA must be told explicitly
+  that this comes before the step.
+* `loss_gradients(loss, variables, output_gradient, tape)`: calls `loss`, keeps its changes of
+  state, and returns the variables and their gradients. The gradients are multiplied by
+  `output_gradient(value of the loss)`. A variable that the loss does not use has the gradient None.
+  `variables` is a list, or a function that must be called after the loss. TensorFlow records on a
+  tape. Instead of a function it also takes a tensor and the user's tape. JAX differentiates only
+  functions without effects, so assignments in the loss are collected and done afterwards.
+* `after(grads)`: context whose effects take place only if the gradients are computed. Keras calls a
+  train step without a batch at the end of data of unknown length. In this step TensorFlow would
+  still run operations that do not depend on the batch, such as a counter.
+* `part_of_sum(grad)`: one replica's part of a gradient that is already summed over all replicas. A
+  TensorFlow strategy always sums the gradients of all replicas in the step.
+* `outside_trace(reads)`: context in which variables can be made and read, even while a step is
+  traced. Without it, a TensorFlow trace that fails later leaves variables without values. The
+  variables in `reads` are read in the context. If one of them has no value yet, the context must
+  stay inside the trace.
+* `random_state_kept()`: context after which the global random generator is in the same state as
+  before. On torch every pass over data draws from it, which would change the order of later
+  batches.
+* `eager_inference(function)`: runs `function` without gradients. It does not use compiled copies of
+  the functions that it calls, and makes none. Torch itself checks that a compiled copy still fits.
+  JAX has no such switch, except one that would also disable the compiled kernels of `jax.numpy`.
 """
 
 import keras

@@ -1,4 +1,4 @@
-"""The vocabulary on JAX: no assignment inside a branch, every `cond` returns values."""
+"""The operations on JAX. No branch assigns a variable: every `cond` returns values."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -33,8 +33,8 @@ def value(variable: Any, dtype: Any = None) -> Any:
     tensor = variable.value if isinstance(variable, keras.Variable) else jnp.asarray(variable)
     if dtype is None or tensor.dtype == dtype:
         return tensor
-    # XLA leaves out a rounding to bfloat16 that a cast to float32 follows: an average would be of
-    # what the step computed, not of the variable.
+    # If a cast to float32 follows a rounding to bfloat16, XLA leaves out the rounding. Then the
+    # average would be of the unrounded result of the step, and not of the variable.
     return jax.lax.optimization_barrier(tensor).astype(dtype)
 
 
@@ -44,7 +44,7 @@ def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[
         value = value if divisor == 1 else value / divisor
         for target in chain:
             value = value.astype(target.dtype, copy=False)
-            # Not `jax.device_put`: it takes aligned arrays as they are, `may_alias=False` or not.
+            # Not `jax.device_put`: it does not copy aligned arrays, even with `may_alias=False`.
             target.assign(jnp.array(value, copy=True))
 
 
@@ -85,8 +85,8 @@ def lerp(averages: Sequence[Any], values: Sequence[Any], weight: Any) -> list[An
 
 def _lerp(average: jax.Array, value: jax.Array, weight: Any) -> jax.Array:
     if value.dtype != average.dtype:
-        # XLA leaves out a rounding to bfloat16 that a cast to float32 follows: the average would be
-        # of what the step computed, not of the variable.
+        # If a cast to float32 follows a rounding to bfloat16, XLA leaves out the rounding. Then the
+        # average would be of the unrounded result of the step, and not of the variable.
         value = jax.lax.optimization_barrier(value)
     if isinstance(weight, float) and weight == 1.0:
         return jnp.array(value, average.dtype, copy=True)
@@ -108,7 +108,7 @@ def assign_if(
     if isinstance(condition, jax.core.Tracer):
         results = jax.lax.cond(condition, changed, lambda: [target.value for target in targets])
     elif condition:
-        # Two variables must not share a buffer, which a train step could not donate twice.
+        # Two variables must not share a buffer, because a train step cannot donate it twice.
         taken = {id(value(variable)) for variable in (*targets, *sources)}
         results = [jnp.array(v, copy=True) if id(v) in taken else v for v in changed()]
     else:
@@ -138,8 +138,8 @@ def put_if(
     def kept(ring: Sequence[Any]) -> list[Any]:
         return [target.value for target in ring]
 
-    # Not `lax.switch`: each of its branches would have all rings as results, and compiling takes
-    # minutes for a hundred of them.
+    # Not `lax.switch`: each of its branches would return all rings. With a hundred rings, compiling
+    # would take minutes.
     def put() -> list[list[Any]]:
         return [
             jax.lax.cond(place == i, lambda ring=ring: changed(ring), lambda ring=ring: kept(ring))
@@ -186,9 +186,10 @@ def start_averages(updates: Any, averages: Sequence[Any], variables: Sequence[An
     def keep() -> tuple[list[Any], Any]:
         return [average.value for average in averages], updates < 0
 
-    # Nothing in the program says that reading the old variables here comes before the step writes
-    # the new ones into the same memory, so XLA would copy every variable at every step. `never` is
-    # False in either branch, which XLA cannot see: variables that depend on it put the step last.
+    # This code reads the old values of the variables. The step writes the new values into the same
+    # memory. XLA does not know which comes first, so it would copy every variable at every step.
+    # `never` is False in both branches, but XLA cannot know that. The variables depend on it below,
+    # so the step must come after the read.
     values, never = jax.lax.cond(updates == 0, start, keep)
     for average, value in zip(averages, values, strict=True):
         average.assign(value)
@@ -200,7 +201,7 @@ def loss_gradients(
     loss: Any, variables: Any, output_gradient: Callable[[Any], Any], tape: Any
 ) -> tuple[list[Any], list[Any]]:
     if callable(variables):
-        with keras.StatelessScope():  # makes variables, and changes none
+        with keras.StatelessScope():  # The loss makes its variables here, but changes none.
             loss()
         variables = variables()
     scopes = []
@@ -221,10 +222,11 @@ def loss_gradients(
 
 
 class _Effects(keras.StatelessScope):
-    """Knows which variables were read in it, and which assigned. Keras' scope knows only their ids.
+    """Notes which variables were read and which were assigned in it.
 
-    JAX gives a variable that was not used a gradient of zeros, where the others say that it has
-    none.
+    For an unused variable, JAX returns a gradient of zeros, and the other frameworks return None.
+    So the reads are noted. The assigned variables are noted because Keras' scope has only their
+    ids.
     """
 
     def __init__(self, state: Any) -> None:

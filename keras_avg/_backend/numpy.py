@@ -1,6 +1,6 @@
-"""The vocabulary on NumPy and OpenVINO, where Keras loads models and `fit` does not exist.
+"""The operations on NumPy and OpenVINO. There Keras can load models, but cannot train them.
 
-OpenVINO has graphs in place of arrays: everything is computed in NumPy and assigned.
+OpenVINO has graphs instead of arrays. So everything is computed in NumPy, and then assigned.
 """
 
 import contextlib

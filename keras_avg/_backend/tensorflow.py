@@ -1,4 +1,4 @@
-"""The vocabulary on TensorFlow: a `cond` around assignments, on every replica of a strategy."""
+"""The operations on TensorFlow. A `cond` is around assignments, on every replica of a strategy."""
 
 import contextlib
 import re
@@ -40,13 +40,15 @@ def value(variable: Any, dtype: Any = None) -> Any:
 
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
     values = [tf.convert_to_tensor(source) for source in sources]
-    # As a tensor: by a constant, TensorFlow would multiply by a rounded reciprocal.
+    # The divisor must be a tensor. For a constant, TensorFlow would multiply by its reciprocal,
+    # which is rounded.
     number = None if divisor == 1 else tf.constant(divisor, "float64")
     _assign_quotients(values, number, [_native(each) for each in targets])
 
 
-# Compiled, because two hundred operations from Python take as long as the memory. Of the variables
-# none is read: a trace that reads its arguments cannot be called in another, or under a tape.
+# This is compiled, because two hundred operations from Python take as long as the memory transfers.
+# The trace reads no variable among its arguments. Otherwise it could not be called in another trace
+# or under a tape.
 @tf.function
 def _assign_quotients(values: list[Any], divisor: Any, targets: list[list[Any]]) -> None:
     for value, *chain in zip(values, *targets, strict=True):
@@ -76,8 +78,8 @@ def scalar(compute: Callable[[], Any]) -> Any:
 
 def concrete(number: Any) -> Any:
     if isinstance(number, tf.Variable):
-        # Not `number.read_value()`: the code that is being compiled would take note of the variable
-        # and no longer run once it is deleted.
+        # Not `number.read_value()`: the code that is being compiled would then depend on the
+        # variable, and would no longer run after the variable is deleted.
         handle = getattr(number, "values", [number])[0].handle
         with tf.init_scope():
             return concrete(tf.raw_ops.ReadVariableOp(resource=handle, dtype=number.dtype))
@@ -98,12 +100,15 @@ def lerp(averages: Sequence[Any], values: Sequence[Any], weight: Any) -> list[An
 
 def _lerp(average: tf.Tensor, value: tf.Tensor, weight: Any) -> tf.Tensor:
     value = tf.cast(value, average.dtype)
-    if isinstance(weight, float):
-        if weight == 1.0:
-            return value
-        return average + tf.constant(weight, average.dtype) * (value - average)
-    weight = tf.cast(weight, average.dtype)
-    return tf.where(weight == 1, value, average + weight * (value - average))
+    if isinstance(weight, float) and weight == 1.0:
+        return value
+    moved = average + _as_float(weight, average.dtype) * (value - average)
+    return moved if isinstance(weight, float) else tf.where(weight == 1, value, moved)
+
+
+def _as_float(number: Any, dtype: Any) -> tf.Tensor:
+    # `tf.cast` would round a Python float to float32 before it casts to float64.
+    return tf.constant(number, dtype) if isinstance(number, float) else tf.cast(number, dtype)
 
 
 def assign_if(
@@ -117,19 +122,30 @@ def assign_if(
         for target, value in zip(targets, values, strict=True):
             target.assign(tf.cast(value, target.dtype))
 
+    _update_if(condition, targets, sources, assign)
+
+
+def _update_if(
+    condition: Any,
+    targets: Sequence[Any],
+    sources: Sequence[Any],
+    update: Callable[[Sequence[Any], Sequence[Any]], None],
+) -> None:
+    """If the condition is true, call `update(targets, sources)` on each replica with its copies."""
     if not targets:
         return
     if condition is True and not tf.distribute.has_strategy():
-        assign(targets, sources)
+        update(targets, sources)
         return
     condition = tf.convert_to_tensor(condition)
     if not tf.distribute.has_strategy():
-        tf.cond(condition, lambda: assign(targets, sources), lambda: None)
+        tf.cond(condition, lambda: update(targets, sources), lambda: None)
         return
 
-    # A branch may not leave the replica, and only `update` may assign a replica's copy: so the
-    # condition moves out of the replicas, and each replica's assignments into one `update`.
-    def assign_on_each_replica(strategy: Any, condition: Any) -> None:
+    # Only the strategy's `update` may assign a replica's copy, and a branch of a `cond` inside a
+    # replica must not call it. So the `cond` is outside of the replicas, and one `update` does all
+    # assignments of a replica.
+    def update_each_replica(strategy: Any, condition: Any) -> None:
         condition = strategy.experimental_local_results(condition)[0]
         (first, *rest), values = _native(targets), _native(sources)
         tf.cond(
@@ -137,7 +153,7 @@ def assign_if(
             lambda: (
                 strategy.extended.update(
                     first,
-                    lambda first, rest, values: assign([first, *rest], values),
+                    lambda first, rest, values: update([first, *rest], values),
                     args=(rest, values),
                     group=False,
                 )
@@ -146,11 +162,11 @@ def assign_if(
             lambda: None,
         )
 
-    if tf.distribute.in_cross_replica_context():  # in a strategy's scope, outside of its steps
-        assign_on_each_replica(tf.distribute.get_strategy(), condition)
+    if tf.distribute.in_cross_replica_context():  # a strategy's scope, but outside of its steps
+        update_each_replica(tf.distribute.get_strategy(), condition)
         return
     tf.__internal__.distribute.interim.maybe_merge_call(
-        assign_on_each_replica, tf.distribute.get_strategy(), condition
+        update_each_replica, tf.distribute.get_strategy(), condition
     )
 
 
@@ -161,7 +177,8 @@ def put_if(
     sources: Sequence[Any],
     new_values: Callable[[Sequence[Any]], Sequence[Any]],
 ) -> None:
-    if tf.distribute.has_strategy():  # whose conditions are outside of its replicas, one by one
+    # Under a strategy, conditions must be outside of the replicas, so each ring has its own.
+    if tf.distribute.has_strategy():
         for i, ring in enumerate(rings):
             here = tf.logical_and(condition, tf.equal(place, i))
             assign_if(here, ring, sources, lambda targets, s: new_values(s))
@@ -171,11 +188,20 @@ def put_if(
         for target, new in zip(ring, new_values(sources), strict=True):
             target.assign(tf.cast(new, target.dtype))
 
-    def put_in_place() -> None:
-        branches = [lambda ring=ring: put(ring) for ring in rings]
-        tf.switch_case(tf.cast(place, "int32"), branches)
+    # A binary search for the ring. Not `tf.switch_case`: each of its branches would take the
+    # variables of all rings. With a hundred rings, tracing would take a minute.
+    def put_in_place(first: int, count: int) -> None:
+        if count == 1:
+            put(rings[first])
+            return
+        half = count // 2
+        tf.cond(
+            place < first + half,
+            lambda: put_in_place(first, half),
+            lambda: put_in_place(first + half, count - half),
+        )
 
-    tf.cond(tf.convert_to_tensor(condition), put_in_place, lambda: None)
+    tf.cond(tf.convert_to_tensor(condition), lambda: put_in_place(0, len(rings)), lambda: None)
 
 
 def run_if(condition: Any, function: Callable[[], None], variables: Sequence[Any]) -> None:
@@ -198,7 +224,25 @@ def _native(variables: Sequence[Any]) -> list[Any]:
 def lerp_if(
     condition: Any, averages: Sequence[Any], variables: Sequence[Any], weight: Callable[[], Any]
 ) -> None:
-    assign_if(condition, averages, variables, lambda a, v: lerp(a, v, weight()))
+    _update_if(condition, averages, variables, lambda a, v: _move(_native(a), v, weight()))
+
+
+def _move(averages: Sequence[Any], values: Sequence[Any], weight: Any) -> None:
+    # `assign_add` writes in place. It takes half the time of `assign` with a sum, which needs new
+    # memory.
+    def add() -> None:
+        for average, value in zip(averages, values, strict=True):
+            change = tf.cast(value, average.dtype) - average
+            average.assign_add(_as_float(weight, average.dtype) * change, read_value=False)
+
+    def copy_all() -> None:
+        for average, value in zip(averages, values, strict=True):
+            average.assign(tf.cast(value, average.dtype), read_value=False)
+
+    if isinstance(weight, float):
+        (copy_all if weight == 1.0 else add)()
+    else:
+        tf.cond(weight == 1, copy_all, add)
 
 
 def start_averages(updates: Any, averages: Sequence[Any], variables: Sequence[Any]) -> None:
@@ -223,13 +267,14 @@ def after(grads: Sequence[Any]) -> Iterator[None]:
         return
     given = [g.values if isinstance(g, tf.IndexedSlices) else g for g in grads if g is not None]
     given = [tf.convert_to_tensor(grad) for grad in given]
-    if tf.distribute.has_strategy():  # whose replicas build one graph together
+    if tf.distribute.has_strategy():  # The replicas build one graph together.
         with tf.control_dependencies(given):
             yield
         return
-    # What writes waits, and for the batch itself. If constants and reads waited too, as with
-    # `tf.control_dependencies`, or if anything waited for the gradients' operations, TensorFlow
-    # would no longer simplify the step as it does without a wrapper: other bits.
+    # Only operations that write must wait, and they wait for the batch itself. With
+    # `tf.control_dependencies`, constants and reads would also wait, and all would wait for the
+    # gradients' operations. Then TensorFlow would simplify the step in another way than without a
+    # wrapper, and the weights would have other bits.
     graph = tf.compat.v1.get_default_graph()
     before = len(graph.get_operations())
     yield
@@ -240,7 +285,7 @@ def after(grads: Sequence[Any]) -> Iterator[None]:
 
 
 def _sources(tensors: Sequence[tf.Tensor]) -> list[tf.Operation]:
-    """The operations that bring data into a graph and that the tensors depend on."""
+    """The operations that bring data into the graph, and on which the tensors depend."""
     found, seen, left = [], set(), [tensor.op for tensor in tensors]
     while left:
         operation = left.pop()
@@ -259,7 +304,7 @@ def part_of_sum(grad: Any) -> Any:
 
 
 def outside_trace(reads: Sequence[Any] = ()) -> contextlib.AbstractContextManager:
-    if tf.distribute.has_strategy():  # which wants its variables to be made where it says
+    if tf.distribute.has_strategy():  # A strategy decides where its variables are made.
         return contextlib.nullcontext()
     with tf.init_scope():
         have_values = all(

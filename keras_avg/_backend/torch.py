@@ -1,19 +1,24 @@
-"""The vocabulary on PyTorch: Python decides, on the host; multi-tensor kernels update in place.
+"""The operations on PyTorch. Python decides on the host. Multi-tensor kernels update in place.
 
-What asks for a Python number stays outside a compiled graph, `torch.compile` breaks there.
+Functions that need a Python number run outside of a compiled graph: `torch.compile` breaks the
+graph there.
 """
 
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import compress
 from typing import Any
 
 import keras
 import numpy as np
 import torch
 
-IN_CACHE = 2**16  # elements: what is read again soon stays in the processor's cache
+from keras_avg import _keras_internals
+
+IN_CACHE = 2**16  # elements. So many stay in the processor's cache until they are read again.
+ON_GPU = 2**24  # elements. So many need few kernels, and little memory beside the averages.
 
 outside_graph = torch.compiler.disable
 
@@ -63,9 +68,10 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _divide_on_host(value: torch.Tensor, divisor: float, memories: list[torch.Tensor]) -> None:
-    # By NumPy: torch would let all cores of the machine meet at each of the tensors.
+    # NumPy, because torch would start a parallel region (a barrier over all cores) per tensor.
     source, *arrays = [tensor.numpy().reshape(-1) for tensor in (value, *memories)]
-    is_power_of_two = math.frexp(divisor)[0] == 0.5  # the same bits in a fraction of the time
+    # For a power of two, the product with the reciprocal has the same bits, and is much faster.
+    is_power_of_two = math.frexp(divisor)[0] == 0.5
     divide, number = (np.multiply, 1 / divisor) if is_power_of_two else (np.divide, divisor)
     for start in range(0, source.size, IN_CACHE):
         part = slice(start, start + IN_CACHE)
@@ -75,7 +81,7 @@ def _divide_on_host(value: torch.Tensor, divisor: float, memories: list[torch.Te
 
 
 class Counter:
-    """Mirrors the variable on the host, and reads it again only when it was changed elsewhere."""
+    """Keeps a copy of the number on the host. It is read again only after a change by others."""
 
     def __init__(self, variable: Any) -> None:
         self._variable = variable
@@ -134,7 +140,7 @@ def lerp(averages: Sequence[Any], values: Sequence[Any], weight: Any) -> list[An
 
 
 def _lerp_(average: torch.Tensor, value: torch.Tensor, weight: float) -> torch.Tensor:
-    # `torch.lerp` at weight 1 makes NaN of an infinite value.
+    # For an infinite value and weight 1, `torch.lerp` gives NaN.
     if weight == 1.0:
         return average.copy_(value)
     return average.lerp_(value.to(average.dtype), weight)
@@ -183,15 +189,49 @@ def lerp_if(
     if not condition or not averages:
         return
     w = weight()
-    pairs = [(_tensor(a), _tensor(v)) for a, v in zip(averages, variables, strict=True)]
-    # The multi-tensor kernel wants equal dtypes; the others go one by one, which keeps the
-    # temporary copy of a low-precision value to one variable.
-    alike = [(a, v) for a, v in pairs if a.dtype == v.dtype]
-    if alike and w != 1.0:
-        torch._foreach_lerp_([a for a, _ in alike], [v for _, v in alike], w)
-    for average, value in pairs:
-        if average.dtype != value.dtype or w == 1.0:
-            _lerp_(average, value, w)
+    kept, values = map(_keras_internals.values_of, (averages, variables))
+    if w == 1.0:  # For an infinite value, `lerp` would give NaN.
+        torch._foreach_copy_(kept, values)
+        return
+    same = [average.dtype == value.dtype for average, value in zip(kept, values, strict=True)]
+    if any(same):  # The multi-tensor kernel needs equal dtypes.
+        torch._foreach_lerp_(*(list(compress(tensors, same)) for tensors in (kept, values)), w)
+    if all(same):
+        return
+    others = [not each for each in same]
+    for some, their_values in _pieces(compress(kept, others), compress(values, others)):
+        converted = [torch.empty_like(average) for average in some]
+        torch._foreach_copy_(converted, their_values)
+        torch._foreach_lerp_(some, converted, w)
+
+
+def _pieces(
+    averages: Iterable[Any], values: Iterable[Any]
+) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Parts of the tensors, in lists that fit into the cache, or on a GPU into one large kernel."""
+    some: list[tuple[Any, Any]] = []
+    size = 0
+    for average, value in zip(averages, values, strict=True):
+        limit = IN_CACHE if average.is_cpu else ON_GPU
+        for pair in _split((average, value), limit):
+            if some and size + pair[0].numel() > limit:
+                yield _columns(some)
+                some, size = [], 0
+            some.append(pair)
+            size += pair[0].numel()
+    if some:
+        yield _columns(some)
+
+
+def _split(pair: tuple[Any, Any], limit: int) -> Iterable[tuple[Any, Any]]:
+    if pair[0].numel() <= limit or not all(tensor.is_contiguous() for tensor in pair):
+        return (pair,)
+    return zip(*(tensor.view(-1).split(limit) for tensor in pair), strict=True)
+
+
+def _columns(pairs: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+    first, second = zip(*pairs, strict=True)
+    return list(first), list(second)
 
 
 def start_averages(updates: Any, averages: Sequence[Any], variables: Sequence[Any]) -> None:

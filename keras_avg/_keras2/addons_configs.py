@@ -1,7 +1,7 @@
-"""Configs that TensorFlow Addons 0.7 to 0.23 wrote, in the words of Keras 3.
+"""Translates the configs of TensorFlow Addons 0.7 to 0.23 for Keras 3.
 
-Addons wrapped the optimizers of Keras 2, whose configs name classes and arguments that are no more.
-What Keras 3 wrote itself goes through unchanged.
+Addons wrapped the optimizers of Keras 2. Their configs name classes and arguments that Keras 3 does
+not have. Configs that Keras 3 wrote are not changed.
 """
 
 import numbers
@@ -11,18 +11,18 @@ import keras
 
 ADDONS = "Addons"
 HERE = "keras_avg"
-# Keras 2 from 2.10 on wrote how to run and which of two bases a class has.
+# Keras 2.10 and later wrote these arguments, which have no meaning in Keras 3.
 DEAD = ("jit_compile", "is_legacy_optimizer")
 OPTIMIZERS = "keras.optimizers"
 SCHEDULES = "keras.optimizers.schedules"
 
 
 def translated(config: dict[str, Any], custom_objects: dict | None) -> dict[str, Any]:
-    """A wrapper's config, with the inner optimizer's as Keras 3 reads it.
+    """A wrapper's config in which Keras 3 can read the inner optimizer.
 
     Args:
-        config: Dict of constructor arguments. Left as it is.
-        custom_objects: Dict of names to classes and functions that are not registered.
+        config: Dict of constructor arguments. It is not changed.
+        custom_objects: Dict from names to classes and functions that are not registered.
 
     Returns:
         A new dict.
@@ -39,9 +39,9 @@ def translated(config: dict[str, Any], custom_objects: dict | None) -> dict[str,
 def _optimizer(config: dict[str, Any], custom_objects: dict | None) -> dict[str, Any]:
     found = _found(config, OPTIMIZERS, custom_objects)
     if found.get("module") != OPTIMIZERS:
-        return found  # its own `from_config` knows its arguments
+        return found  # The `from_config` of the class knows its arguments.
     arguments = _without_dead(found["config"])
-    # Keras 2 called the momentum schedule of Nadam `decay`; in Keras 3 it is fixed.
+    # In Keras 2, `decay` of Nadam was its momentum schedule. In Keras 3 this schedule is fixed.
     decay = 0.0 if found["class_name"] == "Nadam" else arguments.get("decay", 0.0)
     arguments.pop("decay", None)
     if "learning_rate" in arguments:
@@ -56,9 +56,10 @@ def _rate(rate: Any, custom_objects: dict | None) -> Any:
         found = _found(rate, SCHEDULES, custom_objects)
         if found.get("module") != SCHEDULES or found["config"].get("name", "") is not None:
             return found
-        # No name was the default in Keras 2, and is refused in Keras 3.
+        # In Keras 2 the default name was None. Keras 3 refuses None.
         return found | {"config": {k: v for k, v in found["config"].items() if k != "name"}}
-    # Keras 3 takes neither `1` nor the NumPy scalar that a built optimizer read from its variable.
+    # Keras 3 needs a Python float. It refuses the integer 1, and also the NumPy scalar that Keras 2
+    # read from the variable of a built optimizer.
     return float(rate) if isinstance(rate, numbers.Real) else rate
 
 
@@ -75,11 +76,11 @@ def _decaying(kind: str, arguments: dict[str, Any], decay: float) -> dict[str, A
 
 
 def _found(config: dict[str, Any], module: str, custom_objects: dict | None) -> dict[str, Any]:
-    """`config`, with its class under the name that Keras 3 finds it by."""
+    """A copy of `config` in which the class has the name by which Keras 3 finds it."""
     full_name = config.get("registered_name") or config["class_name"]
     package, _, name = full_name.rpartition(">")
     names = [full_name]
-    if package in (ADDONS, "Custom"):  # what Keras registers without saying a package
+    if package in (ADDONS, "Custom"):  # "Custom" is Keras' default package.
         names.append(name)
     if package == ADDONS:
         names.append(f"{HERE}>{name}")
@@ -87,8 +88,8 @@ def _found(config: dict[str, Any], module: str, custom_objects: dict | None) -> 
         if keras.saving.get_registered_object(known, custom_objects) is not None:
             return config | {"module": None, "class_name": known, "registered_name": known}
     if package in ("", ADDONS) and _is_of_keras(config, module):
-        # An optimizer of Addons does not become the one of Keras that shares its name: the weight
-        # decay of its AdamW is not multiplied by the rate.
+        # An optimizer of Addons must not become the Keras optimizer of the same name, because they
+        # may differ: AdamW of Addons does not multiply the weight decay by the rate.
         public_name = None if package else _public_name(name, module)
         if public_name is None:
             raise ValueError(
@@ -101,13 +102,13 @@ def _found(config: dict[str, Any], module: str, custom_objects: dict | None) -> 
 
 
 def _is_of_keras(config: dict[str, Any], module: str) -> bool:
-    # Keras 2 wrote no modules before 2.12, and `keras.optimizers.legacy` after.
+    # Before 2.12, Keras 2 wrote no module. Later it wrote `keras.optimizers.legacy`.
     written = config.get("module")
     return not written or written.startswith((module, "tensorflow_addons"))
 
 
 def _public_name(name: str, module: str) -> str | None:
-    """The name in Keras 3 of a class that Keras 2 found by its name in any case."""
+    """The name of a class in Keras 3. Keras 2 ignored upper and lower case in names."""
     home = keras.optimizers if module == OPTIMIZERS else keras.optimizers.schedules
     return {public.lower(): public for public in vars(home) if public[0].isupper()}.get(
         name.lower()
@@ -119,7 +120,7 @@ def _is_serialized(value: Any) -> bool:
         isinstance(value, dict)
         and {"class_name", "config"} <= value.keys()
         and isinstance(value["config"], dict)
-        and not str(value["class_name"]).startswith("__")  # what Keras 3 alone writes: "__lambda__"
+        and not str(value["class_name"]).startswith("__")  # Only Keras 3 writes "__lambda__".
     )
 
 

@@ -1,4 +1,4 @@
-"""Steps as Keras 2 has them: from a loss, or from pairs of gradients and variables."""
+"""The step methods of Keras 2. They take a loss, or pairs of gradients and variables."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,9 +10,9 @@ from keras_avg import _backend, _keras_internals
 
 
 class ClassicSteps(keras.optimizers.Optimizer):
-    """Computes gradients, where Keras 3 leaves that to the trainer, and takes steps.
+    """Computes gradients and takes steps. In Keras 3, only the trainer computes gradients.
 
-    Needs nothing but what every Keras optimizer has.
+    The methods use only what every Keras optimizer has.
     """
 
     def minimize(
@@ -23,27 +23,28 @@ class ClassicSteps(keras.optimizers.Optimizer):
         name: str | None = None,
         tape: Any = None,
     ) -> Any:
-        """Compute the gradients of a loss and take one step. What the loss does to state is kept.
+        """Compute the gradients of a loss and take one step.
 
-        That is so on JAX too: batch-normalization statistics move on, and so do dropout's seeds.
+        If the loss changes state, the changes are kept, on JAX too. Examples are
+        batch-normalization statistics and dropout seeds.
 
         Args:
-            loss: Function without arguments that returns the value to minimize (the sum of it, if
-                it is not a scalar). On TensorFlow also a tensor, with its `tape`.
-            var_list: List of variables, or a function that returns one; it is called after the
-                loss, which may make the variables. (On JAX the loss is computed once more for
-                that, before the first step; it changes nothing then.)
-            grad_loss: Tensor of the loss's shape, or a scalar: weighs the gradient of each of its
-                elements. Default None: 1.
-            name: Not used; for compatibility.
-            tape: `tf.GradientTape` on which `loss` was computed. TensorFlow only.
+            loss: Function without arguments that returns the value to minimize. If the value is not
+                a scalar, its sum is minimized. On TensorFlow it may be a tensor, with its `tape`.
+            var_list: List of variables, or a function that returns such a list. The function is
+                called after the loss, because the loss may make the variables. (On JAX the loss is
+                then computed one more time, before the first step. It changes no state that time.)
+            grad_loss: Tensor of the loss's shape, or a scalar. It multiplies the gradient of each
+                element of the loss. Default None: 1.
+            name: Not used. It is here for compatibility.
+            tape: `tf.GradientTape` that recorded the computation of `loss`. TensorFlow only.
 
         Returns:
             `iterations`.
 
         Raises:
-            ValueError: If `loss` is a tensor without its tape, an element of `var_list` is not a
-                variable, or the loss depends on none of them.
+            ValueError: If `loss` is a tensor without its tape, if an element of `var_list` is not a
+                variable, or if the loss depends on none of the variables.
             RuntimeError: If the averages are in the model.
 
         Example:
@@ -65,10 +66,11 @@ class ClassicSteps(keras.optimizers.Optimizer):
         return self.apply_gradients(zip(grads, variables, strict=True), name=name)
 
     def get_gradients(self, loss: Callable[[], Any], params: list[Any]) -> list[Any]:
-        """The gradients of a loss, as they are before any clipping or scaling.
+        """The gradients of a loss, before clipping and scaling.
 
         Args:
-            loss: Function without arguments that returns the value. What it does to state is kept.
+            loss: Function without arguments that returns the value. If it changes state, the
+                changes are kept.
             params: List of variables.
 
         Returns:
@@ -80,14 +82,14 @@ class ClassicSteps(keras.optimizers.Optimizer):
         return self._all_gradients_of(loss, params, ops.ones_like)[1]
 
     def get_updates(self, loss: Callable[[], Any], params: list[Any]) -> list[Any]:
-        """Take one step, as `minimize`, but only if each variable has a gradient.
+        """Take one step like `minimize`, but only if each variable has a gradient.
 
         Args:
             loss: Function without arguments that returns the value to minimize.
             params: List of variables.
 
         Returns:
-            List of `iterations`.
+            A list with one element, `iterations`.
 
         Raises:
             ValueError: If the loss does not depend on one of the variables.
@@ -108,17 +110,17 @@ class ClassicSteps(keras.optimizers.Optimizer):
 
         Args:
             grads_and_vars: Iterable of `(gradient, variable)` pairs.
-            name: Not used; for compatibility.
-            experimental_aggregate_gradients: Bool. If False the gradients are summed over all
-                replicas already: `gradient_aggregator` is not called, and a `tf.distribute`
-                strategy, which in Keras 3 always sums, gets them divided by the number of replicas
-                (after transformers and clipping). Default True.
+            name: Not used. It is here for compatibility.
+            experimental_aggregate_gradients: Bool. False says that the gradients are already summed
+                over all replicas. Then `gradient_aggregator` is not called. In Keras 3 a
+                `tf.distribute` strategy always sums gradients. So they are divided by the number of
+                replicas, after transformers and clipping. Default True.
 
         Returns:
             `iterations`.
 
         Raises:
-            TypeError: If `grads_and_vars` does not consist of pairs, variables second.
+            TypeError: If `grads_and_vars` does not consist of pairs with the variable second.
             ValueError: If there is no gradient in it.
             RuntimeError: If the averages are in the model.
         """
@@ -130,13 +132,13 @@ class ClassicSteps(keras.optimizers.Optimizer):
         return self.iterations
 
     def _before_first_gradients(self, var_list: Any) -> None:
-        """For subclasses: what is done to the variables before gradients are computed of them."""
+        """Hook for subclasses. It runs before the first gradients are computed."""
 
     def _refuse_training(self) -> None:
-        """For subclasses: raise if the variables are not to be trained now."""
+        """Hook for subclasses. It raises if the variables must not be trained now."""
 
     def _apply_sums(self, grads: list[Any], variables: list[Any]) -> None:
-        """For subclasses: take a step from gradients that are summed over all replicas already."""
+        """Hook for subclasses. It takes a step from gradients already summed over all replicas."""
         self.apply(parts_of_sums(grads, variables), variables)
 
     def _gradients_of(
@@ -153,7 +155,8 @@ class ClassicSteps(keras.optimizers.Optimizer):
             output_gradient,
             tape,
         )
-        # JAX has gradients for frozen variables, TensorFlow for those that were frozen later.
+        # JAX also gives gradients for frozen variables. TensorFlow gives them for variables that
+        # were frozen after they were made. Frozen variables must have none.
         pairs = zip(grads, variables, strict=True)
         return variables, [g if getattr(v, "trainable", True) else None for g, v in pairs]
 
@@ -222,7 +225,7 @@ def _unzipped(grads_and_vars: Iterable[tuple[Any, Any]]) -> tuple[list[Any], lis
 
 
 def parts_of_sums(grads: list[Any], variables: list[Any]) -> list[Any]:
-    """What one replica gives to gradients that are summed over all replicas already."""
+    """One replica's part of gradients that are already summed over all replicas."""
     return [
         _backend.part_of_sum(grad)
         if grad is not None and _keras_internals.is_averageable(variable)

@@ -1,4 +1,4 @@
-"""The base of all rules: when an averaging is due, and with which weight."""
+"""The base class of all rules. A rule says when an averaging is due, and with which weight."""
 
 from typing import Any
 
@@ -14,65 +14,70 @@ from keras_avg._wrapping.shows_averages import ShowsAverages
 class AveragedOptimizerWrapper(ShowsAverages):
     """Base of the optimizers that average a model's variables while another optimizer trains them.
 
-    After the inner optimizer has taken step `i` (the first is 0), the wrapper asks its rule whether
-    an averaging is due, and with which weight the variable enters its average:
+    After the inner optimizer has taken step `i` (the first step is 0), the wrapper asks its rule
+    two things: whether an averaging is due, and with which weight the variable enters its average.
 
         if is_due(i):  average <- average + value_weight(i) * (variable - average)
 
-    Only real updates count: gradient accumulation micro-steps, and updates that loss scaling skips,
-    neither average nor advance `i`. Training itself is bit for bit that of the inner optimizer,
-    except where the averages flow back into the variables (`Lookahead`, `ModelAverage`). Averages
-    of several kinds are nested: `SWA(MovingAverage("adam"))`.
+    Only real updates count. Micro-steps of gradient accumulation, and updates that loss scaling
+    skips, do not average and do not advance `i`. The inner optimizer trains exactly as it would
+    alone, bit for bit. Only the wrappers that change the variables change training: `Lookahead`,
+    `ModelAverage`, `ScheduleFree` and `PrimalAverage`. To keep averages of several kinds, nest the
+    wrappers: `SWA(MovingAverage("adam"))`.
 
-    A new kind of average is a subclass. Most need two methods, `is_due(step)` and
-    `value_weight(step)`: scalars from an integer step, through `keras.ops`. They run inside
-    compiled code. A subclass may override `average_op` alone; then every step is due.
+    To write a new kind of average, subclass this class. Most rules need two methods, `is_due(step)`
+    and `value_weight(step)`. Both take an integer step and return a scalar. They run inside
+    compiled code, so they use `keras.ops`. A subclass may override `average_op` alone. Then an
+    averaging is due after every step.
 
-    Rules that keep more than one average have further hooks, each with a default:
+    A rule that keeps more than one average can override further hooks. Each has a default:
 
-    | hook | says |
+    | hook | what it says |
     |---|---|
-    | `stores()` | what is kept beside each variable, and what it begins with |
+    | `stores()` | which tensors the rule keeps beside each variable, and their first values |
     | `before_step()` | what happens before the inner optimizer's step |
     | `accumulate(due, step)` | what an averaging does |
-    | `averages()` | what the model holds when it is swapped |
+    | `averages()` | which values the model holds while it is swapped |
     | `snapshots_so_far` | how many averagings there were, in compiled code too |
 
-    `self.kept["name"]` is a store: it moves by `lerp_if` and `assign_if`. Other state a subclass
-    adds in `build`, as Keras' optimizers do, by `add_variable` or `add_weight`.
+    `self.kept["name"]` is a store. Change its values with `lerp_if` and `assign_if`. For any other
+    state, call `add_variable` or `add_weight` in `build`, as Keras' optimizers do.
 
     Args:
         optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
-        sequential_update: Bool. Kept for compatibility with TensorFlow Addons: the averages read
-            the variables after the step with either value. Default True.
+        sequential_update: Bool. It changes nothing, and is here for compatibility with TensorFlow
+            Addons: the averages always read the variables after the step. Default True.
         name: String. Scope of the variables' names.
-        average_dtype: Dtype of the averages. Default None: float32 for float16, bfloat16 and float8
-            variables (an average of such dtype stops moving), the variable's own for all others.
-        skip_nonfinite: Bool. If True an averaging does not take place while any element of any
-            variable is NaN or infinite. Default False, because looking costs a read.
-        gradient_transformers: List of functions of a list of `(gradient, variable)` pairs that
-            return such a list, applied in order before clipping. They see unscaled gradients; with
-            gradient accumulation, those of each micro-step.
-        gradient_aggregator: One such function, applied first. Default None: the backend aggregates.
-        exclude: List of regular expressions, searched in the variables' paths (a native variable's
-            name). A variable that matches has no average: it costs nothing, and holds its raw
-            value in both copies. Default None.
+        average_dtype: Dtype of the averages. With the default, None, it is float32 for float16,
+            bfloat16 and float8 variables, because an average in these dtypes stops moving. For all
+            other variables it is the variable's own dtype.
+        skip_nonfinite: Bool. If True, no averaging takes place while any element of any variable
+            is NaN or infinite. Default False, because the check reads all variables.
+        gradient_transformers: List of functions. Each takes a list of `(gradient, variable)` pairs
+            and returns a list of such pairs. They are called in order, before clipping. They see
+            unscaled gradients. With gradient accumulation they see those of each micro-step.
+        gradient_aggregator: A function like a gradient transformer. It is called before all of
+            them. Default None: the backend aggregates the gradients.
+        exclude: List of regular expressions, searched in the variables' paths (for a native
+            variable, in its name). A variable that matches has no average. It needs no memory, and
+            the averaged copy of the model holds its raw value. Default None.
         **kwargs: `clipnorm`, `clipvalue` or `global_clipnorm`: clip the gradients before the inner
-            optimizer sees them. `learning_rate` (or `lr`): set the inner optimizer's; of a variable
-            the value is taken. `decay`: make that `InverseTimeDecay(learning_rate, 1, decay)`; a
-            wrapper whose rule has a decay of its own does not take it.
+            optimizer sees them. `learning_rate` (or `lr`): sets the inner optimizer's learning
+            rate; if it is a variable, its current value is taken. `decay`: replaces that rate by
+            `InverseTimeDecay(learning_rate, 1, decay)`. A wrapper whose rule has a decay of its own
+            does not take `decay`.
 
-    All arguments are read-only once the optimizer is built, because compiled training has taken
-    them in. The learning rate stays settable.
+    All arguments are read-only once the optimizer is built, because compiled training contains
+    their values. The learning rate can still be set.
 
     Raises:
         TypeError: If `optimizer` is None, `sequential_update` is not a bool, or this base class
             itself is constructed.
         AttributeError: If an argument's attribute is set after the optimizer was built.
-        ValueError: If an argument is out of range, unknown, or the inner optimizer's; if
-            `optimizer` is a `LossScaleOptimizer` (wrap the other way), or a `MultiOptimizer` whose
-            members accumulate gradients (wrap the members). When built, if a pattern of `exclude`
-            matches no variable, or all variables are excluded.
+        ValueError: If an argument is out of range, unknown, or belongs to the inner optimizer. If
+            `optimizer` is a `LossScaleOptimizer` (wrap the other way). If it is a `MultiOptimizer`
+            whose members accumulate gradients (wrap the members). When the wrapper is built: if a
+            pattern of `exclude` matches no variable, or if all variables are excluded.
 
     Example:
 
@@ -92,17 +97,19 @@ class AveragedOptimizerWrapper(ShowsAverages):
         `tfa.optimizers.AveragedOptimizerWrapper` of TensorFlow Addons.
     """
 
-    #: Whether the averages start at the values the variables have before the first update. If not,
-    #: the first averaging has the weight 1, whatever the rule says.
+    #: Whether the averages start at the values that the variables have before the first update. If
+    #: not, the first averaging has the weight 1, and the rule's weight is not used for it.
     average_starts_at_variable = True
 
     #: Whether the variables take their averages' values after an averaging.
     average_flows_back = False
 
-    #: Whether the model's variables are made of what is kept, so that others must not change them.
+    #: Whether the wrapper computes the model's variables from its stores at each step. Then no
+    #: other wrapper may change the variables, because the next step would undo the change.
     owns_variables = False
 
-    #: Whether what is kept on several workers has a mean, whatever their numbers of snapshots are.
+    #: Whether a mean of the stores over several workers is meaningful even where the workers have
+    #: taken different numbers of snapshots.
     means_over_workers = True
 
     def __init__(
@@ -138,37 +145,41 @@ class AveragedOptimizerWrapper(ShowsAverages):
     def is_due(self, step: Any) -> Any:
         """Whether an averaging follows update `step` (integer scalar, first is 0). Default: always.
 
-        Runs inside compiled code: use `keras.ops` and operators, no Python `if` on `step`.
+        It runs inside compiled code. Use `keras.ops` and operators, and no Python `if` on `step`.
         """
         return True
 
     def value_weight(self, step: Any) -> Any:
         """The weight, in [0, 1], with which the variables enter their averages after update `step`.
 
-        Returns a Python float where it is constant (it is then cast once, to the averages' dtype),
-        else a scalar tensor.
+        Return a Python float if the weight is constant. It is then cast only once, to the
+        averages' dtype. Otherwise return a scalar tensor.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define `value_weight`.")
 
     def stores(self) -> dict[str, str]:
-        """What is kept beside each variable: `"average"`, see `average_starts_at_variable`."""
+        """Name and first value of each tensor that the rule keeps beside a variable.
+
+        The default is one store, `"average"`. `average_starts_at_variable` says how it begins.
+        """
         return {"average": "variable" if self.average_starts_at_variable else "zeros"}
 
     def before_step(self) -> None:
         """What to do before the inner optimizer takes a step. Default: nothing.
 
-        What begins with the variables has begun by then. Runs inside compiled code.
+        The stores that begin with the variables' values hold them by then. It runs inside compiled
+        code.
         """
 
     def accumulate(self, due: Any, step: Any) -> None:
         """What an averaging does. Default: the average moves towards the variables.
 
-        Called after each step. Nothing may change where `due` does not hold.
+        It is called after each step. It must change nothing if `due` is false.
 
         Args:
-            due: Bool, or a bool scalar: whether an averaging is due, and all variables are finite
-                if that is asked for.
-            step: Integer scalar. The update that was taken; the first is 0.
+            due: Bool, or a bool scalar tensor. Whether an averaging is due. With `skip_nonfinite`
+                it is true only if all variables are also finite.
+            step: Integer scalar. The update that was just taken. The first is 0.
         """
         average = self.kept["average"]
         if type(self).average_op is AveragedOptimizerWrapper.average_op:
@@ -185,21 +196,21 @@ class AveragedOptimizerWrapper(ShowsAverages):
 
     @property
     def snapshots_so_far(self) -> Any:
-        """How many averagings have been done: an integer scalar, in compiled code too."""
+        """The number of averagings so far. It is an integer scalar, in compiled code too."""
         return self._snapshots.read()
 
     def average_op(self, var: Any, average_var: Any) -> Any:
-        """The new value of an average, as if an averaging were due now. Assigns nothing.
+        """The new value of an average if an averaging took place now. It assigns nothing.
 
         Args:
-            var: The variable, or a tensor in its place.
-            average_var: The average, or a tensor of the same shape.
+            var: The variable, or a tensor of its shape.
+            average_var: The average, or a tensor of its shape.
 
         Returns:
             A tensor of the shape and dtype of `average_var`.
 
         Raises:
-            ValueError: If the optimizer has not been built, so that there is no current weight.
+            ValueError: If the optimizer has not been built, because then there is no weight yet.
         """
         self._check_built("average_op")
         _keras_internals.check_attached([*self.variables, var, average_var])
@@ -207,10 +218,10 @@ class AveragedOptimizerWrapper(ShowsAverages):
         return _backend.lerp([average_var], [var], self._weight(last))[0]
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments to construct the wrapper with again, serializable.
+        """The arguments that construct an equal wrapper, in serializable form.
 
         Returns:
-            A dict. The rate is not in it: it is part of the inner optimizer's config.
+            A dict. The learning rate is not in it, because it is in the inner optimizer's config.
 
         Raises:
             ValueError: If a gradient function is not registered with Keras.
@@ -221,10 +232,10 @@ class AveragedOptimizerWrapper(ShowsAverages):
         }
 
     def rule(self) -> str:
-        """The arguments that say when and how much is averaged, as text for messages."""
+        """The arguments that decide when and with which weight is averaged, as text for errors."""
         shared = AveragedOptimizerWrapper.get_config(self)
         own = {name: value for name, value in self.get_config().items() if name not in shared}
-        return ", ".join(f"{name}={value!r}" for name, value in own.items())
+        return ", ".join(f"{name}={_as_text(value)}" for name, value in own.items())
 
     def _refuse_owners_inside(self) -> None:
         arguments.refuse_owners_of_variables(self.inner_optimizer, type(self).__name__)
@@ -237,7 +248,8 @@ class AveragedOptimizerWrapper(ShowsAverages):
         due = _backend.scalar(lambda: _both(moved, self.is_due(step)))
         if self.skip_nonfinite:
             due = self._due_if_finite(due)
-        self._updates.advance(moved)  # first: the step is taken, even if a round of workers fails
+        # Must come first: the step has been taken, even if a round of the workers fails below.
+        self._updates.advance(moved)
         self.accumulate(due, step)
         self._count_snapshot_if(due)
 
@@ -254,18 +266,26 @@ class AveragedOptimizerWrapper(ShowsAverages):
         return _backend.scalar(lambda: self._weight_or_start(step))
 
     def _weight_or_start(self, step: Any) -> Any:
-        """The rule's weight; 1 while there is no average yet, whatever the rule makes of `step`."""
+        """The rule's weight, or 1 while there is no average yet."""
         weight = self.value_weight(step)
         if self.average_starts_at_variable:
             return weight
         dtype = _backend.widest_float()
-        # Not `ops.cast`, which takes a Python float through float32.
+        # Not `ops.cast`: it rounds a Python float to float32 first.
         weight = ops.convert_to_tensor(weight, dtype)
         return ops.where(self.snapshots_so_far == 0, ops.ones((), dtype), weight)
 
 
+def _as_text(value: Any) -> str:
+    """A value of a config as text. An object is written as the call that constructs it."""
+    if not (isinstance(value, dict) and "class_name" in value):
+        return repr(value)
+    config = (value.get("config") or {}).items()
+    return f"{value['class_name']}({', '.join(f'{k}={_as_text(v)}' for k, v in config)})"
+
+
 def _both(first: Any, second: Any) -> Any:
-    # Where one is known to hold, no condition is compiled in.
+    # If one of them is known to be true, no condition is compiled in.
     if first is True:
         return second
     return first if second is True else ops.logical_and(first, second)

@@ -1,4 +1,4 @@
-"""Bias-corrected exponential moving average: an average without the lag."""
+"""Bias-corrected exponential moving average: it does not lag behind the weights."""
 
 from typing import Any
 
@@ -11,31 +11,31 @@ from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWr
 
 @keras.saving.register_keras_serializable(package="keras_avg")
 class BEMA(AveragedOptimizerWrapper):
-    """Bias-corrected EMA: a moving average, corrected for how far it lags behind.
+    """Bias-corrected EMA: a moving average with a correction for its lag.
 
-    With `t` updates done since `start_step` (1, 2, ...), the variable `theta`, its value `start`
-    when averaging began, and `age = lag + multiplier * t`,
+    Let `t` (1, 2, ...) be the number of updates since `start_step`, `theta` the variable, `start`
+    its value when averaging began, and `age = lag + multiplier * t`. Then
 
         EMA     <- EMA + age ** -power * (theta - EMA)
         average  = EMA + age ** -bias_power * (theta - start)
 
-    An averaging takes place when `(i + 1) % average_period == 0`; `theta` is the variable then.
-    Both EMA and start begin with the variable before the first update. While `i < start_step` they
-    follow it.
+    An averaging takes place when `(i + 1) % average_period == 0`, and uses the value that the
+    variable has then. Both EMA and start begin with the variable's value before the first update.
+    While `i < start_step` they follow the variable.
 
-    Meant for fine-tuning, where an average lags behind weights that move away from where they
-    began. `MovingAverage` has no such correction, and a decay that does not change.
+    BEMA is meant for fine-tuning. There the weights move away from their start, and a plain average
+    lags behind them. `MovingAverage` has no such correction, and its decay does not change.
 
-    `get_slot(variable, "average")` is the EMA, `"start"` the start, `"read"` what is shown.
-    Memory: three copies of the parameters.
+    `get_slot(variable, "average")` is the EMA, `"start"` is the start, and `"read"` is the average
+    that the swapped model holds. Memory: three copies of the parameters.
 
     Args:
         optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
-        power: Number >= 0: how fast the EMA's weights get smaller. Default 0.5.
-        bias_power: Number >= 0: how fast the correction gets smaller. Default 0.2.
+        power: Number >= 0. How fast the EMA's weights get smaller. Default 0.5.
+        bias_power: Number >= 0. How fast the correction gets smaller. Default 0.2.
         lag: Number >= 0, in steps. Default 10.
-        multiplier: Number >= 0. `lag + multiplier` must be at least 1, so that no weight is larger
-            than 1. Default 1.
+        multiplier: Number >= 0. `lag + multiplier` must be at least 1, because otherwise a weight
+            would be larger than 1. Default 1.
         start_step: Integer in [0, 2**31), in steps. Default 0.
         average_period: Integer in [1, 2**31), in steps. Default 1.
         name: String. Default `"BEMA"`.
@@ -50,7 +50,7 @@ class BEMA(AveragedOptimizerWrapper):
     Example:
 
     ```python
-    model.compile(optimizer=keras_avg.BEMA("adamw", average_period=400), loss="mse")
+    model.compile(optimizer=keras_avg.BEMA("adamw", average_period=50), loss="mse")
     model.fit(x, y, epochs=3)
     keras_avg.assign_average_vars(model)
     ```
@@ -92,9 +92,10 @@ class BEMA(AveragedOptimizerWrapper):
         self.average_period = period
 
     # Algorithm 1 has  beta_t = (rho + gamma t) ** -kappa  and  alpha_t = (rho + gamma t) ** -eta,
-    # and returns  alpha_t (theta_t - theta_0) + EMA_t  at the steps at which it updates. So what is
-    # read is stored then. The update before start_step, after which averaging begins, is always
-    # due: it leaves EMA and start at the variable, whatever the period.
+    # and returns  alpha_t (theta_t - theta_0) + EMA_t  at the steps at which it updates. So the
+    # result is stored at these steps, in "read". Averaging begins after the update before
+    # start_step. This update is always due, with any period, because it sets EMA and start to the
+    # variable.
 
     def stores(self) -> dict[str, str]:
         return {"average": "variable", "start": "variable", "read": "variable"}

@@ -1,4 +1,4 @@
-"""What schedule-free and primal averaging share: training between an average and an iterate."""
+"""The base of `ScheduleFree` and `PrimalAverage`, which train between an average and an iterate."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ class Interpolated(AveragedOptimizerWrapper):
 
     Args:
         optimizer: The optimizer that steps z.
-        interpolation: Number in the range [0, 1]: how close to x the model's variables are.
+        interpolation: Number in the range [0, 1]. How close the model's variables are to x.
         name: String, or None.
         **kwargs: As for `AveragedOptimizerWrapper`.
     """
 
-    #: The model's variables are made of what is kept: who changes them outside changes nothing.
+    #: Each step computes the model's variables from x and z, so it would undo any other change.
     owns_variables = True
 
     def __init__(
@@ -30,14 +30,15 @@ class Interpolated(AveragedOptimizerWrapper):
         self._refuse_wrappers_inside()
         self.interpolation = interpolation
 
-    # The papers keep x and z and compute  y = b x + (1 - b) z,  at which the gradient is taken, for
-    # each step anew. Here y is in the model's variables, where the trainer takes the gradient, and
-    # the inner optimizer was built for these. So they hold z while it works:
+    # The papers keep x and z. At each step they compute  y = b x + (1 - b) z  and take the gradient
+    # at y. Here the trainer takes the gradient at the model's variables, so these hold y. But the
+    # inner optimizer was built for the same variables, and must step z. So they hold z while it
+    # works:
     #     variables <- z;  the inner optimizer steps them;  z <- variables
     #     x <- x + c (z - x)
     #     variables <- x + (1 - b) (z - x)
-    # The last line is y, so written that it is x to the last bit where z is. It is computed from x
-    # and z after every call, also one that was no update: y is never stored.
+    # The last line is y. In this form it equals x to the last bit if z equals x. It is computed
+    # from x and z after every call, even if the call was not an update, so y is never stored.
 
     def stores(self) -> dict[str, str]:
         return {"average": "variable", "z": "variable"}
@@ -56,7 +57,7 @@ class Interpolated(AveragedOptimizerWrapper):
         return super().get_config() | {"interpolation": self.interpolation}
 
     def _after_averages_were_assigned(self) -> None:
-        """Training goes on from the averages: z is there, too."""
+        """Set z to the averages, because training goes on from there."""
         self.kept["z"].copy_from(self.kept["average"])
 
     def _refuse_wrappers_inside(self) -> None:

@@ -19,10 +19,12 @@ class LAWA(SnapshotsAtIntervals):
 
         mean of the last min(n, window) snapshots
 
-    All of them are kept, and the mean is computed from them whenever it is shown. (A running
-    difference, which adds the newest and subtracts the oldest, gathers rounding errors.)
+    The last `window` snapshots are all kept. The mean is computed from them whenever it is read. (A
+    running sum that adds the newest snapshot and subtracts the oldest would collect rounding
+    errors.)
 
-    `SWA` never forgets a snapshot, `MovingAverage` forgets gradually, `LAWA` at once.
+    `SWA` never forgets a snapshot. `MovingAverage` forgets a value gradually. `LAWA` forgets a
+    snapshot completely after `window` newer ones.
 
     Memory: `window` copies of the parameters.
 
@@ -30,7 +32,7 @@ class LAWA(SnapshotsAtIntervals):
         optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
         window: Integer >= 1, in snapshots. Default 5.
         start_averaging: Integer in [0, 2**31), in steps, not epochs. The first snapshot is taken
-            after this update, the first of which is 0. Default 0.
+            after this update. Update 0 is the first. Default 0.
         average_period: Integer in [1, 2**31), in steps, between snapshots. Default 100.
         name: String. Default `"LAWA"`.
         **kwargs: `sequential_update`, `average_dtype`, `skip_nonfinite`, `exclude`,
@@ -55,7 +57,7 @@ class LAWA(SnapshotsAtIntervals):
         Averaging, https://arxiv.org/abs/2209.14981, section 2.
     """
 
-    #: The snapshots of workers are of one kind only where all have taken as many.
+    #: Store `k` of two workers holds comparable snapshots only if both have taken equally many.
     means_over_workers = False
 
     def __init__(
@@ -71,9 +73,10 @@ class LAWA(SnapshotsAtIntervals):
         super().__init__(optimizer, start_averaging, average_period, name, **kwargs)
         self.window = window
 
-    # The paper averages the last k checkpoints of a queue. Here the queue is a ring of k stores:
-    # snapshot n goes into store  n % k,  in the place of the oldest. A place that nothing went into
-    # yet holds zeros, so the mean of the min(n, k) snapshots is the sum of all places over that.
+    # The paper averages the last k checkpoints of a queue. Here the queue is a ring of k stores.
+    # Snapshot n goes into store  n % k  and replaces the oldest one. A store that has received no
+    # snapshot yet holds zeros. So the mean of the min(n, k) snapshots is
+    #     (sum of all stores) / min(n, k).
 
     def stores(self) -> dict[str, str]:
         return {f"snapshot_{place}": "zeros" for place in range(self.window)}

@@ -1,4 +1,4 @@
-"""Lookahead: slow weights that follow fast ones, and call them back."""
+"""Lookahead: slow weights follow the fast weights, and then replace them."""
 
 from typing import Any
 
@@ -12,32 +12,31 @@ from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWr
 class Lookahead(AveragedOptimizerWrapper):
     """Lookahead: k steps forward with the fast weights, one step back to the slow ones.
 
-    The model's variables are the fast weights, the averages the slow ones; these begin with the
-    values that the variables have before the first update. With step `i` counted from 0, when
-    `(i + 1) % sync_period == 0`,
+    The model's variables are the fast weights, and the averages are the slow weights. The slow
+    weights begin with the values that the variables have before the first update. With step `i`
+    counted from 0, when `(i + 1) % sync_period == 0`,
 
         slow <- slow + slow_step_size * (fast - slow)
         fast <- slow
 
-    Unlike `SWA` and `MovingAverage`, the average flows back into the model: it changes training.
-    `SWA(Lookahead("adam"))` averages what such training gives. `ModelAverage` does over several
-    workers what this does over one.
+    Unlike in `SWA` and `MovingAverage`, the average flows back into the model, so it changes
+    training. `SWA(Lookahead("adam"))` averages the weights that this training gives.
+    `ModelAverage` does the same with several workers.
 
     Args:
         optimizer: The optimizer that takes the fast steps: a Keras optimizer, its name, or its
             config.
         sync_period: Integer in [1, 2**31), in steps, from one synchronization to the next. Default
             6.
-        slow_step_size: Number in the range [0, 1]: how far the slow weights go towards the fast
-            ones. Default 0.5.
+        slow_step_size: Number in the range [0, 1]. How far the slow weights move towards the fast
+            weights: 0 is not at all, 1 is all the way. Default 0.5.
         name: String. Default `"Lookahead"`.
-        sequential_update: Bool. See `AveragedOptimizerWrapper`, as for the arguments below.
+        sequential_update: Bool. `AveragedOptimizerWrapper` describes this argument and those below.
         average_dtype: Dtype of the slow weights.
-        skip_nonfinite: Bool. Whether a synchronization is left out while weights are NaN or
-            infinite.
+        skip_nonfinite: Bool. Whether to skip a synchronization while weights are NaN or infinite.
         gradient_transformers: List of functions of a list of `(gradient, variable)` pairs.
-        gradient_aggregator: One such function, applied first.
-        exclude: List of regular expressions. Variables whose paths match have no average.
+        gradient_aggregator: A function like a gradient transformer. It is called before them.
+        exclude: List of regular expressions. A variable whose path matches has no average.
         **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, `learning_rate`, `lr`, `decay`.
 
     Raises:
@@ -77,9 +76,9 @@ class Lookahead(AveragedOptimizerWrapper):
 
     # Algorithm 1 has two loops: k updates of the fast weights theta from phi(t-1), then
     #     phi(t) <- phi(t-1) + alpha * (theta(t,k) - phi(t-1))
-    # An optimizer sees single steps: the inner loop ends with each k-th of them, phi is the
-    # average, and alpha the weight of the value in it. The next inner loop begins at phi(t), which
-    # is what flowing back means.
+    # An optimizer sees single steps only, so every k-th step is the end of an inner loop. phi is
+    # the average, and alpha is the weight with which the value enters it. The next inner loop
+    # begins at phi(t), so the average flows back into the variables.
 
     def is_due(self, step: Any) -> Any:
         return (step + 1) % self.sync_period == 0

@@ -1,4 +1,4 @@
-"""Periodic averaging of the models of several workers."""
+"""The models of several workers are averaged at regular steps."""
 
 import zlib
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from keras_avg._wrapping import nesting
 
 @keras.saving.register_keras_serializable(package="keras_avg")
 class ModelAverage(AveragedOptimizerWrapper):
-    """Local steps on each worker, and every `interval_steps` of them the mean over all workers.
+    """Each worker takes local steps. Every `interval_steps` steps, the workers take their mean.
 
     A worker is a process with its own copy of the model and its own shard of the data. With step
     `t` counted from 1, a round takes place after update `t` when `t <= start_step` or
@@ -28,13 +28,15 @@ class ModelAverage(AveragedOptimizerWrapper):
         center   <- mean of the variables over all workers
         variables <- center
 
-    The center is the average here: the initial values before the first round, those of the chief.
-    With an `outer_optimizer` the center takes a step of that along the pseudo-gradient
-    `center - mean` instead: `SGD(0.7, momentum=0.9, nesterov=True)` gives DiLoCo,
-    `SGD(block_lr, momentum)` gives BMUF.
+    The center is what other wrappers call the average. Before the first round it holds the initial
+    values of the chief's variables. With an `outer_optimizer`, the center is not replaced by the
+    mean. Instead the outer optimizer moves it by one step, with `center - mean` in place of a
+    gradient: `SGD(0.7, momentum=0.9, nesterov=True)` gives DiLoCo, and `SGD(block_lr, momentum)`
+    gives BMUF.
 
-    In one process this has names of its own. With an outer SGD that has momentum it is SNOO, and
-    with Muon inside it is MuLoCo with one worker; without momentum it is `Lookahead`:
+    Some methods for one process are this class with one worker. With an outer SGD that has momentum
+    it is SNOO. With Muon as the inner optimizer it is MuLoCo with one worker. With an outer SGD
+    without momentum it is `Lookahead`.
 
     ```python
     outer = keras.optimizers.SGD(0.7, momentum=0.9, nesterov=True)
@@ -42,46 +44,49 @@ class ModelAverage(AveragedOptimizerWrapper):
     muloco = keras_avg.ModelAverage(keras.optimizers.Muon(0.02), outer_optimizer="sgd")
     ```
 
-    Averages of the center are wrappers around it, `SWA(ModelAverage(...))`, where there is one
-    worker. With several, an average around it would be each worker's own: that is refused when
-    training begins. Nest the other way, `ModelAverage(SWA(...))`.
+    With one worker, another wrapper may average the center: `SWA(ModelAverage(...))`. With several
+    workers, each worker would have its own such average, so this is refused when training begins.
+    Nest the other way: `ModelAverage(SWA(...))`.
 
-    In `fit` rounds take place between batches, in `keras_avg.callbacks.SynchronizeWorkers`, on
-    every backend; in a loop of your own that runs eagerly, in `apply`: call `build` and
-    `start_together` before it, so that the first gradients are those of the chief's variables.
-    (`minimize` and `get_updates` do so by themselves, if the variables are known before the loss is
-    computed; in `fit` without the callback, the first gradients are of each worker's own start.)
-    One worker alone needs no callback. `Lookahead` is the same machine with one worker and a step
-    size.
+    In `fit`, the callback `keras_avg.callbacks.SynchronizeWorkers` runs the rounds between batches,
+    on every backend. One worker alone needs no callback. In an eager loop of your own, `apply` runs
+    the rounds. Call `build` and `start_together` before this loop. Then all workers compute their
+    first gradients at the chief's variables. `minimize` and `get_updates` call both by themselves
+    if the variables are known before the loss is computed. In `fit` without the callback, each
+    worker computes its first gradients at its own initial values.
 
-    Shards may differ in size. Each worker counts its own steps, so then all resume from one file,
-    such as the chief's: workers that begin at different steps are refused.
+    Shards may differ in size. Then the workers' step counts differ too, because each worker counts
+    its own steps. To resume, let all workers load one file, such as the chief's: workers that begin
+    at different steps are refused.
 
     Args:
         optimizer: The optimizer that takes the local steps: a Keras optimizer, its name, or its
-            config. Averages that wrappers in it keep (`ModelAverage(MovingAverage("adam"))`) are
-            averaged over the workers too, at each round, and so are their numbers of snapshots;
-            a worker without a snapshot adds nothing.
-        num_worker: Integer, or None to take it from the communicator. Checked against it.
-        is_chief: Bool, or None to take it from the communicator. Checked against it.
+            config. If it contains averaging wrappers (`ModelAverage(MovingAverage("adam"))`), each
+            round also takes the mean of their averages and of their numbers of snapshots over the
+            workers. A worker without a snapshot adds nothing to it.
+        num_worker: Integer, the number of workers. Default None: the communicator says it. An
+            error is raised if the communicator says another number.
+        is_chief: Bool, whether this worker is the chief. Default None: the communicator says it.
+            An error is raised if the communicator says otherwise.
         interval_steps: Integer in [1, 2**31), in steps, from one round to the next. Default 100.
         name: String. Default `"ModelAverage"`.
         outer_optimizer: The Keras optimizer that moves the center, its name, or its config. Its
             state is part of `variables`. Default None: the center is the mean.
         start_step: Integer in [0, 2**31). Up to this step there is a round after every update, as
-            the synchronous beginning of post-local SGD. Default 0.
-        inner_state: What becomes of the inner optimizer's float slots, such as momenta, at a round:
-            `"keep"` leaves each worker its own, `"average"` takes their mean over the workers,
-            `"reset"` gives them their initial values (the variable's, if they begin with that, as
-            a momentum of ScheduleFreeAdamW). Default `"keep"`.
-        communicator: A `keras_avg.distributed.Communicator`. Default None: that of
-            `keras_avg.distributed.initialize()`. Not part of the config.
-        sequential_update: Bool. See `AveragedOptimizerWrapper`, as for the arguments below.
+            in the synchronous beginning of post-local SGD. Default 0.
+        inner_state: What a round does with the inner optimizer's float slots, such as momenta.
+            `"keep"`: each worker keeps its own. `"average"`: each slot becomes its mean over the
+            workers. `"reset"`: each slot gets its initial value. If a slot began with the value of
+            its variable (as a momentum of ScheduleFreeAdamW does), it gets the variable's new
+            value. Default `"keep"`.
+        communicator: A `keras_avg.distributed.Communicator`. Default None: the one that
+            `keras_avg.distributed.initialize()` returns. It is not part of the config.
+        sequential_update: Bool. `AveragedOptimizerWrapper` describes this argument and those below.
         average_dtype: Dtype of the center.
         skip_nonfinite: Bool. If True, a worker with NaN or infinite weights adds nothing to a mean.
         gradient_transformers: List of functions of a list of `(gradient, variable)` pairs.
-        gradient_aggregator: One such function, applied first.
-        exclude: List of regular expressions. Variables whose paths match have no average.
+        gradient_aggregator: A function like a gradient transformer. It is called before them.
+        exclude: List of regular expressions. A variable whose path matches has no average.
         **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, `learning_rate`, `lr`, `decay`.
 
     Raises:
@@ -90,8 +95,9 @@ class ModelAverage(AveragedOptimizerWrapper):
             communicator says, or as for `AveragedOptimizerWrapper`. When built, if the outer
             optimizer was built for another model. When training begins, if the workers differ in
             model, interval or step.
-        RuntimeError: In training, if another worker is gone or stalled for longer than the timeout;
-            the local weights stay valid. If training was compiled without `SynchronizeWorkers`.
+        RuntimeError: In training, if another worker has ended, or has not answered for longer than
+            the timeout. The local weights stay valid. Also if training was compiled without
+            `SynchronizeWorkers`.
 
     Example:
 
@@ -161,45 +167,45 @@ class ModelAverage(AveragedOptimizerWrapper):
         since = step + 1 - self.start_step
         return (since <= 0) | (since % self.interval_steps == 0)
 
-    # The center is the mean of the workers, so with one worker, or the mean in the variables'
-    # place, the value has all the weight. An outer optimizer takes the place of this formula: from
-    # BMUF's  G <- eta * G + zeta * (mean - center);  center <- center + G  one reads off that it
-    # is SGD with momentum eta and rate zeta on the gradient  center - mean.
+    # The center is the mean over the workers. So the weight of the value is 1 if the value is that
+    # mean, or if there is one worker. An outer optimizer replaces this formula. BMUF writes
+    #     G <- eta * G + zeta * (mean - center);  center <- center + G.
+    # This is SGD with momentum eta and learning rate zeta, on the gradient  center - mean.
 
     def value_weight(self, step: Any) -> Any:
         return 1.0
 
     def last_due_step(self, step: int) -> int:
-        """The last of the steps 1, 2, ... `step` after which a round takes place; 0 if none."""
+        """The last of the steps 1, 2, ... `step` after which a round takes place, or 0 if none."""
         return self.meeting.rounds.last_due(step)
 
     def next_due_step(self, step: int) -> int:
-        """The first step after `step` (the first of all is 1) after which there is a round."""
+        """The first step later than `step` after which a round takes place. Steps begin at 1."""
         return self.meeting.rounds.next_due(step)
 
     def start_together(self, others: Sequence[Any] = ()) -> None:
-        """Once, before the first step: compare the workers, and take the chief's variables.
+        """Compare the workers, and take the chief's variables. Does so once, before the first step.
 
         Args:
-            others: List of variables (non-trainable ones) to take from the chief too.
+            others: List of further variables (non-trainable ones) to take from the chief.
 
         Raises:
-            ValueError: If the optimizer has not been built; or if the workers differ in model,
-                interval or step, on every worker.
+            ValueError: If the optimizer has not been built. If the workers differ in model,
+                interval or step; then every worker raises.
         """
         self.meeting.start_together(others)
 
     def no_round_is_missing(self) -> None:
-        """Called when `fit` begins, or a state was loaded in it: rounds count from here."""
+        """Count rounds from this step on. Called when `fit` begins, or loads a state."""
         self.meeting.no_round_is_missing()
 
     def meet(self, others: Sequence[Any] = (), is_training: bool = True) -> bool:
-        """One round with all workers: mean, center, variables.
+        """One round with all workers: take the mean, move the center, set the variables to it.
 
         Args:
-            others: List of float variables that take the mean over the workers too.
-            is_training: Bool. False for a worker that has run out of data, and only keeps the
-                others company: its values have no weight.
+            others: List of further float variables to replace by their mean over the workers.
+            is_training: Bool. False for a worker that has no data left. It joins the rounds only
+                because the others wait for it, and its values have weight 0.
 
         Returns:
             Whether any worker was still training.
@@ -211,12 +217,12 @@ class ModelAverage(AveragedOptimizerWrapper):
 
     @property
     def must_be_outermost(self) -> bool:
-        """Whether no other averaging wrapper may be around: where there are several workers."""
+        """Whether no other averaging wrapper may be around this one. True with several workers."""
         return self.meeting.is_of_several
 
     @property
     def variables(self) -> list[Any]:
-        """Own variables, the inner optimizer's, then the outer optimizer's."""
+        """The wrapper's own variables, the inner optimizer's, and then the outer optimizer's."""
         outer = self.outer_optimizer
         return super().variables + (list(outer.variables) if outer else [])
 
@@ -227,7 +233,7 @@ class ModelAverage(AveragedOptimizerWrapper):
         arguments.refuse_built_outer_optimizer(self.outer_optimizer, type(self).__name__)
         super().build(variables)
         centers = self.kept["average"].kept
-        if not centers:  # built for none, it could not be built for those that come later
+        if not centers:  # An optimizer is built once: it could not be built for later variables.
             return
         if self.outer_optimizer:
             self.outer_optimizer.build(centers)
@@ -235,7 +241,7 @@ class ModelAverage(AveragedOptimizerWrapper):
             self._inner.note_initial_values()
 
     def accumulate(self, due: Any, step: Any) -> None:
-        """A round with the other workers, or by itself if there are none."""
+        """Take a round with the other workers, or alone if there are none."""
         if self.meeting.is_of_several:
             if _backend.concrete(due) and not self.meeting.is_between_batches():
                 self.meeting.meet()
@@ -247,7 +253,7 @@ class ModelAverage(AveragedOptimizerWrapper):
             _backend.run_if(due, lambda: self.finish_round(variables, 1.0), changed)
 
     def finish_round(self, sums: list[Any], total: float) -> None:
-        """Move the center towards the means, which are sums / total; the variables go to it."""
+        """Move the center towards the means, `sums / total`. Then set the variables to it."""
         centers, variables = self.kept["average"].kept, self.averaged_variables
         if self.outer_optimizer:
             pairs = zip(centers, sums, strict=True)
@@ -284,7 +290,8 @@ class ModelAverage(AveragedOptimizerWrapper):
     def _take_step(self, grads: list[Any], variables: list[Any] | None, aggregate: bool) -> None:
         meeting = self.meeting
         if grads and meeting.is_of_several:
-            # Asked before `build`: TensorFlow would leave variables of a trace that is refused.
+            # Must come before `build`. If the trace is refused after `build`, TensorFlow leaves
+            # variables behind that belong to the trace.
             compiled = self._is_being_compiled()
             if (compiled or meeting.met_until is None) and not meeting.is_between_batches():
                 if compiled:
@@ -313,14 +320,14 @@ class ModelAverage(AveragedOptimizerWrapper):
         self.meeting.forget()
 
     def _due_if_finite(self, due: Any) -> Any:
-        # Over workers a round is due for all or none: see `Meeting`.
+        # All workers must join every round. `Meeting` gives non-finite weights the weight 0.
         return due if self.meeting.is_of_several else super()._due_if_finite(due)
 
     def _refuse_owners_inside(self) -> None:
-        """The mean over workers may flow back: all that is kept takes it, too."""
+        """Do not refuse them: a round also averages the stores of the wrappers inside."""
 
     def _count_snapshot_if(self, due: Any) -> None:
-        if not self.meeting.is_of_several:  # else the meeting counts
+        if not self.meeting.is_of_several:  # With several workers, the meeting counts.
             super()._count_snapshot_if(due)
 
     def _parts_on_file(self) -> dict[str, Any]:

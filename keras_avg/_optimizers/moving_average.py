@@ -20,38 +20,40 @@ class MovingAverage(AveragedOptimizerWrapper):
 
         average <- decay(i) * average + (1 - decay(i)) * value
 
-    beginning with the values the variables have just before the first update. `decay(i)` is 0 while
-    `i < start_step` (the average is then the variable itself), else `average_decay`, else, with
-    `dynamic_decay` and `s = i - start_step`, `min(average_decay, (1 + s) / (10 + s))`.
+    The average begins with the values that the variables have just before the first update. While
+    `i < start_step`, `decay(i)` is 0, so the average equals the variable. After that `decay(i)` is
+    `average_decay`. With `dynamic_decay` and `s = i - start_step` it is
+    `min(average_decay, (1 + s) / (10 + s))`.
 
-    A `keras_avg.decays.Decay` gives `1 - decay(i)` itself, exactly: a half-life, a share of the run
-    so far, or a warm-up. Several averages at once are nested.
+    A `keras_avg.decays.Decay` computes `1 - decay(i)` directly, without rounding. It describes a
+    half-life, a share of the run so far, or a warm-up. To keep several averages at once, nest the
+    wrappers.
 
-    With `average_period=k` an averaging takes place only when `(i + 1) % k == 0`, with
-    `decay(i) ** k`: the half-life, counted in steps, stays what was asked for.
+    With `average_period=k` an averaging takes place only when `(i + 1) % k == 0`, and uses
+    `decay(i) ** k` as its decay. So the half-life, counted in steps, does not depend on `k`.
 
     Use `MovingAverage` for an average that follows training, and `SWA` for the plain mean of
-    snapshots. Keras' own `use_ema` differs: it begins with the weights after the first step, counts
-    accumulation micro-steps, and keeps the average in the variables' dtype, where a bfloat16
-    average with decay 0.999 never moves.
+    snapshots. Keras' own `use_ema` differs in three ways. It begins with the weights after the
+    first step. It counts the micro-steps of gradient accumulation. It keeps the average in the
+    variables' dtype, where a bfloat16 average with decay 0.999 never moves.
 
     Args:
         optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
         sequential_update: Bool. See `AveragedOptimizerWrapper`.
-        average_decay: Float in [0, 1]; a `keras_avg.decays.Decay`; or a
+        average_decay: Float in [0, 1]; or a `keras_avg.decays.Decay`; or a
             `keras.optimizers.schedules.LearningRateSchedule` whose value at step `i` is the decay
-            (the momentum ramps of BYOL and DINO). Of a schedule only the value at step 0 is
-            checked: the others must be in [0, 1] too. Default 0.99.
-        num_updates: Integer in [0, 2**31) or None. If given, `average_decay` becomes, once,
-            `min(average_decay, (1 + num_updates) / (10 + num_updates))`.
+            (as the momentum ramps of BYOL and DINO). All values of a schedule must be in [0, 1],
+            but only its value at step 0 is checked. Default 0.99.
+        num_updates: Integer in [0, 2**31) or None. If given, the constructor replaces
+            `average_decay` by `min(average_decay, (1 + num_updates) / (10 + num_updates))`.
         name: String. Default `"MovingAverage"`.
         start_step: Integer in [0, 2**31), in steps. Default 0.
         dynamic_decay: Bool. Whether the decay warms up. Default False.
         average_period: Integer in [1, 2**31), in steps. Default 1.
         **kwargs: `average_dtype`, `skip_nonfinite`, `gradient_transformers`,
             `gradient_aggregator`, `exclude`, `clipnorm`, `clipvalue`, `global_clipnorm`,
-            `learning_rate`, `lr`: see `AveragedOptimizerWrapper`. Not `decay`, which could mean
-            either decay.
+            `learning_rate`, `lr`: see `AveragedOptimizerWrapper`. `decay` is refused, because it
+            could mean the average's decay or the learning rate's.
 
     Raises:
         TypeError: If `optimizer` is None, `sequential_update` is not a bool, `num_updates` not an
@@ -101,13 +103,14 @@ class MovingAverage(AveragedOptimizerWrapper):
     def is_due(self, step: Any) -> Any:
         return self.average_period == 1 or (step + 1) % self.average_period == 0
 
-    # The textbook line  average = d * average + (1 - d) * value  rounds d * average away from
-    # average a little at each step. The same line, as  average + (1 - d) * (value - average),  has
-    # the weight 1 - d. Skipping to every k-th step, the value stands for k steps in which it was
-    # the same: average = d**k * average + (1 - d**k) * value. In float32, 1 - d is wrong in the
-    # third digit for d = 0.99999, so constants are computed in Python, and of the warm-up
+    # The textbook writes  average = d * average + (1 - d) * value.  This adds a rounding error of
+    # d * average at each step. The equal line  average + (1 - d) * (value - average)  avoids it. It
+    # is a step of weight 1 - d.
+    # With an averaging only at every k-th step, one value counts for k steps, as if it had been the
+    # same in all of them:  average = d**k * average + (1 - d**k) * value.
+    # In float32, 1 - d is wrong in the third digit for d = 0.99999. So constants are computed in
+    # Python floats. The warm-up is computed without a subtraction from 1:
     #     1 - min(d, (1 + s) / (10 + s)) = max(1 - d, 9 / (10 + s))
-    # nothing is subtracted at all.
 
     def value_weight(self, step: Any) -> Any:
         weight = self._weight_over_period(step)
@@ -125,7 +128,7 @@ class MovingAverage(AveragedOptimizerWrapper):
         weight = self._weight_of_one_step(step)
         if self.average_period == 1:
             return weight
-        # 1 - (1 - weight)**k, without subtracting from 1.
+        # This is 1 - (1 - weight)**k, computed without a subtraction from 1.
         return -ops.expm1(self.average_period * ops.log1p(-weight))
 
     def _weight_of_one_step(self, step: Any) -> Any:
@@ -136,7 +139,7 @@ class MovingAverage(AveragedOptimizerWrapper):
         if self.dynamic_decay:
             steps = ops.cast(ops.maximum(step - self.start_step, 0), _backend.widest_float())
             warming = 9.0 / (10.0 + steps)
-            # Not `ops.maximum`, which makes float32 of two float64 on torch.
+            # Not `ops.maximum`: on torch it turns two float64 tensors into a float32 one.
             weight = ops.where(weight > warming, weight, warming)
         return weight
 
@@ -154,7 +157,7 @@ class MovingAverage(AveragedOptimizerWrapper):
 
 
 def _tensor(weight: Any) -> Any:
-    # Not `ops.cast`, which takes a Python float through float32.
+    # Not `ops.cast`: it rounds a Python float to float32 first.
     return ops.convert_to_tensor(weight, _backend.widest_float())
 
 

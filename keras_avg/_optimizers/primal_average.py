@@ -1,4 +1,4 @@
-"""Primal averaging: training between a moving average and the inner optimizer's iterate."""
+"""Primal averaging trains between a moving average and the inner optimizer's iterate."""
 
 from typing import Any
 
@@ -12,21 +12,21 @@ from keras_avg._optimizers.interpolated import Interpolated
 class PrimalAverage(Interpolated):
     """Generalized primal averaging: gradients are taken between an average and an iterate.
 
-    The inner optimizer steps z with the gradient at y, which is what the model's variables hold:
+    The model's variables hold y. The inner optimizer steps z with the gradient at y:
 
         z <- step of the inner optimizer, with the gradient at y
         x <- average_decay * x + (1 - average_decay) * z
         y  = interpolation * x + (1 - interpolation) * z
 
-    x and z begin with the variables. Swapped, the model holds x. `average_decay` says what the
-    number of inner steps says in DiLoCo with one worker: 0.9 for 1 of them, 0.974 for 4, 0.9869 for
-    8, 0.9934 for 16, 0.9967 for 32, 0.9984 for 64, 0.9992 for 128.
+    x and z begin with the variables' values. A swapped model holds x. `average_decay` plays the
+    role that the number of inner steps has in DiLoCo with one worker: 0.9 stands for 1 step, 0.974
+    for 4, 0.9869 for 8, 0.9934 for 16, 0.9967 for 32, 0.9984 for 64, 0.9992 for 128.
 
-    This changes training, as `ScheduleFree` does, whose average is over all steps. It must be the
-    innermost wrapper: `SWA(PrimalAverage("adamw"))` averages y.
+    `PrimalAverage` changes training. So does `ScheduleFree`, but its average does not forget. This
+    wrapper must be the innermost one: `SWA(PrimalAverage("adamw"))` averages y.
 
-    With `average_decay=0` this is the inner optimizer. With `interpolation=1`, an inner
-    `SGD(lr)` and `average_decay=m`, x goes as in `SGD(lr * (1 - m), momentum=m)`.
+    With `average_decay=0` it trains as the inner optimizer alone. With `interpolation=1`, an inner
+    `SGD(lr)` and `average_decay=m`, x moves as the variables of `SGD(lr * (1 - m), momentum=m)` do.
 
     Memory: two copies of the parameters.
 
@@ -68,7 +68,8 @@ class PrimalAverage(Interpolated):
         super().__init__(optimizer, interpolation, name, **kwargs)
         self.average_decay = average_decay
 
-    # x <- m x + (1 - m) z  is  x + (1 - m) (z - x):  the weight is constant, in Python floats.
+    # x <- m x + (1 - m) z  equals  x <- x + (1 - m) (z - x).  So the weight is the constant 1 - m.
+    # It is computed in Python floats.
 
     def value_weight(self, step: Any) -> Any:
         return 1.0 - self.average_decay

@@ -1,4 +1,4 @@
-"""Schedule-free learning: an average over the whole run in place of a schedule."""
+"""Schedule-free learning: an average over the whole run replaces the learning-rate schedule."""
 
 from typing import Any
 
@@ -12,32 +12,34 @@ from keras_avg._wrapping import nesting
 
 @keras.saving.register_keras_serializable(package="keras_avg")
 class ScheduleFree(Interpolated):
-    """Schedule-free learning around any optimizer: no decay of the rate, and no known end.
+    """Schedule-free learning for any optimizer: the learning rate need not decay towards an end.
 
-    The inner optimizer steps z with the gradient at y, which is what the model's variables hold.
-    With `t` counted from 1 and `lr_max` the largest learning rate so far,
+    The model's variables hold y. The inner optimizer steps z with the gradient at y. With `t`
+    counted from 1 and `lr_max` the largest learning rate so far,
 
         z <- step of the inner optimizer, with the gradient at y
         w  = t ** weight_power * lr_max ** rate_power
         x <- x + c * (z - x)                                  with c = w / (sum of all w so far)
         y  = interpolation * x + (1 - interpolation) * z
 
-    x and z begin with the variables. Swapped, the model holds x, which is what to evaluate and to
-    deploy: `SwapAverageWeights` does that in `fit`. Use a constant rate, perhaps after a warm-up.
+    x and z begin with the variables' values. A swapped model holds x. Evaluate and deploy x: in
+    `fit`, the callback `SwapAverageWeights` swaps for evaluation and at the end. Use a constant
+    learning rate, perhaps after a warm-up.
 
-    This changes training, as `PrimalAverage` does, whose average forgets. It must be the innermost
-    wrapper: `SWA(ScheduleFree("adam"))` averages y. Batch-normalization statistics are those of y:
-    pass `batch_norm_data` to `SwapAverageWeights`. Keras' own `ScheduleFreeAdamW` has no x to look
-    at.
+    `ScheduleFree` changes training. So does `PrimalAverage`, but its average forgets. This wrapper
+    must be the innermost one: `SWA(ScheduleFree("adam"))` averages y. Batch-normalization
+    statistics are collected at y, so pass `batch_norm_data` to `SwapAverageWeights`. Keras' own
+    `ScheduleFreeAdamW` offers no way to read x.
 
-    The inner optimizer's momentum has a part in z: leave it at 0, `interpolation` takes its place.
-    Memory: two copies of the parameters.
+    Leave the momentum of the inner optimizer at 0, because `interpolation` replaces it. Memory: two
+    copies of the parameters.
 
     Args:
         optimizer: The optimizer that steps z: a Keras optimizer, its name, or its config.
         interpolation: Number in the range [0, 1]. Default 0.9.
-        weight_power: Number >= 0. Later steps weigh more. Default 0.
-        rate_power: Number >= 0. Steps of a warm-up weigh less. Default 2.
+        weight_power: Number >= 0. The larger it is, the more weight later steps have. Default 0.
+        rate_power: Number >= 0. The larger it is, the less weight the steps of a warm-up have.
+            Default 2.
         weight_decay_at_y: Number >= 0. Before each step z moves by
             `-learning_rate * weight_decay_at_y * y`. Default 0.
         name: String. Default `"ScheduleFree"`.
@@ -86,15 +88,16 @@ class ScheduleFree(Interpolated):
         self.rate_power = rate_power
         self.weight_decay_at_y = weight_decay_at_y
 
-    # A sum of a million equal weights is wrong in the third digit in float32. So what is kept is
-    # the sum in units of the newest weight, without the factor of the rate:
-    #     r(t) = S(t) / w(t),   c(t) = 1 / r(t),   r(t) = 1 + r(t - 1) * w(t - 1) / w(t)
-    # where w(t - 1) / w(t) = ((t - 1) / t) ** weight_power, and all before is divided by
-    # (lr_max / previous lr_max) ** rate_power when the largest rate grows. With a constant rate r
-    # is t itself. While the rate has been 0, nothing has a weight: c = 0.
+    # In float32, a sum of a million equal weights is wrong in the third digit. So the wrapper does
+    # not keep the sum S(t). It keeps the sum in units of the newest weight, r(t) = S(t) / w(t):
+    #     c(t) = 1 / r(t),   r(t) = 1 + r(t - 1) * w(t - 1) / w(t)
+    # Here  w(t - 1) / w(t) = ((t - 1) / t) ** weight_power  while the largest rate stays the same.
+    # When it grows, r is divided by  (lr_max / previous lr_max) ** rate_power  before that. With a
+    # constant rate and weight_power 0, r(t) = t. As long as every rate was 0, no step has a weight,
+    # and c = 0.
 
     def build(self, variables: list[Any]) -> None:
-        """Make x and z, and the two numbers that the weights are made of."""
+        """Make x and z, and the two numbers from which the weights are computed."""
         if _keras_internals.built_variables(self):
             return
         super().build(variables)
@@ -147,7 +150,7 @@ class ScheduleFree(Interpolated):
 
 
 def _quotient(numerator: Any, denominator: Any) -> Any:
-    """The quotient of two numbers; 0 if the second is."""
+    """The quotient of two numbers, or 0 if the denominator is not positive."""
     denominator = ops.convert_to_tensor(denominator, _backend.widest_float())
     is_there = denominator > 0
     safe = ops.where(is_there, denominator, ops.ones_like(denominator))

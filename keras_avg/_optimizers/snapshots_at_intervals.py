@@ -1,4 +1,4 @@
-"""What rules share that take a snapshot at regular steps of training."""
+"""The base of the rules that take a snapshot at regular steps of training."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWr
 
 
 class SnapshotsAtIntervals(AveragedOptimizerWrapper):
-    """Takes a snapshot after update `i` when `i >= start_averaging` and a period has passed.
+    """Takes a snapshot after update `start_averaging`, and then every `average_period` updates.
 
     Args:
         optimizer: The optimizer that takes the steps.
@@ -37,7 +37,7 @@ class SnapshotsAtIntervals(AveragedOptimizerWrapper):
         return (since >= 0) & (since % self.average_period == 0)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments to construct the wrapper with again, serializable."""
+        """The arguments that construct an equal wrapper, in serializable form."""
         return super().get_config() | {
             "start_averaging": self.start_averaging,
             "average_period": self.average_period,

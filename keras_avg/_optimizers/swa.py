@@ -14,38 +14,39 @@ class SWA(SnapshotsAtIntervals):
     """Stochastic Weight Averaging: the mean of the weights at regular steps of training.
 
     With step `i` counted from 0, a snapshot is taken after update `i` when `i >= start_averaging`
-    and `(i - start_averaging) % average_period == 0`; with `n` snapshots so far,
+    and `(i - start_averaging) % average_period == 0`. If `n` snapshots were taken before,
 
         average <- average + (value - average) / (n + 1)
 
-    so that the average is the arithmetic mean of all snapshots. After `T` updates there are none if
-    `T <= start_averaging`, else `(T - 1 - start_averaging) // average_period + 1` of them.
+    So the average is the arithmetic mean of all snapshots. After `T` updates there are
+    `(T - 1 - start_averaging) // average_period + 1` snapshots, or none if `T <= start_averaging`.
 
-    `start_averaging` counts the optimizer's `iterations`, so those of a loaded optimizer too. Step
-    0 is the first. To take the last step of each epoch (or cycle) of `k` steps, from epoch `n` on,
-    pass `start_averaging=n * k - 1` and `average_period=k`. (`n * k` takes the first step of the
+    `start_averaging` is compared with the optimizer's `iterations`, which a loaded optimizer
+    continues to count. Step 0 is the first. Suppose an epoch (or cycle) has `k` steps. To average
+    the weights at the end of each epoch, from the end of the first `n` epochs on, pass
+    `start_averaging=n * k - 1` and `average_period=k`. (`n * k` would take the first step of the
     next epoch.)
 
-    Use `SWA` for one average over the late, wide part of a run, and `MovingAverage` for one that
-    follows training and forgets. Keras' own `use_ema` is a `MovingAverage` that begins with the
-    weights after the first step, in the variables' dtype.
+    Use `SWA` for the mean of the weights late in a run, when they move around in a wide minimum.
+    Use `MovingAverage` for an average that follows training and forgets. Keras' own `use_ema` is a
+    `MovingAverage` that begins with the weights after the first step and has the variables' dtype.
 
-    Batch-normalization statistics belong to the raw weights: recompute them for the averages by a
-    pass over the training data.
+    The batch-normalization statistics of training belong to the raw weights. Recompute them for the
+    averages with `keras_avg.update_batch_norm`.
 
     Args:
         optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
         start_averaging: Integer in [0, 2**31), in steps, not epochs. The first snapshot is taken
-            after this update, the first of which is 0. Default 0.
-        average_period: Integer in [1, 2**31), in steps, between snapshots; with a cyclical learning
-            rate the length of a cycle. Default 10.
+            after this update. Update 0 is the first. Default 0.
+        average_period: Integer in [1, 2**31), in steps from one snapshot to the next. With a
+            cyclical learning rate, pass the length of a cycle. Default 10.
         name: String. Default `"SWA"`.
-        sequential_update: Bool. See `AveragedOptimizerWrapper`, as for the arguments below.
+        sequential_update: Bool. `AveragedOptimizerWrapper` describes this argument and those below.
         average_dtype: Dtype of the averages.
-        skip_nonfinite: Bool. Whether snapshots with NaN or infinite elements are skipped.
+        skip_nonfinite: Bool. Whether to skip a snapshot that has NaN or infinite elements.
         gradient_transformers: List of functions of a list of `(gradient, variable)` pairs.
-        gradient_aggregator: One such function, applied first.
-        exclude: List of regular expressions. Variables whose paths match have no average.
+        gradient_aggregator: A function like a gradient transformer. It is called before them.
+        exclude: List of regular expressions. A variable whose path matches has no average.
         **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, `learning_rate`, `lr`, `decay`.
 
     Raises:
@@ -88,10 +89,10 @@ class SWA(SnapshotsAtIntervals):
             **kwargs,
         )
 
-    # Algorithm 1 writes  w_swa <- (w_swa * n + w) / (n + 1)  at the end of each cycle. Multiplying
-    # a long-lived average by n costs a rounding error that grows with n; the same line, as
-    #     w_swa + (w - w_swa) / (n + 1)
-    # is a step of weight 1 / (n + 1), and n = 0 makes the first snapshot the average itself.
+    # Algorithm 1 writes  w_swa <- (w_swa * n + w) / (n + 1)  at the end of each cycle. The product
+    # w_swa * n  has a rounding error that grows with n. The equal line
+    #     w_swa <- w_swa + (w - w_swa) / (n + 1)
+    # is a step of weight 1 / (n + 1). With n = 0 the average becomes the first snapshot.
 
     def value_weight(self, step: Any) -> Any:
         return 1.0 / ops.cast(self.snapshots_so_far + 1, _backend.widest_float())

@@ -19,33 +19,34 @@ class SWAG(SnapshotsAtIntervals):
     """SWA-Gaussian: the mean of snapshots, and a normal distribution around it to draw from.
 
     With step `i` counted from 0, a snapshot w is taken after update `i` when
-    `i >= start_averaging` and `(i - start_averaging) % average_period == 0`. With `n` of them so
-    far,
+    `i >= start_averaging` and `(i - start_averaging) % average_period == 0`. If `n` snapshots were
+    taken before,
 
         mean   <- mean + (w - mean) / (n + 1)
         square <- square + (w**2 - square) / (n + 1)
-        column  = w - mean                     takes the place of the oldest of `rank` columns
+        column  = w - mean                     replaces the oldest of `rank` columns
 
-    Swapped, the model holds the mean, which is that of `SWA`. In `sample_weights()` it holds
+    A swapped model holds the mean, which equals the average of `SWA`. In `sample_weights()` the
+    model holds
 
         mean + scale * (sqrt(max(square - mean**2, 1e-30)) * z1 / sqrt(2)
                         + D z2 / sqrt(2 (K - 1)))
 
-    with D the K columns there are, z1 standard normal for each element, and z2 one standard normal
-    vector of length K for all variables. With `rank=0`, or while K < 2, it holds
-    `mean + scale * sqrt(...) * z1`.
+    D is the matrix of the K columns so far. z1 has a standard normal number for each element. z2 is
+    one standard normal vector of length K, the same for all variables. With `rank=0`, or while
+    K < 2, the model holds `mean + scale * sqrt(...) * z1`.
 
-    The mean of the predictions of some 30 samples is better calibrated than one model's. Recompute
-    batch-normalization statistics for each sample.
+    The mean of the predictions of about 30 samples is better calibrated than one model's
+    predictions. Recompute batch-normalization statistics for each sample.
 
-    Memory: `rank + 2` copies of the parameters: 22 with the default. `rank=0` takes 2.
+    Memory: `rank + 2` copies of the parameters. These are 22 with the default, and 2 with `rank=0`.
 
     Args:
         optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
         start_averaging: Integer in [0, 2**31), in steps, not epochs. The first snapshot is taken
-            after this update, the first of which is 0. Default 0.
+            after this update. Update 0 is the first. Default 0.
         average_period: Integer in [1, 2**31), in steps, between snapshots. Default 10.
-        rank: Integer >= 0: how many columns are kept. Default 20.
+        rank: Integer >= 0. How many columns are kept. Default 20.
         name: String. Default `"SWAG"`.
         **kwargs: `sequential_update`, `average_dtype`, `skip_nonfinite`, `exclude`,
             `gradient_transformers`, `gradient_aggregator`, `clipnorm`, `clipvalue`,
@@ -59,7 +60,7 @@ class SWAG(SnapshotsAtIntervals):
     Example:
 
     ```python
-    model.compile(optimizer=keras_avg.SWAG("sgd", start_averaging=1000), loss="mse")
+    model.compile(optimizer=keras_avg.SWAG("sgd", start_averaging=200), loss="mse")
     model.fit(x, y, epochs=20)
     predictions = []
     for seed in range(30):
@@ -75,7 +76,7 @@ class SWAG(SnapshotsAtIntervals):
 
     average_starts_at_variable = False
 
-    #: The columns of workers are of one kind only where all have taken as many snapshots.
+    #: Column `k` of two workers is comparable only if both have taken equally many snapshots.
     means_over_workers = False
 
     def __init__(
@@ -91,9 +92,9 @@ class SWAG(SnapshotsAtIntervals):
         super().__init__(optimizer, start_averaging, average_period, name, **kwargs)
         self.rank = rank
 
-    # The paper writes the means as  (n * mean + w) / (n + 1).  As in SWA, the same as a step of
-    # weight 1 / (n + 1)  costs no rounding error that grows with n. The columns of the deviation
-    # matrix D are a ring. The matrix itself is never made: D z2 is a sum of columns.
+    # The paper writes the means as  (n * mean + w) / (n + 1).  As in SWA, this is written as a step
+    # of weight  1 / (n + 1),  because then no rounding error grows with n. The columns of the
+    # deviation matrix D are a ring of stores. D itself is never built: D z2 is a sum of columns.
 
     def stores(self) -> dict[str, str]:
         columns = {f"deviation_{place}": "zeros" for place in range(self.rank)}
@@ -111,14 +112,15 @@ class SWAG(SnapshotsAtIntervals):
 
     @contextlib.contextmanager
     def sample_weights(self, seed: int | None = None, scale: float = 1.0) -> Iterator[None]:
-        """Context in which the model holds a sample of the weights; outside what it held before.
+        """Context in which the model holds a sample of the weights.
 
-        Statistics that `keras_avg.update_batch_norm` computes for the sample go out with it.
+        When the context ends, the model holds again what it held before. This includes the
+        statistics that `keras_avg.update_batch_norm` has recomputed for the sample.
 
         Args:
             seed: Integer, or None for a new sample each time. The same seed gives the same sample
                 on one backend.
-            scale: Number >= 0: how far the sample is from the mean. 0 is the mean itself. The
+            scale: Number >= 0. How far the sample is from the mean. 0 gives the mean itself. The
                 paper uses 0.5 to 1. Default 1.
 
         Raises:
@@ -143,7 +145,7 @@ class SWAG(SnapshotsAtIntervals):
         columns = [column.values() for column in self._columns()]
         number = min(self.num_snapshots, self.rank)
         share = keras.random.normal((max(number, 1),), seed=generator)
-        # The newest are where they are: the order of columns has no meaning.
+        # The first `number` columns are the ones that were written. Their order does not matter.
         used = columns[:number] if number >= 2 else []
         samples = []
         for i, (mean, square) in enumerate(
@@ -167,7 +169,7 @@ class SWAG(SnapshotsAtIntervals):
 
 
 def _deviation(mean: Any, square: Any) -> Any:
-    """The standard deviation of each element, from a small difference of large numbers."""
+    """The standard deviation of each element. A wide dtype keeps the digits of the difference."""
     dtype = _backend.widest_float()
     mean, square = ops.cast(mean, dtype), ops.cast(square, dtype)
     variance = square - mean * mean

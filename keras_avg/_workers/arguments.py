@@ -1,4 +1,4 @@
-"""What ModelAverage's constructor accepts. A check returns the value to keep or says what to do."""
+"""Checks of ModelAverage's arguments. A check returns the value to keep, or raises an error."""
 
 import copy
 from typing import Any
@@ -12,7 +12,7 @@ INNER_STATES = ("keep", "average", "reset")
 
 
 def inner_state(value: Any) -> str:
-    """What becomes of the inner optimizers' slots at a round."""
+    """One of the words that say what a round does with the slots of the inner optimizers."""
     if isinstance(value, str) and value in INNER_STATES:
         return value
     raise ValueError(
@@ -22,7 +22,7 @@ def inner_state(value: Any) -> str:
 
 
 def outer_optimizer(identifier: Any) -> Any:
-    """The optimizer of the center, or None."""
+    """The optimizer that moves the center, or None."""
     if identifier is None:
         return None
     if isinstance(identifier, dict):
@@ -38,10 +38,14 @@ def outer_optimizer(identifier: Any) -> Any:
 
 
 def names_apart(outer: Any, others: list[Any]) -> None:
-    """Variables are told apart by their optimizers' names, in Keras' state tree."""
+    """Refuse an outer optimizer with the name of another one.
+
+    Keras' state tree identifies the variables by the names of their optimizers.
+    """
     if outer is None:
         return
-    # Older versions of Keras give all optimizers of a class one name, which is then nobody's wish.
+    # Older versions of Keras give the same name to all optimizers of a class. Users have not chosen
+    # this name, so it is not refused.
     has_own_name = outer.name.lower() != type(outer).__name__.lower()
     if any(o is outer or (has_own_name and o.name == outer.name) for o in others):
         raise ValueError(
@@ -52,7 +56,7 @@ def names_apart(outer: Any, others: list[Any]) -> None:
 
 
 def communicator(given: Any, num_worker: Any, is_chief: Any) -> Any:
-    """The communicator to use, which must be what the caller believes."""
+    """The communicator to use. Refuse one that differs from `num_worker` or `is_chief`."""
     chosen = distributed.initialize() if given is None else given
     members = ("rank", "size", "is_chief", "all_reduce_sum")
     if isinstance(chosen, type) or not all(hasattr(chosen, member) for member in members):
@@ -74,7 +78,7 @@ def communicator(given: Any, num_worker: Any, is_chief: Any) -> Any:
 
 
 def refuse_built_outer_optimizer(optimizer: Any, wrapper: str) -> None:
-    """It is built for the centers, which are nobody else's."""
+    """Refuse an outer optimizer that is built, because it must be built for the centers."""
     if optimizer is not None and optimizer.built:
         raise ValueError(
             f"{wrapper} needs an outer optimizer of its own, and this was built for other "

@@ -1,4 +1,4 @@
-"""The inner optimizer's float slots, such as momenta: averaged or reset at a round."""
+"""Averages or resets the inner optimizer's float slots (such as momenta) at a round."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ class InnerState:
 
     Args:
         wrapper: The wrapper.
-        kind: What becomes of the slots at a round: `"keep"`, `"average"` or `"reset"`. Keras' own
+        kind: What a round does with the slots: `"keep"`, `"average"` or `"reset"`. Keras' own
             average (`use_ema`) is never reset.
     """
 
@@ -25,7 +25,7 @@ class InnerState:
         self._initial: list[Any] = []
 
     def averaged(self) -> list[Any]:
-        """The slots that take the mean over the workers at a round."""
+        """The slots that a round replaces by their mean over the workers."""
         return self.slots() if self._kind == "average" else []
 
     def slots(self) -> list[Any]:
@@ -33,10 +33,11 @@ class InnerState:
         return [slot for slot, _ in self._pairs()]
 
     def note_initial_values(self) -> None:
-        """Find out what the slots begin with, from new optimizers for variables that are infinite.
+        """Find out the initial values of the slots.
 
-        Kept as one number where that is all; as None where a slot begins with its variable's value
-        (ScheduleFreeAdamW's momentum), so that it is infinite too.
+        A new optimizer is built for variables whose values are all infinite. If a slot is infinite
+        too, it begins with its variable's value, as ScheduleFreeAdamW's momentum does. It is noted
+        as None. If all values of a slot are equal, they are noted as one number.
         """
         slots = []
         with _backend.outside_trace():
@@ -49,7 +50,7 @@ class InnerState:
         self._initial = [_shortest(slot) for slot in slots]
 
     def reset(self) -> None:
-        """Give the slots their initial values, if that is what is done at a round."""
+        """Give the slots their initial values if `kind` is `"reset"`."""
         if self._kind != "reset":
             return
         for (slot, variable), initial in zip(self._pairs(), self._initial, strict=True):
@@ -60,7 +61,7 @@ class InnerState:
                 slot.assign(_backend.copy(ops.broadcast_to(initial, slot.shape)))
 
     def _pairs(self) -> list[tuple[Any, Any]]:
-        """The slots, each with the variable that it is kept beside."""
+        """Pairs of each slot and its variable."""
         return [
             pair
             for optimizer in nesting.leaves(self._wrapper)

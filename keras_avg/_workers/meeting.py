@@ -1,4 +1,4 @@
-"""How the workers of a ModelAverage begin together and meet at its rounds."""
+"""The workers of a ModelAverage start together, take rounds, and end together."""
 
 import zlib
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ from keras_avg.distributed._weighted_sum import PRESENT, weighted_sum
 
 
 class Callback(Protocol):
-    """What meets between the batches of `fit`: a SynchronizeWorkers."""
+    """The callback that runs the rounds between the batches of `fit`: a SynchronizeWorkers."""
 
     def is_at_work(self) -> bool:
-        """Whether it is going to be called after the step under way."""
+        """Whether Keras will call it after the current step."""
 
     def is_in_fit(self) -> bool:
-        """Whether the last training is the one that has this callback."""
+        """Whether the last training of the model has this callback."""
 
     def keep_company(self) -> None:
-        """Meet the others, without weight, until all have finished."""
+        """Join the rounds with weight 0 until all workers have finished."""
 
 
 class Center(Protocol):
@@ -40,27 +40,27 @@ class Center(Protocol):
         """The variables that the workers share."""
 
     def updates_so_far(self) -> int:
-        """How many updates this worker has done."""
+        """The number of updates on this worker."""
 
     def has_trained(self) -> bool:
         """Whether there was an update since the wrapper was made."""
 
     def finish_round(self, sums: list[Any], total: float) -> None:
-        """Move the center towards the means, which are sums / total; the variables go to it."""
+        """Move the center towards the means, `sums / total`. Then set the variables to it."""
 
     def count_snapshots(self, number: int) -> None:
         """Add to the number of rounds."""
 
 
 class Meeting:
-    """The start, the rounds and the end of training that workers have in common.
+    """Runs the start, the rounds and the end of training together with the other workers.
 
     Args:
         center: The wrapper whose variables are shared.
         communicator: A `keras_avg.distributed.Communicator`.
         rounds: When rounds take place.
         inner_state: The inner optimizers' slots.
-        more_alike: Dict of further numbers that must be equal on all workers, by what they are of.
+        more_alike: Dict from a description to a further number that must be equal on all workers.
     """
 
     def __init__(
@@ -76,30 +76,30 @@ class Meeting:
         self.rounds = rounds
         self._inner_state = inner_state
         self._more_alike = more_alike
-        self.callback: Callback | None = None  # of the last training that had one
-        #: The step up to which no round is missing; None: not known.
+        self.callback: Callback | None = None  # the callback of the last training that had one
+        #: The step up to which no round is missing. None: it is not known.
         self.met_until: int | None = None
 
     @property
     def is_of_several(self) -> bool:
-        """Whether there is anybody to meet."""
+        """Whether there are several workers."""
         return self.communicator.size > 1
 
     def is_between_batches(self) -> bool:
-        """Whether SynchronizeWorkers is there to meet the others, so that `apply` need not."""
+        """Whether SynchronizeWorkers runs the rounds, so that `apply` must not."""
         return self.callback is not None and self.callback.is_at_work()
 
     def is_in_fit(self) -> bool:
-        """Whether the last `fit` has a SynchronizeWorkers."""
+        """Whether the last `fit` has a SynchronizeWorkers callback."""
         return self.callback is not None and self.callback.is_in_fit()
 
     def keep_company(self) -> None:
-        """Let the callback meet the others until all have finished."""
+        """Let the callback join the rounds until all workers have finished."""
         if self.callback is not None:
             self.callback.keep_company()
 
     def start_together(self, others: Sequence[Any] = ()) -> None:
-        """Once, before the first step: compare the workers, and take the chief's variables."""
+        """Compare the workers, and take the chief's variables. Only before the first step."""
         self._refuse_without_variables("start_together")
         if self.met_until is not None or not self.is_of_several:
             return
@@ -115,15 +115,15 @@ class Meeting:
         self.met_until = step
 
     def no_round_is_missing(self) -> None:
-        """Called when `fit` begins, or a state was loaded in it: rounds count from here."""
+        """Count rounds from this step on. Called when `fit` begins, or loads a state."""
         self.met_until = self._center.updates_so_far()
 
     def forget(self) -> None:
-        """A state was loaded: the workers compare themselves before they go on."""
+        """Called when a state was loaded. The workers are compared again before the next step."""
         self.met_until = None
 
     def meet(self, others: Sequence[Any] = (), is_training: bool = True) -> bool:
-        """One round with all workers; whether any of them was still training."""
+        """Take a round with all workers. Returns whether any of them was still training."""
         self._refuse_without_variables("meet")
         variables = self._center.averaged_variables
         riding = [*self._inner_state.averaged(), *others]
@@ -143,7 +143,10 @@ class Meeting:
         return total > 0
 
     def _weight(self, is_training: bool) -> float:
-        """All workers must join every round; one with non-finite weights adds nothing."""
+        """This worker's weight in a round.
+
+        All workers must join every round. A worker with non-finite weights adds nothing to it.
+        """
         if not is_training:
             return 0.0
         center = self._center
@@ -151,9 +154,9 @@ class Meeting:
         return PRESENT if is_bad else 1.0
 
     def refuse_missed_round(self) -> None:
-        """Raise if a round was due since the last one, and nobody met."""
+        """Raise if a round was due since the last one, but did not take place."""
         if not self.is_of_several or self.is_in_fit():
-            return  # `fit` ended well, or is already raising (JAX calls this then, too)
+            return  # `fit` ended well, or is already raising: on JAX this is called then too.
         met, now = self.met_until or 0, self._center.updates_so_far()
         if self.rounds.last_due(now) > met:
             self.met_until = now
@@ -168,7 +171,7 @@ class Meeting:
         )
 
     def _compare(self, variables: list[Any], step: int) -> None:
-        """Raise the same error on every worker if they are not alike."""
+        """Raise if the workers differ. Every worker raises the same error."""
         mine = {
             "number of elements": sum(int(np.prod(tuple(v.shape))) for v in variables),
             "shapes (checksum)": zlib.crc32(str([tuple(v.shape) for v in variables]).encode()),
@@ -197,9 +200,10 @@ class Meeting:
         return alike.numbers_in(ops.convert_to_numpy(table)).T.astype("int64").tolist()
 
     def _slots_in_use(self) -> list[Any]:
-        """The inner optimizer's slots but for those that are zero on every worker.
+        """The inner optimizer's slots, without those that are zero on every worker.
 
-        Before training these are few: such as begin with the variables' values.
+        Before training, most slots are zero. Only slots that begin with their variables' values are
+        left.
         """
         slots = self._inner_state.slots()
         if not slots:

@@ -1,12 +1,13 @@
-"""What wrappers inside a ModelAverage keep, which takes the mean over the workers.
+"""Averages the stores of the wrappers inside a ModelAverage over the workers.
 
-A worker whose wrapper has no snapshot yet adds nothing. Numbers of snapshots n take the mean as
-well, so that all workers hold the same:
+The numbers of snapshots n are averaged too, so that all workers hold the same. A worker adds
+nothing if its wrapper has no snapshot yet:
 
     kept <- sum(kept_r) / N,  n <- sum(n_r) / N      over the N workers r with n_r > 0
 
-A rule whose stores are of one kind only after as many snapshots (a ring) takes the mean only where
-all these workers have taken as many. Else each worker keeps its own.
+For some rules (those with a ring) the stores of two workers are comparable only if both have taken
+equally many snapshots. For such a rule, the mean is taken only if that is so on all these workers.
+Otherwise each worker keeps its own stores.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from keras_avg._workers import alike
 
 
 def brought(wrapper: Any) -> list[Any]:
-    """What a worker brings to a round: whether it has snapshots, how many, and what is kept."""
+    """The arrays of a worker for a round: whether it has snapshots, their number, the stores."""
     count, kept = wrapper.num_snapshots, _kept(wrapper)
     has_any = np.array(count > 0, "float32")
     numbers = alike.with_squares([count])
@@ -33,7 +34,7 @@ def brought(wrapper: Any) -> list[Any]:
 
 
 def take(wrapper: Any, sums: Iterator[Any]) -> None:
-    """What it goes on with, from the sums of what all have brought."""
+    """Set the stores and the number of snapshots from the sums of all workers' arrays."""
     workers = float(ops.convert_to_numpy(next(sums)))
     numbers = ops.convert_to_numpy(next(sums))
     kept = _kept(wrapper)

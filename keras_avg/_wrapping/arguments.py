@@ -1,4 +1,4 @@
-"""What the wrappers' constructors accept. A check returns the value to keep or says what to do."""
+"""Checks of the wrappers' arguments. A check returns the value to keep, or raises an error."""
 
 import copy
 import re
@@ -12,7 +12,7 @@ from keras_avg._wrapping import nesting
 
 
 def inner_optimizer(identifier: Any, wrapper: str) -> Any:
-    """The optimizer to wrap, from all that `keras.optimizers.get` takes."""
+    """The optimizer to wrap, from any value that `keras.optimizers.get` takes."""
     if identifier is None:
         raise TypeError(
             f"{wrapper} wraps another optimizer, which takes the steps. Received: optimizer=None. "
@@ -32,7 +32,10 @@ def inner_optimizer(identifier: Any, wrapper: str) -> Any:
 
 
 def refuse_what_must_be_outermost(optimizer: Any, wrapper: str) -> None:
-    """Several workers meet once a round, with all the averages there are inside."""
+    """Refuse a wrapper around a `ModelAverage` of several workers.
+
+    A round averages only what is inside the `ModelAverage` over the workers.
+    """
     for each in nesting.walk(optimizer):
         if getattr(each, "must_be_outermost", False):
             kind = type(each).__name__
@@ -45,7 +48,7 @@ def refuse_what_must_be_outermost(optimizer: Any, wrapper: str) -> None:
 
 
 def refuse_owners_of_variables(optimizer: Any, wrapper: str) -> None:
-    """What flows back would be gone at the next step."""
+    """Refuse a wrapper that changes variables if a wrapper inside computes them at each step."""
     for each in nesting.walk(optimizer):
         if getattr(each, "owns_variables", False):
             kind = type(each).__name__
@@ -57,7 +60,10 @@ def refuse_owners_of_variables(optimizer: Any, wrapper: str) -> None:
 
 
 def refuse_accumulating_members(optimizer: Any, wrapper: str) -> None:
-    """A MultiOptimizer counts micro-steps, so nobody outside can tell its real updates."""
+    """Refuse a MultiOptimizer whose members accumulate gradients.
+
+    Its counter counts micro-steps, so a wrapper around it cannot tell which ones are real updates.
+    """
     for member in nesting.members(optimizer):
         accumulated = nesting.innermost(member).gradient_accumulation_steps
         if accumulated:
@@ -70,7 +76,7 @@ def refuse_accumulating_members(optimizer: Any, wrapper: str) -> None:
 
 
 def refuse_other_variables(optimizer: Any, variables: list[Any], wrapper: str) -> None:
-    """An optimizer that is built already keeps its variables."""
+    """Refuse variables for which the inner optimizer was not built. It cannot be built again."""
     unknown = [v for v in variables if _keras_internals.variable_index(optimizer, v) is None]
     if unknown:
         raise ValueError(
@@ -130,14 +136,14 @@ def patterns(argument: str, value: Any) -> list[str] | None:
 def excluded(
     exclude: list[str] | None, variables: list[Any], name: str, models: list[str]
 ) -> set[int]:
-    """The numbers of the variables that have no average, because a pattern matches their path.
+    """The numbers of the variables that have no average because a pattern matches their path.
 
     Args:
         exclude: List of regular expressions, or None.
         variables: List of variables.
-        name: The optimizer's, for messages.
-        models: Names of the models that may be the variables'. The path of one variable begins
-            with its model's name or not: it depends on who built the layer, or loaded it.
+        name: The optimizer's name, for messages.
+        models: Names of the models to which the variables may belong. A path may begin with the
+            model's name. Whether it does depends on how the layer was built or loaded.
     """
     if not exclude or not variables:
         return set()

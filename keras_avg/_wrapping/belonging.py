@@ -1,9 +1,9 @@
-"""Which variable each number in a file's names belongs to, and whether it is still there.
+"""Finds the variable for each number in a file's names, and whether the model still has it.
 
-In a file, what is kept is numbered as the variables that the optimizer was built with. A loaded
-model may list its variables in another order (float8 layers do), and may have lost some. So arrays
-in a file have attributes: the path of the variable, and what else a reader has to know. Files of
-0.1 have none.
+The names of arrays in a file end with a number: the place of the variable among those with which
+the optimizer was built. A loaded model may list its variables in another order (float8 layers do
+that), or may no longer have some of them. So each array in a file has attributes: the path of its
+variable, and further facts that the reader needs. Files of version 0.1 have no attributes.
 """
 
 import re
@@ -14,9 +14,9 @@ from keras_avg import _keras_internals
 
 COUNTERS = ("updates", "snapshots", "averages_in_model")
 RAW = re.compile(r"raw_(\d+)")
-LISTED = 8  # paths in a message
+LISTED = 8  # the largest number of paths in a message
 
-# Why a file may have no averages. Said to whom it may concern when they are asked for.
+# Why a file may have no averages. The text is part of the error when somebody asks for them.
 WHY = {
     "merged": "a layer stores something else than its variables, as layers with LoRA do: Keras "
     "merges the factors into the kernel when it saves, and averages of the factors do not fit a "
@@ -29,12 +29,12 @@ WHY = {
 
 
 class Labels(NamedTuple):
-    """What a file says about the variables of its averages.
+    """The facts about the variables of the averages that a file contains.
 
     Attributes:
-        gone: Paths of variables that had averages, and that the saved model no longer had.
-        may_not_fit: Whether the optimizer's variables were no longer those that the model trains.
-        why_none: Key of `WHY` if the file has no averages, else "".
+        gone: Paths of variables that have averages, but are no longer in the saved model.
+        may_not_fit: Whether the model, when saved, trained other variables than the optimizer had.
+        why_none: Key of `WHY` if the file has no averages, otherwise "".
     """
 
     gone: tuple[str, ...] = ()
@@ -42,14 +42,14 @@ class Labels(NamedTuple):
     why_none: str = ""
 
     def attributes(self) -> dict[str, str]:
-        """As attributes of an array, without those that say nothing."""
+        """The labels as attributes of an array. Empty ones are left out."""
         listed = "\n".join(self.gone[:LISTED])
         said = {"gone": listed, "may_not_fit": "yes" * self.may_not_fit, "why_none": self.why_none}
         return {name: value for name, value in said.items() if value}
 
 
 def labels(optimizer: Any, averaged: Sequence[int], model: Any) -> Labels:
-    """What to write about an optimizer's variables, into the file of `model` (None: not known)."""
+    """The labels of an optimizer for the file of `model`, which is None if it is not known."""
     if model is None:
         return Labels()
     built = _keras_internals.built_variables(optimizer)
@@ -65,7 +65,7 @@ def labels(optimizer: Any, averaged: Sequence[int], model: Any) -> Labels:
 
 
 def gone_from(optimizer: Any, averaged: Sequence[int], model: Any) -> list[int]:
-    """The numbers of averaged variables that a model (None: not known) does not have."""
+    """The numbers of the averaged variables that are not in `model` (None if it is not known)."""
     if model is None:
         return []
     there = {_keras_internals.variable_index(optimizer, v) for v in model.variables}
@@ -73,7 +73,7 @@ def gone_from(optimizer: Any, averaged: Sequence[int], model: Any) -> list[int]:
 
 
 def read(index: Mapping[str, Any]) -> Labels:
-    """What the attributes in a file say; the usual where they say nothing that is known."""
+    """The labels from the attributes in a file. An unknown or missing one takes its default."""
     said = index[COUNTERS[0]].attributes if COUNTERS[0] in index else {}
     why = said.get("why_none", "")
     return Labels(
@@ -84,25 +84,25 @@ def read(index: Mapping[str, Any]) -> Labels:
 
 
 class Places(NamedTuple):
-    """What is kept in a file, and to which variables here it goes.
+    """Translates the numbers in a file's names to the numbers of the variables here.
 
     Attributes:
         stores: Names of the stores.
-        here: The number of the variable here, by the number in the file.
+        here: Dict from the number in the file to the number of the same variable here.
     """
 
     stores: tuple[str, ...]
     here: dict[int, int]
 
     def renamed(self, name: str) -> str:
-        """What a name in the file is called here."""
+        """The name here for a name in the file."""
         found = numbered(name, self.stores)
         if found is not None:
             kind, number = found
             return f"{kind}{self.here.get(number, number)}"
         raw = RAW.fullmatch(name)
         if raw is not None and int(raw[1]) < len(self.here):
-            # Raw values are counted among the variables that have an average.
+            # Raw values are numbered among the averaged variables only.
             there = sorted(self.here)[int(raw[1])]
             return f"raw_{sorted(self.here.values()).index(self.here[there])}"
         return name
@@ -115,17 +115,18 @@ def names_here(
     index: Mapping[str, Any],
     by_path_only: bool,
 ) -> dict[str, str] | None:
-    """For each name in a file what it is called here; None if averages and variables do not match.
+    """The name here for each name in the file, or None if averages and variables do not match.
 
-    What is kept goes to the variable of its path. Where paths are not the same (models that Keras
-    named anew, files of 0.1), the first goes to the first variable that has an average, and so on.
+    An average goes to the variable that has its path. Paths may differ, because Keras gave the
+    model another name, or because the file is of version 0.1. Then the order decides: the first
+    average goes to the first averaged variable, and so on.
 
     Args:
         optimizer: The optimizer whose state is in the file.
         averaged: The numbers of its variables that have an average.
-        stores: Names of what it keeps beside each of them.
-        index: What the file holds, by name.
-        by_path_only: Bool. Whether the order must not be trusted.
+        stores: Names of its stores.
+        index: The entries of the file, by name.
+        by_path_only: Bool. Whether only paths may decide, because the order may be wrong.
     """
     if not stores:
         return {name: name for name in index}
@@ -146,16 +147,17 @@ def names_here(
 
 
 def numbered(name: str, stores: tuple[str, ...]) -> tuple[str, int] | None:
-    """The beginning and the number of what is kept, or was added, beside a variable."""
+    """The beginning and the number in the name of a store's variable or an added slot."""
     kinds = "|".join([*map(re.escape, stores), "slot_.+"])
     found = re.fullmatch(rf"((?:{kinds})_)(\d+)", name)
     return (found[1], int(found[2])) if found else None
 
 
 def _by_path(theirs: dict[int, str], ours: dict[int, str]) -> dict[int, int] | None:
-    """For each number in the file that here, if paths or their ends tell the variables apart.
+    """The number here for each number in the file, or None if the paths do not decide it.
 
-    The same layer's path may begin with its model's name or not: it depends on who built it.
+    The path of one and the same variable may begin with its model's name or not. That depends on
+    how the layer was built. So the ends of the paths are compared too.
     """
     for parts in (None, 3, 2):
         at = {_end(path, parts): i for i, path in ours.items()}

@@ -1,7 +1,7 @@
-"""Which models a wrapper works for, as far as that is known.
+"""Remembers for which models a wrapper works, as far as that is known.
 
-Keras tells an optimizer nothing about its model. It is known where a train step is traced, where a
-model is saved or loaded, and where users pass it.
+Keras does not tell an optimizer which model it trains. The model is known only while a train step
+is traced, while a model is saved or loaded, and where users pass it.
 """
 
 import weakref
@@ -13,12 +13,12 @@ import keras
 from keras_avg import _keras_internals
 from keras_avg._wrapping import nesting
 
-# Every wrapper that has been built, and its models. Neither is kept alive.
+# Every wrapper that has been built, and its models. The references are weak.
 _models: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 
 
 def note_built(wrapper: Any) -> None:
-    """Remember a wrapper that has variables now, and the model in whose training it got them."""
+    """Remember a wrapper that was just built, and the model whose training has built it."""
     _models.setdefault(wrapper, weakref.WeakSet())
     note_training_model(wrapper)
 
@@ -27,24 +27,24 @@ def note_model(wrapper: Any, model: Any) -> None:
     """Remember that a wrapper works for a model.
 
     Raises:
-        ValueError: If it was built for variables that are not this model's.
+        ValueError: If the wrapper was built for variables that this model does not have.
     """
     refuse_foreign(wrapper, model)
     _models.setdefault(wrapper, weakref.WeakSet()).add(model)
 
 
 def note_training_model(wrapper: Any) -> None:
-    """Remember the model in whose training this is called, if any.
+    """If this is called inside the training of a model, remember this model.
 
     Raises:
-        ValueError: If the wrapper was built for variables that are not this model's.
+        ValueError: If the wrapper was built for variables that this model does not have.
     """
     models = list(_keras_internals.models_among_callers("self"))
     for model in models:
         if _is_at_work(wrapper, model):
             note_model(wrapper, model)
             return
-    for model in models[:1]:  # its own `train_step` may use an optimizer from elsewhere
+    for model in models[:1]:  # Its `train_step` may use an optimizer that it does not own.
         if not _foreign_variables(wrapper, model):
             note_model(wrapper, model)
 
@@ -55,13 +55,13 @@ def models_of(wrappers: Iterable[Any]) -> list[Any]:
 
 
 def names_of_models(wrapper: Any) -> list[str]:
-    """The names of the models for which a wrapper is being built at the moment, if any."""
+    """The names of the models for which the wrapper is being built right now, if any."""
     models = _keras_internals.models_among_callers("self")
     return list(dict.fromkeys(m.name for m in models if _is_at_work(wrapper, m)))
 
 
 def model_on_file(wrapper: Any) -> Any:
-    """The model that Keras saves or loads at the moment and that has the wrapper's variables."""
+    """The model with the wrapper's variables that Keras is saving or loading right now, or None."""
     for model in _keras_internals.models_among_callers("saveable"):
         has_variables = any(
             _keras_internals.variable_index(wrapper, v) is not None for v in model.variables
@@ -72,7 +72,7 @@ def model_on_file(wrapper: Any) -> Any:
 
 
 def wrappers_over(variables: Iterable[Any]) -> list[Any]:
-    """All living wrappers that were built for some of these variables."""
+    """All existing wrappers that were built for some of these variables."""
     variables = list(variables)
     return [
         wrapper
@@ -82,7 +82,10 @@ def wrappers_over(variables: Iterable[Any]) -> list[Any]:
 
 
 def work_for_the_same(wrapper: Any, other: Any) -> bool:
-    """Whether two wrappers train the same model, or as much of it as is known."""
+    """Whether two wrappers train the same model.
+
+    If no model is known for one of them, the variables decide: one must have all of the other's.
+    """
     ours, theirs = models_of([wrapper]), models_of([other])
     if ours and theirs:
         return any(model is another for model in ours for another in theirs)
@@ -95,7 +98,7 @@ def _has_all(wrapper: Any, other: Any) -> bool:
 
 
 def works_for(wrapper: Any, model: Any) -> bool:
-    """Whether a wrapper is, or may come to be, at work in a model."""
+    """Whether a wrapper trains a model now, or was built for its variables and may train it."""
     if _is_at_work(wrapper, model):
         return True
     built = getattr(wrapper, "built", False) and _keras_internals.built_variables(wrapper)
@@ -107,7 +110,7 @@ def _is_at_work(wrapper: Any, model: Any) -> bool:
 
 
 def refuse_foreign(wrapper: Any, model: Any) -> None:
-    """Refuse a model whose variables are not those that the wrapper was built for."""
+    """Refuse a model that lacks variables for which the wrapper was built."""
     if foreign := _foreign_variables(wrapper, model):
         raise ValueError(
             f"'{wrapper.name}' was built for other variables than those of the model "
@@ -118,7 +121,7 @@ def refuse_foreign(wrapper: Any, model: Any) -> None:
 
 
 def _foreign_variables(wrapper: Any, model: Any) -> list[str]:
-    """The wrapper's variables that the model does not have, by path."""
+    """The paths of the wrapper's variables that the model does not have."""
     built = _keras_internals.built_variables(wrapper) if wrapper.built else []
     if not built or not isinstance(model, keras.Model):
         return []

@@ -1,4 +1,4 @@
-"""What an optimizer keeps beside each variable, under the names of Keras 2."""
+"""The methods of Keras 2 for the variables that an optimizer keeps (slots and weights)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from keras_avg._wrapping.own_variables import OwnVariables
 
 
 class ClassicSlots(ClassicSteps):
-    """Variables of its own, through the calls of Keras 2 and of Keras 3."""
+    """Lets users read and add variables of the optimizer, with the methods of Keras 2 and 3."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -23,15 +23,16 @@ class ClassicSlots(ClassicSteps):
 
         Args:
             var: A variable that the optimizer was built with.
-            name: `"average"` (shape of `var`, dtype of the averages); a name given to `add_slot`;
-                or one of the inner optimizer's, as `"momentum"` of SGD and Adam.
+            name: `"average"`, or another store of the rule; or a name that was given to `add_slot`;
+                or a slot of the inner optimizer, such as `"momentum"` of SGD and Adam. An average
+                has the shape of `var` and the dtype of the averages.
 
         Returns:
-            A variable; None if `var` has no such slot though others have (as float8 scales have no
-            average).
+            A variable. None if `var` has no such slot, but other variables have one. (A float8
+            scale, for example, has no average.)
 
         Raises:
-            ValueError: If there is no such slot, or `var` is not one of the variables.
+            ValueError: If no variable has such a slot, or the optimizer was not built with `var`.
 
         Example:
 
@@ -49,9 +50,10 @@ class ClassicSlots(ClassicSteps):
         return slots.get(name)
 
     def get_slot_names(self) -> list[str]:
-        """The names that `get_slot` takes: `"average"`, added ones, then the inner optimizer's.
+        """The names that `get_slot` takes: stores, then added slots, then inner slots.
 
-        An average of a wrapper inside this one is `inner_optimizer.get_slot(var, "average")`.
+        To get the average of a wrapper inside this one, call
+        `inner_optimizer.get_slot(var, "average")`.
         """
         if not self.built:
             return ["average"]
@@ -61,13 +63,14 @@ class ClassicSlots(ClassicSteps):
         return list(dict.fromkeys(own + all_slots))
 
     def add_variable(self, *args: Any, **kwargs: Any) -> Any:
-        """Keep one more variable, as optimizers do in `build`: part of `variables`, saved by place.
+        """Keep one more variable, as optimizers do in `build`.
 
-        So do `add_variable_from_reference` and `add_optimizer_variables`, by way of this.
+        It becomes part of `variables`, and is saved by its place among the added ones. Keras'
+        `add_variable_from_reference` and `add_optimizer_variables` call this method.
 
         Args:
-            *args: As `keras.optimizers.Optimizer.add_variable` takes them.
-            **kwargs: Likewise.
+            *args: The arguments of `keras.optimizers.Optimizer.add_variable`.
+            **kwargs: Its keyword arguments.
 
         Returns:
             The new variable.
@@ -77,7 +80,9 @@ class ClassicSlots(ClassicSteps):
         return variable
 
     def add_slot(self, var: Any, name: str, initializer: Any = "zeros") -> Any:
-        """Keep one more variable beside `var`: part of `variables`, saved and loaded with them.
+        """Keep one more variable beside `var`.
+
+        It becomes part of `variables`, and is saved and loaded with them.
 
         Args:
             var: A variable that the optimizer was built with.
@@ -86,12 +91,12 @@ class ClassicSlots(ClassicSteps):
                 `"zeros"`.
 
         Returns:
-            The new variable, of the shape and dtype of `var`; or the one that is there, if it was
-            added before or came with a file.
+            A variable of the shape and dtype of `var`. It is new, unless it was added before or
+            was loaded from a file.
 
         Raises:
-            ValueError: If `var` is not one of the variables, or the inner optimizer has a slot of
-                that name.
+            ValueError: If the optimizer was not built with `var`, or if the inner optimizer has a
+                slot of that name.
         """
         self._check_built("add_slot")
         name, variable = str(_checks.scope_name(name or "")), self._built_variable(var)
@@ -117,7 +122,9 @@ class ClassicSlots(ClassicSteps):
         synchronization: Any = None,
         aggregation: Any = None,
     ) -> Any:
-        """Keep one more variable: part of `variables`, saved and loaded with them.
+        """Keep one more variable of any shape.
+
+        It becomes part of `variables`, and is saved and loaded with them.
 
         Args:
             name: String without "/".
@@ -125,16 +132,17 @@ class ClassicSlots(ClassicSteps):
             dtype: Dtype. Default None: Keras' float dtype.
             initializer: Keras initializer, its name, or a function of `shape` and `dtype`. Default
                 `"zeros"`.
-            trainable: None or False: nobody trains an optimizer's variable.
-            synchronization: None or `"auto"`: how replicas hold it is the strategy's to say.
-            aggregation: What a strategy makes of the replicas' values: `"none"`, `"mean"`, `"sum"`
+            trainable: None or False. An optimizer's variable is never trained.
+            synchronization: None or `"auto"`. The strategy decides how the replicas hold it.
+            aggregation: How a strategy combines the replicas' values: `"none"`, `"mean"`, `"sum"`
                 or `"only_first_replica"`, or a `tf.VariableAggregation`. Default None: `"none"`.
 
         Returns:
-            The new variable; or the one that is there, if it was added before or came with a file.
+            A variable. It is new, unless it was added before or was loaded from a file.
 
         Raises:
-            ValueError: If there is one of another shape, or an argument says what Keras 3 has not.
+            ValueError: If there is a weight of this name with another shape, or if Keras 3 does not
+                support an argument's value.
         """
         name = str(_checks.scope_name(name or ""))
         if trainable or _lower(synchronization) not in (None, "auto"):
@@ -148,8 +156,9 @@ class ClassicSlots(ClassicSteps):
         )
 
     def __dir__(self) -> list[str]:
-        # `tf.train.Checkpoint` takes whatever shows this name for an optimizer of Keras 1, whose
-        # slots are nobody else's to save, and refuses ours, which are tracked as variables.
+        # `tf.train.Checkpoint` believes that an object with this name is an optimizer of Keras 1.
+        # It would save the slots in its own way, and refuse ours, because we track them as
+        # variables. So the name is hidden from it.
         return [name for name in super().__dir__() if name != "get_slot_names"]
 
     def _built_variable(self, variable: Any) -> Any:
@@ -170,7 +179,10 @@ class ClassicSlots(ClassicSteps):
 
 
 def slots_of(optimizer: Any, variable: Any) -> dict[str, Any]:
-    """All slots of a variable in an optimizer and in what is inside it; outer names win."""
+    """All slots of a variable in an optimizer and in the optimizers inside it.
+
+    If two have the same name, the outer one is returned.
+    """
     if isinstance(optimizer, ClassicSlots):
         inside: dict[str, Any] = {}
         for each in nesting.directly_inside(optimizer):
@@ -187,5 +199,5 @@ def _number(optimizer: Any, variable: Any) -> Any:
 
 
 def _lower(setting: Any) -> str | None:
-    """A setting, or a member of TensorFlow's enumeration of them, as Keras writes it."""
+    """A setting as Keras writes it, from a string or a member of TensorFlow's enumeration."""
     return None if setting is None else getattr(setting, "name", setting).lower()

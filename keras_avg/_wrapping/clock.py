@@ -1,4 +1,4 @@
-"""Real updates, told by the step counter of the optimizer inside."""
+"""Counts real updates. It reads the step counter of the inner optimizer."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from keras_avg._wrapping import nesting
 
 
 class Clock:
-    """Counts the updates of an optimizer; accumulation micro-steps are none.
+    """Counts the real updates of an optimizer. Micro-steps of gradient accumulation do not count.
 
     Args:
         optimizer: The optimizer that takes the steps, or wraps it.
@@ -20,17 +20,20 @@ class Clock:
         self._counts_every_step = counts_every_step
 
     def read(self) -> Any:
-        """The counter itself. Read it before each step: `step_since` wants it."""
+        """The value of the counter. Read it before each step, and pass it to `step_since`."""
         return self._counter.read()
 
     def step_since(self, before: Any) -> tuple[Any, Any]:
-        """Called after each step: which update it was (the first is 0), and whether it was one."""
+        """Call it after each step. It returns the number of the update, and whether there was one.
+
+        The first update is 0.
+        """
         step = self._updates(before)
         after = self._updates(self._counter.read_after_step())
         return step, self._counts_every_step or step != after
 
     def updates(self) -> Any:
-        """How many updates have been done."""
+        """The number of updates so far."""
         return self._updates(self.read())
 
     def is_being_compiled(self) -> bool:

@@ -1,4 +1,4 @@
-"""How a wrapper becomes a config and is made from one."""
+"""Turns a wrapper into a config, and a config into constructor arguments."""
 
 import copy
 from typing import Any
@@ -13,7 +13,7 @@ PLAIN = (bool, int, float, str)
 
 
 def of_wrapper(wrapper: Any) -> dict[str, Any]:
-    """The config of what every wrapper has; a subclass adds its own arguments."""
+    """The config of the arguments that every wrapper has. A subclass adds its own arguments."""
     aggregator, transformers = wrapper.gradient_aggregator, wrapper.gradient_transformers
     serialize = _registered_functions.serialize
     return {
@@ -29,13 +29,13 @@ def of_wrapper(wrapper: Any) -> dict[str, Any]:
 
 
 def arguments_in(config: dict[str, Any], custom_objects: dict | None) -> dict[str, Any]:
-    """The constructor arguments in a config. It may be one that TensorFlow Addons wrote."""
+    """The constructor arguments in a config. TensorFlow Addons may have written the config."""
     config = addons_configs.translated(config, custom_objects)
     return {key: _restored(value, custom_objects) for key, value in config.items()}
 
 
 def refuse_change(wrapper: Any, name: str, value: Any) -> None:
-    """Refuse another value for a hyper-parameter of a wrapper that is built."""
+    """Refuse to change a hyper-parameter of a wrapper that is built."""
     kind: Any = type(wrapper)
     if name not in keywords.hyper_parameters(kind):
         return

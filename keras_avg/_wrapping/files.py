@@ -1,4 +1,4 @@
-"""What a wrapper writes into a model's file, and how it reads it back, all or none."""
+"""Writes a wrapper's state into a model's file, and reads it back completely or not at all."""
 
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping
@@ -12,16 +12,17 @@ from keras_avg._wrapping.swap import Swap
 
 
 class StateFile:
-    """A wrapper's part of a file: its own variables, under names, each once.
+    """A wrapper's part of a file. It has each of the wrapper's own variables once, with a name.
 
-    Keras walks into `inner_optimizer` by itself when it saves, so a wrapper writes only what is its
-    own. Under names a file of another optimizer is never mistaken for a wrapper's.
+    Keras saves `inner_optimizer` by itself, so a wrapper writes only its own variables. Keras
+    numbers the variables of other optimizers. Because a wrapper's variables have names, the file of
+    another optimizer can never look like a wrapper's.
 
     Args:
         optimizer: The wrapper.
         own: Its own variables.
-        parts: Function without arguments: the optimizers that Keras saves inside the wrapper, by
-            the attributes they are in.
+        parts: Function without arguments. It returns a dict of the optimizers that Keras saves
+            inside the wrapper, by the names of the attributes that hold them.
     """
 
     def __init__(
@@ -30,17 +31,17 @@ class StateFile:
         self._optimizer = optimizer
         self._own = own
         self._parts = parts
-        self._why_none = ""  # why the last file that was loaded had no averages
-        self._refused_store: Any = None  # weakly, the file that was refused last
+        self._why_none = ""  # why the last loaded file had no averages
+        self._refused_store: Any = None  # a weak reference to the file that was refused last
         self._refused_because = ""
 
     def save(self, store: MutableMapping[str, Any], swap: Swap) -> None:
-        """Write the state, with the raw values if they are not in the model."""
+        """Write the state. If the raw values are not in the model, write them too."""
         model = bindings.model_on_file(self._optimizer)
         averaged = self._averaged()
         gone = belonging.gone_from(self._optimizer, averaged, model)
         labels = belonging.labels(self._optimizer, averaged, model)
-        if swap.is_in() and self._why_none:  # the raw values are not to be had
+        if swap.is_in() and self._why_none:  # The raw values were not in the loaded file.
             labels = labels._replace(why_none=self._why_none)
         raw = {}
         if swap.is_in() and not labels.why_none:
@@ -67,9 +68,11 @@ class StateFile:
                 _keras_internals.set_attributes(store, name, labels.attributes())
 
     def load(self, store: Mapping[str, Any], swap: Swap | None) -> None:
-        """Read the state; `swap` is None if the wrapper is not built."""
+        """Read the state. `swap` is None if the wrapper is not built."""
         index = _keras_internals.index_of(store)
-        if not index:  # written before the optimizer was built; or Keras' second visit
+        # A file is empty if the optimizer was not built when it was saved. A store is also empty
+        # when Keras loads the same file a second time.
+        if not index:
             self._refuse_again(store)
             if swap is not None:
                 swap.refuse_while_in("loading a state without raw weights")
@@ -85,7 +88,7 @@ class StateFile:
             raise
 
     def check(self, store: Mapping[str, Any], swap: Swap | None) -> None:
-        """Refuse a file that does not fit, and read nothing of it but its index."""
+        """Refuse a file that does not fit. Only the index of the file is read."""
         index = _keras_internals.index_of(store)
         labels = belonging.read(index)
         if swap is not None and not labels.why_none:
@@ -93,7 +96,7 @@ class StateFile:
             self._check_parts(store)
 
     def why_without_averages(self) -> str:
-        """A sentence, if a file should have had averages and had none; for messages."""
+        """A sentence for messages that says why the loaded file has no averages, or ""."""
         why = belonging.WHY.get(self._why_none)
         return f" The file has no averages, because {why}" if why else ""
 
@@ -124,20 +127,20 @@ class StateFile:
     def _checked_names(
         self, labels: Any, index: dict[str, Any], swap: Swap
     ) -> dict[str, str] | None:
-        """For each name in the file what it is called here, if shapes fit.
+        """The name here for each name in the file. The shapes are checked.
 
         Returns:
-            A dict; None if they need not fit, because the file is of other variables.
+            A dict. None if the averages do not fit, but the file itself says that they may not.
 
         Raises:
-            ValueError: If they do not fit.
+            ValueError: If the averages do not fit for another reason.
         """
         names = belonging.names_here(
             self._optimizer, self._averaged(), self._own.stores, index, labels.may_not_fit
         )
         if names is None and labels.may_not_fit:
             return None
-        if names is None:  # what is wrong is found below
+        if names is None:  # `check_fit` below finds the difference, and says it.
             names = {name: name for name in index}
         here = {names[name]: entry for name, entry in index.items()}
         raw = {name: here.pop(name) for name in list(here) if name.startswith((RAW, SWAPPED))}
@@ -150,7 +153,7 @@ class StateFile:
     def _start_without_averages(
         self, why: str, store: Any, index: dict[str, Any], swap: Swap
     ) -> None:
-        """Go on without the averages that are not in the file: as if there had been no snapshot."""
+        """Load only the counters. The averages then are as before the first snapshot."""
         counters = {name: self._own.by_name[name] for name in belonging.COUNTERS}
         fitting.check_fit(self._optimizer.name, counters, index)
         stored = {name: store[name][...] for name in counters}
@@ -163,7 +166,8 @@ class StateFile:
             self._warn_of_dropped("All averages")
 
     def _skip(self, store: Any, number: int) -> None:
-        for part in nesting.walk(self._optimizer.inner_optimizer):  # or half a state would arrive
+        # Otherwise the inner optimizer would load its state, and the wrapper would have none.
+        for part in nesting.walk(self._optimizer.inner_optimizer):
             _keras_internals.skip_next_load(part, store)
         warnings.warn(
             f"Skipping variable loading for optimizer '{self._optimizer.name}', because it has not "
@@ -181,7 +185,11 @@ class StateFile:
         )
 
     def _refuse_again(self, store: Any) -> None:
-        """Keras visits members of a `MultiOptimizer` twice, and takes the second visit's word."""
+        """Raise the error of the first visit again if Keras loads the same file a second time.
+
+        Keras loads the members of a `MultiOptimizer` twice, and only an error of the second time
+        counts.
+        """
         if self._refused_store is not None and self._refused_store() is store:
             self._refused_store = None
             raise ValueError(self._refused_because)
@@ -199,7 +207,7 @@ class StateFile:
             fitting.check_fit(name, of_place, {key: entry})
 
     def _raw_variables(self, swap: Swap) -> dict[str, Any]:
-        """The variables whose raw values a file holds, by name, and the counter beside them."""
+        """The variables whose raw values are in a file, and the counter of updates, by name."""
         raw = {f"{RAW}{i}": variable for i, variable in enumerate(swap.variables)}
         return raw | {SWAPPED: self._own.by_name["updates"]}
 
@@ -216,14 +224,14 @@ class StateFile:
         )
 
     def _check_parts(self, store: Any) -> None:
-        """Refuse the file before anything is taken from it if it is of other optimizers."""
+        """Refuse a file of other inner optimizers. This must come before any value is loaded."""
         for attribute, part in self._parts().items():
             with _keras_internals.inside(store, attribute) as stored:
                 if stored is not None:
                     self._check_part(part, stored)
 
     def _check_part(self, part: Any, store: Any) -> None:
-        check = getattr(part, "check_file", None)  # of a wrapper
+        check = getattr(part, "check_file", None)  # only wrappers have it
         if check is not None:
             check(store)
         elif part is None or _keras_internals.is_stored_by_number(part):

@@ -1,4 +1,4 @@
-"""Finding the wrappers at work in a model."""
+"""Finds the wrappers that train a model."""
 
 from typing import Any
 
@@ -7,17 +7,17 @@ from keras_avg._wrapping.shows_averages import ShowsAverages
 
 
 def averaging_optimizers(model: Any) -> list[ShowsAverages]:
-    """The averaging wrappers at work in a compiled model, outermost first.
+    """The averaging wrappers of a compiled model. Outer wrappers come first.
 
-    They are found inside a `LossScaleOptimizer` (which `compile` adds under mixed_float16), among
-    the members of a `MultiOptimizer`, inside each other, and in further attributes of a model that
-    has several optimizers (`gan.generator_optimizer`).
+    The function looks inside a `LossScaleOptimizer` (which `compile` adds under mixed_float16), in
+    the members of a `MultiOptimizer`, and inside each wrapper. If the model has several optimizers,
+    it looks in all attributes that hold one (`gan.generator_optimizer`).
 
     Args:
         model: A compiled `keras.Model`.
 
     Returns:
-        List of wrappers; empty if the model has none, or is not compiled.
+        List of wrappers. It is empty if the model has no wrapper, or is not compiled.
 
     Example:
 
@@ -35,10 +35,10 @@ def averaging_optimizers(model: Any) -> list[ShowsAverages]:
 
 
 def wrappers_of(model: Any) -> list[ShowsAverages]:
-    """The wrappers that keep averages of a model's variables, outermost first.
+    """The wrappers that keep averages of a model's variables. Outer wrappers come first.
 
-    Those that it was compiled with; if it was not compiled, as in a loop of one's own, those that
-    were built for its variables.
+    If the model is compiled, these are the wrappers with which it was compiled. If not (users may
+    write their own loop), these are the wrappers that were built for its variables.
 
     Raises:
         ValueError: If a wrapper was built for another model.
@@ -53,7 +53,7 @@ def wrappers_of(model: Any) -> list[ShowsAverages]:
 
 
 def with_snapshot(wrappers: list[ShowsAverages]) -> list[ShowsAverages]:
-    """Of wrappers over the same variables, the outermost that has a snapshot."""
+    """The wrappers that have a snapshot, without those inside another such wrapper."""
     chosen: list[ShowsAverages] = []
     for wrapper in wrappers:
         if wrapper.has_average and not any(nesting.is_inside(wrapper, outer) for outer in chosen):

@@ -1,4 +1,4 @@
-"""Whether values from outside fit the variables they are for. Checked before any is assigned."""
+"""Checks that loaded values fit their variables. All checks run before a value is assigned."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ LOW_PRECISION = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
 def check_fit(name: str, variables: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """Refuse values of another number, of other names or of other shapes."""
+    """Refuse values whose number, names or shapes differ from those of the variables."""
     if len(values) != len(variables):
         _refuse(name, f"it has {len(variables)} variables. Received: {len(values)} variables.")
     for key, variable in variables.items():
@@ -30,7 +30,7 @@ def check_fit(name: str, variables: dict[str, Any], values: Mapping[str, Any]) -
 
 
 def check_numbers(name: str, variables: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """Refuse values that a conversion would bend: text, and counters that do not count."""
+    """Refuse text, and counter values that are negative, fractional, NaN or too large."""
     for key, variable in variables.items():
         value = np.asarray(ops.convert_to_numpy(values[key]))
         dtype = keras.backend.standardize_dtype(variable.dtype)
@@ -62,11 +62,11 @@ def _refuse(name: str, difference: str) -> None:
 
 
 def assign(variables: dict[str, Any], values: dict[str, Any]) -> None:
-    """Give variables the values of the same keys, in buffers of their own."""
+    """Assign to each variable the value of its key. The value is copied, so no buffer is shared."""
     for key, variable in variables.items():
         variable.assign(_backend.copy(tensor(values[key], variable)))
 
 
 def tensor(value: Any, variable: Any) -> Any:
-    """A value as a tensor in a variable's dtype."""
+    """A value as a tensor of the variable's dtype."""
     return ops.convert_to_tensor(value, variable.dtype)

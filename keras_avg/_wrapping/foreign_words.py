@@ -1,15 +1,15 @@
-"""Words that people bring from other libraries, and the argument that each of them means here."""
+"""Argument names of other libraries, and the arguments here that mean the same."""
 
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
 
 class _Idea(NamedTuple):
-    """One idea under all its names."""
+    """One idea, and all the names that libraries give to it."""
 
     words: tuple[str, ...]
-    arguments: tuple[str, ...]  # of the wrappers here; a wrapper has at most one of them
-    example: str  # for a wrapper that has none of them
+    arguments: tuple[str, ...]  # the names here; a wrapper has at most one of them
+    example: str  # a wrapper that has such an argument
     unit: str = ""
 
 
@@ -66,7 +66,7 @@ IDEAS = (
     ),
 )
 
-# What no argument of a wrapper means.
+# Names for which no wrapper has an argument, and what to do instead.
 ELSEWHERE = {
     "device": "There is no such argument: averages lie on the device of their variables.",
     "swa_lr": "The learning rate of SWA is a schedule of the inner optimizer: "
@@ -81,7 +81,7 @@ ELSEWHERE = {
 
 
 def refuse(wrapper: str, known: Collection[str], keywords: dict[str, Any]) -> None:
-    """Refuse the first keyword that another library uses, and tell its name here.
+    """Refuse the first keyword that is a name of another library, and say its name here.
 
     Args:
         wrapper: Name of the wrapper's class.
@@ -89,9 +89,9 @@ def refuse(wrapper: str, known: Collection[str], keywords: dict[str, Any]) -> No
         keywords: Dict of the keywords that were given.
 
     Raises:
-        TypeError: If `decay` is given to a wrapper whose rule has a decay. On all others it is the
-            decay of the learning rate, as in Keras 2.
-        ValueError: For any other such word.
+        TypeError: If `decay` is given to a wrapper whose rule has a decay. For all other wrappers
+            `decay` is the decay of the learning rate, as in Keras 2.
+        ValueError: If another name of another library is given.
     """
     for word, value in keywords.items():
         if word == "decay" and "average_decay" in known:

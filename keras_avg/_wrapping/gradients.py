@@ -1,4 +1,4 @@
-"""What a wrapper does with gradients before its inner optimizer sees them."""
+"""Processes gradients before the inner optimizer sees them."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from keras_avg import _keras_internals
 
 
 def process(wrapper: Any, grads: list[Any], variables: list[Any], aggregate: bool) -> list[Any]:
-    """Aggregate, transform and clip, on unscaled gradients.
+    """Aggregate, transform and clip gradients. All of these see unscaled gradients.
 
-    With a static `loss_scale_factor` the gradients arrive scaled and the inner optimizer divides
-    them again: here they are divided before and multiplied back after. `None` gradients and
-    variables that their gradient overwrites are left alone.
+    With a static `loss_scale_factor` the gradients come in scaled, and the inner optimizer divides
+    them later. So this function divides them first, and multiplies them again at the end. It does
+    not change `None` gradients, and gradients that overwrite their variable.
 
     Returns:
         The gradients for the inner optimizer, one for each variable, in the order of `variables`.
@@ -21,12 +21,14 @@ def process(wrapper: Any, grads: list[Any], variables: list[Any], aggregate: boo
     if aggregate and wrapper.gradient_aggregator is not None:
         functions.insert(0, wrapper.gradient_aggregator)
     clips = any((wrapper.clipnorm, wrapper.clipvalue, wrapper.global_clipnorm))
+    if not functions and not clips:
+        return grads
     chosen = [
         i
         for i, (grad, variable) in enumerate(zip(grads, variables, strict=True))
         if grad is not None and _keras_internals.is_averageable(variable)
     ]
-    if not chosen or not (functions or clips):
+    if not chosen:
         return grads
 
     scale = wrapper.loss_scale_factor
@@ -52,7 +54,7 @@ def _scaled(operation: Any, grad: Any, scale: float | None) -> Any:
 
 
 def _checked(function: Any, returned: Any, pairs: list[Any]) -> list[Any]:
-    """The pairs that a gradient function returned, in the order it was given them."""
+    """The pairs that a gradient function has returned, in the order in which it got them."""
     try:
         by_variable = {id(variable): grad for grad, variable in returned}
     except (TypeError, ValueError):

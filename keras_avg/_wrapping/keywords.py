@@ -1,4 +1,4 @@
-"""The arguments of a wrapper behind `**kwargs`, and the names of all that it takes."""
+"""The keyword arguments that a wrapper takes as `**kwargs`, and the names of all its arguments."""
 
 import functools
 import inspect
@@ -21,11 +21,11 @@ INNER_ONLY = (
 
 
 def split(wrapper: type, keywords: dict[str, Any]) -> tuple[dict, dict]:
-    """The clipping arguments, and those that set the inner optimizer's rate.
+    """Split the keywords into clipping arguments and arguments for the inner learning rate.
 
     Raises:
-        TypeError: If `decay` is given where the wrapper's rule has a decay of its own.
-        ValueError: If an argument is unknown, or the inner optimizer's.
+        TypeError: If `decay` is given to a wrapper whose rule has a decay of its own.
+        ValueError: If an argument is unknown, or belongs to the inner optimizer.
     """
     kind, known = wrapper.__name__, known_arguments(wrapper)
     for argument, value in keywords.items():
@@ -51,7 +51,7 @@ def split(wrapper: type, keywords: dict[str, Any]) -> tuple[dict, dict]:
 
 @functools.cache
 def known_arguments(wrapper: Any) -> tuple[str, ...]:
-    """The arguments that a wrapper's constructor takes, those behind `**kwargs` too."""
+    """All arguments that a wrapper's constructor takes, including those in `**kwargs`."""
     names = list(_named(wrapper))
     names += [*CLIPPING, *RATE]
     if "average_decay" not in names:
@@ -61,7 +61,7 @@ def known_arguments(wrapper: Any) -> tuple[str, ...]:
 
 @functools.cache
 def hyper_parameters(wrapper: Any) -> frozenset[str]:
-    """The attributes that compiled code has taken in once the optimizer is built."""
+    """The attributes that are read-only once the wrapper is built. Compiled code contains them."""
     return frozenset([*_named(wrapper), *CLIPPING]) - {"optimizer", "name"}
 
 

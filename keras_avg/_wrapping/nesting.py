@@ -1,7 +1,8 @@
-"""How optimizers stand inside each other: all walks over them.
+"""All functions that look at optimizers inside other optimizers.
 
-Three kinds contain others: averaging wrappers and Keras' `LossScaleOptimizer` wrap one, as
-`inner_optimizer`; Keras' `MultiOptimizer` has several, as `optimizers`.
+Three kinds of optimizers contain others. An averaging wrapper and Keras' `LossScaleOptimizer` wrap
+one optimizer, in the attribute `inner_optimizer`. Keras' `MultiOptimizer` has several members, in
+the attribute `optimizers`.
 """
 
 from collections.abc import Iterator
@@ -11,58 +12,58 @@ import keras
 
 
 def optimizers_of(model: Any) -> list[Any]:
-    """The optimizers that a model has: that of `compile`, and others in attributes of its own."""
+    """The optimizer with which a model was compiled, and those in the model's own attributes."""
     found = [getattr(model, "optimizer", None), *getattr(model, "__dict__", {}).values()]
     optimizers = [each for each in found if isinstance(each, keras.optimizers.Optimizer)]
     return list({id(each): each for each in optimizers}.values())
 
 
 def wraps(optimizer: Any) -> bool:
-    """Whether an optimizer wraps one other."""
+    """Whether an optimizer wraps one other optimizer."""
     return hasattr(optimizer, "inner_optimizer")
 
 
 def members(optimizer: Any) -> list[Any]:
-    """The members of a `MultiOptimizer`; none for all others."""
+    """The members of a `MultiOptimizer`. The list is empty for all other optimizers."""
     return [] if wraps(optimizer) else list(getattr(optimizer, "optimizers", ()))
 
 
 def directly_inside(optimizer: Any) -> list[Any]:
-    """What an optimizer wraps, or its members."""
+    """The optimizer that an optimizer wraps, or its members."""
     return [optimizer.inner_optimizer] if wraps(optimizer) else members(optimizer)
 
 
 def walk(optimizer: Any) -> Iterator[Any]:
-    """An optimizer and all that are inside it, outer ones first."""
+    """An optimizer, and then all optimizers inside it. Outer ones come first."""
     yield optimizer
     for inside in directly_inside(optimizer):
         yield from walk(inside)
 
 
 def is_inside(inner: Any, outer: Any) -> bool:
-    """Whether an optimizer is another, or is at work inside it."""
+    """Whether `inner` is `outer` itself, or an optimizer inside it."""
     return any(each is inner for each in walk(outer))
 
 
 def innermost(optimizer: Any) -> Any:
-    """The optimizer inside all that wrap it."""
+    """The optimizer inside all wrappers around it."""
     while wraps(optimizer):
         optimizer = optimizer.inner_optimizer
     return optimizer
 
 
 def workers_inside(optimizer: Any) -> list[Any]:
-    """All that an optimizer contains and that do something: not a `MultiOptimizer` itself."""
+    """All optimizers inside this one, except `MultiOptimizer`s, which only pass calls on."""
     _, *inside = walk(optimizer)
     return [each for each in inside if not members(each)]
 
 
 def leaves(optimizer: Any) -> list[Any]:
-    """The optimizers inside that take the steps."""
+    """The optimizers that take the steps: those that contain no other."""
     return [each for each in walk(optimizer) if not directly_inside(each)]
 
 
 def depth(optimizer: Any) -> int:
-    """How many wrappers deep: 0 for an optimizer that wraps nothing."""
+    """The number of wrappers on the longest way in. It is 0 for an optimizer that wraps nothing."""
     deepest = max(map(depth, directly_inside(optimizer)), default=0)
     return deepest + wraps(optimizer)

@@ -1,4 +1,4 @@
-"""An optimizer around one other: construction, state, config, steps. Nothing of averages."""
+"""An optimizer that wraps another: construction, state, config and steps, but no averages."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,13 +23,13 @@ from keras_avg._wrapping.clock import Clock
 
 
 class OptimizerWrapper(ClassicSlots):
-    """Lets another optimizer take the steps, and does something before and after each.
+    """Lets another optimizer take the steps. A subclass acts before and after each step.
 
     Args:
         optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
         name: String, or None. Scope of the variables' names.
         gradient_transformers: List of functions of a list of `(gradient, variable)` pairs, or None.
-        gradient_aggregator: One such function, or None.
+        gradient_aggregator: A function like a gradient transformer, or None.
         **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, `learning_rate`, `lr`, `decay`.
     """
 
@@ -49,7 +49,8 @@ class OptimizerWrapper(ClassicSlots):
         aggregator, transformers = arguments.gradient_functions(
             gradient_aggregator, gradient_transformers
         )
-        # A callable rate, so that Keras makes no variable for a rate that is the inner optimizer's.
+        # The rate belongs to the inner optimizer. If it is a callable here, Keras makes no variable
+        # for it.
         super().__init__(
             learning_rate=lambda: self.inner_optimizer.learning_rate,
             name=_checks.scope_name(name),
@@ -62,30 +63,31 @@ class OptimizerWrapper(ClassicSlots):
         self.gradient_transformers = transformers
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; the hyper-parameters only until the optimizer is built.
+        """Set an attribute. A hyper-parameter can be set only before the optimizer is built.
 
         Raises:
-            AttributeError: If it is built. Training that is compiled would not notice the change.
+            AttributeError: If a hyper-parameter would change after that. Compiled training would
+                not notice the change.
         """
         if vars(self).get("built"):
             configs.refuse_change(self, name, value)
         super().__setattr__(name, value)
 
-    # What is the inner optimizer's, under the same names.
+    # These properties belong to the inner optimizer, and have the same names here.
 
     @property
     def iterations(self) -> Any:
-        """Real updates taken by the inner optimizer; accumulation micro-steps do not count."""
+        """The number of real updates so far. Micro-steps of gradient accumulation do not count."""
         _keras_internals.check_attached([_keras_internals.step_counter(self.inner_optimizer)])
         return self.inner_optimizer.iterations
 
     def updates_so_far(self) -> int:
-        """`iterations` as a Python number. For use outside compiled code."""
+        """`iterations` as a Python integer. For use outside compiled code."""
         return int(ops.convert_to_numpy(self.iterations))
 
     @property
     def learning_rate(self) -> Any:
-        """The inner optimizer's learning rate; settable where Keras has it settable."""
+        """The inner optimizer's learning rate. It can be set where Keras allows it."""
         _keras_internals.check_attached([_keras_internals.step_counter(self.inner_optimizer)])
         return self.inner_optimizer.learning_rate
 
@@ -96,7 +98,7 @@ class OptimizerWrapper(ClassicSlots):
 
     @property
     def lr(self) -> Any:
-        """The name `learning_rate` had in Keras 2."""
+        """The learning rate, under its name in Keras 2."""
         return self.learning_rate
 
     @lr.setter
@@ -105,7 +107,7 @@ class OptimizerWrapper(ClassicSlots):
 
     @property
     def optimizers(self) -> list[Any]:
-        """The members of a `MultiOptimizer` inside, whose rates Keras' callbacks set one by one.
+        """The members of an inner `MultiOptimizer`. Keras' callbacks set the rate of each member.
 
         Raises:
             AttributeError: If the inner optimizer has no members.
@@ -119,7 +121,7 @@ class OptimizerWrapper(ClassicSlots):
 
     @loss_scale_factor.setter
     def loss_scale_factor(self, factor: float | None) -> None:
-        # Keras' constructor sets its default before there is an inner optimizer to hand it to.
+        # Keras' constructor sets a default before there is an inner optimizer.
         if "inner_optimizer" in self.__dict__:
             self.inner_optimizer.loss_scale_factor = factor
 
@@ -133,34 +135,37 @@ class OptimizerWrapper(ClassicSlots):
         """Exclude variables from the inner optimizer's weight decay, before it is built."""
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
-    # State, as lists. Files are what a subclass makes of it.
+    # The state as lists. A subclass adds the state in files.
 
     @property
     def variables(self) -> list[Any]:
-        """Own variables (counters, what is kept, added ones), then the inner optimizer's."""
+        """The wrapper's own variables (counters, stores, added ones), then the inner ones."""
         self._before_state_is_read()
         return [*self._own_variables.by_name.values(), *self.inner_optimizer.variables]
 
     @property
     def weights(self) -> list[Any]:
-        """The name `variables` had in Keras 2."""
+        """The variables, under their name in Keras 2."""
         return self.variables
 
     def get_weights(self) -> list[np.ndarray]:
-        """The values of `variables` as NumPy arrays, one to one."""
+        """The values of `variables` as NumPy arrays, in the same order."""
         _keras_internals.check_attached(self.variables)
         return [ops.convert_to_numpy(variable) for variable in self.variables]
 
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Set `variables` from a list of arrays as `get_weights` gives it, all or none.
+        """Set `variables` from a list of arrays, as `get_weights` returns it.
+
+        If an array does not fit, no variable is changed.
 
         Raises:
-            ValueError: If the optimizer has not been built, or the number or a shape of the arrays
-                is not that of the variables.
+            ValueError: If the optimizer has not been built, or if the number of arrays or a shape
+                differs from that of the variables.
         """
         built_for_some = self.built and _keras_internals.built_variables(self)
         if not built_for_some and len(weights) != len(self.variables):
-            # Keras' loader of legacy `.h5` files builds every optimizer for no variables.
+            # Keras' loader of legacy `.h5` files builds every optimizer with an empty list of
+            # variables. This build must not count.
             self.built = False
             raise ValueError(
                 f"You are calling `set_weights()` on '{self.name}', which has no variables to "
@@ -176,10 +181,10 @@ class OptimizerWrapper(ClassicSlots):
         self._after_state_was_set()
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments to construct the wrapper with again, serializable.
+        """The arguments that construct an equal wrapper, in serializable form.
 
         Returns:
-            A dict. The rate is not in it: it is part of the inner optimizer's config.
+            A dict. The learning rate is not in it, because it is in the inner optimizer's config.
 
         Raises:
             ValueError: If a gradient function is not registered with Keras.
@@ -189,18 +194,18 @@ class OptimizerWrapper(ClassicSlots):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict | None = None) -> Any:
-        """Construct a wrapper from what `get_config` returned, or that of TensorFlow Addons.
+        """Construct a wrapper from a config of `get_config`, here or in TensorFlow Addons.
 
         Args:
-            config: Dict. Left as it is.
-            custom_objects: Dict of names to classes and functions that are not registered.
+            config: Dict. It is not changed.
+            custom_objects: Dict from names to classes and functions that are not registered.
 
         Returns:
-            A new wrapper, not built.
+            A new wrapper. It is not built.
 
         Raises:
-            ValueError: If an argument is unknown or out of range, or if the config is of Keras 2
-                and an optimizer or a schedule in it has no counterpart in Keras 3.
+            ValueError: If an argument is unknown or out of range. If the config is of Keras 2, and
+                Keras 3 has no counterpart for an optimizer or a schedule in it.
 
         Example:
 
@@ -221,7 +226,7 @@ class OptimizerWrapper(ClassicSlots):
         kind = type(self).__name__
         if self.inner_optimizer.built:
             arguments.refuse_other_variables(self.inner_optimizer, variables, kind)
-        elif variables:  # built for none, it could not be built for those that come later
+        elif variables:  # An optimizer is built once: it could not be built for later variables.
             with _backend.outside_trace(variables):
                 self.inner_optimizer.build(variables)
         arguments.refuse_accumulating_members(self.inner_optimizer, kind)
@@ -234,12 +239,12 @@ class OptimizerWrapper(ClassicSlots):
         self._after_build()
 
     def apply(self, grads: list[Any], trainable_variables: list[Any] | None = None) -> None:
-        """Let the inner optimizer take a step, then average if it is time.
+        """Let the inner optimizer take a step, then average if an averaging is due.
 
         Args:
             grads: List of gradients, as the inner optimizer takes them.
-            trainable_variables: List of the variables they belong to. Default None: those that the
-                optimizer was built with.
+            trainable_variables: List of the variables to which the gradients belong. Default None:
+                the variables with which the optimizer was built.
 
         Raises:
             RuntimeError: If the averages are in the model.
@@ -305,7 +310,7 @@ class OptimizerWrapper(ClassicSlots):
             return leaves_apply and inner._counts_every_step()
         return _keras_internals.counts_every_step(inner)
 
-    # For subclasses. Each is called above, at the moment that its name says.
+    # Hooks for subclasses. The methods above call each one at the moment that its name says.
 
     def _make_state(self, variables: list[Any]) -> None: ...
 

@@ -1,4 +1,4 @@
-"""The variables that a wrapper keeps, beside those of the optimizers inside it."""
+"""The variables that a wrapper itself keeps. Those of the optimizers inside it do not count."""
 
 import math
 import re
@@ -11,19 +11,20 @@ import keras
 from keras_avg import _backend, _keras_internals
 from keras_avg._wrapping import nesting
 
-SLOT, WEIGHT, VARIABLE = "slot_", "weight_", "variable_"  # what names of added ones begin with
+SLOT, WEIGHT, VARIABLE = "slot_", "weight_", "variable_"  # the names of added variables begin so
 RESERVED = (SLOT, WEIGHT, VARIABLE, "raw_", "swapped_")
 SLOT_NAME = re.compile(rf"{SLOT}(.+)_(\d+)")
-# What a file may add by itself: so many copies of the model's variables, or so many numbers.
+# A file may add variables by itself. Together they may be as large as COPIES copies of the model's
+# variables, or have FEW elements.
 COPIES, FEW = 8, 2**16
 
 
 class OwnVariables:
     """Makes, names and lists an optimizer's own variables.
 
-    Their names are those in a file: counters; `average_0`, one of a store beside each model
-    variable, with its number; `slot_x_0` and `weight_x`, which users added; `variable_0`, those of
-    subclasses.
+    The names are also those in a file. The counters have names of their own. `average_0` is the
+    variable of the store `average` beside model variable 0. `slot_x_0` and `weight_x` were added by
+    users. `variable_0` was added by a subclass.
 
     Args:
         optimizer: The optimizer that the variables are for.
@@ -38,10 +39,11 @@ class OwnVariables:
         return self.by_name[name]
 
     def counter(self, name: str) -> Any:
-        """The integer variable of this name, made if it is not there."""
+        """The integer variable of this name. It is made if it does not exist yet."""
         if name not in self.by_name:
-            # The innermost optimizer's name is unique in a program (Keras numbers it), the depth
-            # makes it so among nested wrappers: Keras' state trees want every path once.
+            # Keras' state trees need a different path for each variable. Keras numbers the names of
+            # optimizers, so the innermost optimizer's name is unique in a program. The depth tells
+            # apart the wrappers around it.
             self.by_name[name] = keras.optimizers.Optimizer.add_variable(
                 self._optimizer,
                 shape=(),
@@ -54,15 +56,16 @@ class OwnVariables:
     def add_store(
         self, store: str, variables: Mapping[int, Any], dtypes: Mapping[int, str]
     ) -> list:
-        """Make one variable beside each of some model variables: zeros of their shapes.
+        """Make one variable of zeros beside each of the given model variables.
 
-        An initializer that reads the variable would fail where TensorFlow creates both in the first
-        trace of a `tf.function`, and weights loaded later would not count.
+        The initializer does not read the model variable, for two reasons. It would fail if
+        TensorFlow creates both variables in the first trace of a `tf.function`. And it would miss
+        weights that are loaded later.
 
         Args:
-            store: String, the name under which they are kept.
-            variables: Dict of model variables by their numbers.
-            dtypes: Dict of dtypes by the same numbers.
+            store: String, the name of the store.
+            variables: Dict from numbers to model variables.
+            dtypes: Dict from the same numbers to dtypes.
         """
         if not store or "/" in store or store.startswith(RESERVED):
             raise ValueError(
@@ -80,12 +83,12 @@ class OwnVariables:
         return list(made.values())
 
     def add(self, variable: Any) -> None:
-        """Keep one more variable, which a subclass has made. It is saved by its place."""
+        """Keep one more variable, which a subclass has made. Its name in a file is its number."""
         number = sum(name.startswith(VARIABLE) for name in self.by_name)
         self._keep(f"{VARIABLE}{number}", variable)
 
     def add_slot(self, number: int, name: str, initializer: Any = "zeros") -> Any:
-        """Keep one more variable beside the model variable of this number."""
+        """Make one more variable beside the model variable of this number, and keep it."""
         variable = _keras_internals.built_variables(self._optimizer)[number]
         dtype = keras.backend.standardize_dtype(variable.dtype)
         slot = self._beside(variable, name, dtype, _copying(initializer))
@@ -93,7 +96,7 @@ class OwnVariables:
         return slot
 
     def add_weight(self, name: str, shape: Sequence[int], **how: Any) -> Any:
-        """Keep one more variable of any shape; the one of this name, if it is there."""
+        """The added variable of this name. It is made if it does not exist yet."""
         weight = self.by_name.get(f"{WEIGHT}{name}")
         if weight is None:
             how["initializer"] = _copying(how.get("initializer", "zeros"))
@@ -110,7 +113,10 @@ class OwnVariables:
         return weight
 
     def slots_of(self, number: int) -> dict[str, Any]:
-        """What is kept beside a model variable, by name. None where others have such a slot."""
+        """The variables kept beside a model variable, by name.
+
+        The value is None for a store that keeps nothing beside this variable.
+        """
         slots = {store: self.by_name.get(f"{store}_{number}") for store in self.stores}
         for name, added in self.by_name.items():
             if (found := SLOT_NAME.fullmatch(name)) and int(found[2]) == number:
@@ -118,9 +124,10 @@ class OwnVariables:
         return slots
 
     def expected_in(self, stored: Mapping[str, Any]) -> dict[str, Any]:
-        """What a file must have, by name: added variables only if they are in it.
+        """The entries that a file must have, by name, each with a variable of the right shape.
 
-        For those that are not here yet, what has their shape.
+        An added variable is expected only if it is in the file. If it is not here yet, another
+        array of its shape stands for it.
         """
         own = {
             n: v for n, v in self.by_name.items() if n in stored or not n.startswith((SLOT, WEIGHT))
@@ -134,7 +141,7 @@ class OwnVariables:
         return own
 
     def refuse_growth(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse a file that would make the optimizer larger than the model warrants."""
+        """Refuse a file whose additional variables are far larger than the model."""
         new = {name: shape for name, shape in shapes.items() if name not in self.by_name}
         elements = sum(map(math.prod, new.values()))
         built = _keras_internals.built_variables(self._optimizer)
@@ -150,7 +157,7 @@ class OwnVariables:
             )
 
     def add_what_is_stored(self, stored: Mapping[str, Any]) -> None:
-        """Make the added variables that came with a file; warn of those that it does not have."""
+        """Make the added variables that are only in the file. Warn of those that are only here."""
         for name in stored.keys() - self.by_name.keys():
             if slot := SLOT_NAME.fullmatch(name):
                 self.add_slot(int(slot[2]), slot[1])
@@ -171,13 +178,13 @@ class OwnVariables:
         )
 
     def _suffix(self) -> str:
-        """What tells the variables of nested wrappers apart."""
+        """The end of a variable's name, which differs between nested wrappers."""
         depth = nesting.depth(self._optimizer)
         return f"_{depth}" if depth > 1 else ""
 
     def _keep(self, name: str, variable: Any) -> None:
-        # In an order that does not depend on when they were added, so that two optimizers with the
-        # same variables, one of which has them from a file, list them alike.
+        # The order must not depend on when a variable was added. Then an optimizer that got its
+        # variables from a file lists them like one to which users added them.
         own = self.by_name | {name: variable}
         self.by_name = {name: own[name] for name in sorted(own, key=_place)}
 
@@ -185,16 +192,16 @@ class OwnVariables:
 def _place(name: str) -> tuple[Any, ...]:
     if slot := SLOT_NAME.fullmatch(name):
         return 1, slot[1], int(slot[2])
-    return (2, name) if name.startswith(WEIGHT) else (0,)  # 0: as they are
+    return (2, name) if name.startswith(WEIGHT) else (0,)  # those with 0 keep their order
 
 
 def _copying(initializer: Any) -> Callable:
-    """An initializer whose values are not somebody else's, as `lambda shape, dtype: var.value`."""
+    """An initializer that copies its values: users may pass `lambda shape, dtype: var.value`."""
     initial = keras.initializers.get(initializer)
     return lambda shape, dtype=None: _backend.copy(initial(shape, dtype=dtype))
 
 
 def _dtype_here(dtype: Any) -> str:
-    # A file from another backend may have 64 bits where JAX has not.
+    # A file from another backend may have a 64-bit dtype that JAX does not support here.
     name = keras.backend.standardize_dtype(dtype)
     return name if _backend.widest_float() == "float64" else name.replace("64", "32")

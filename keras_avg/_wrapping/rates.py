@@ -1,4 +1,4 @@
-"""The arguments `lr`, `learning_rate` and `decay`, which are the inner optimizer's."""
+"""The arguments `lr`, `learning_rate` and `decay`. They set the inner optimizer's rate."""
 
 import math
 import numbers
@@ -10,7 +10,7 @@ from keras_avg import _backend, _checks, _keras_internals
 
 
 def set_rate(optimizer: Any, wrapper: str, rate: dict[str, Any]) -> None:
-    """Apply `lr`, `learning_rate` and `decay` to the inner optimizer, all or none."""
+    """Apply `lr`, `learning_rate` and `decay` to the inner optimizer. An error changes nothing."""
     if not rate:
         return
     decay = _checks.non_negative("decay", rate.get("decay", 0.0))
@@ -34,7 +34,7 @@ def set_rate(optimizer: Any, wrapper: str, rate: dict[str, Any]) -> None:
 
 
 def _checked_rate(value: Any) -> Any:
-    if value is None or callable(value):  # schedules are
+    if value is None or callable(value):  # schedules are callable
         return value
     number = _checks.number(value)
     if not math.isfinite(number):
@@ -42,11 +42,11 @@ def _checked_rate(value: Any) -> Any:
             "`learning_rate` (`lr`) must be a finite number, a schedule or a function without "
             f"arguments. Received: {value!r}."
         )
-    return number  # not somebody's variable, whose buffer is not ours
+    return number  # not a variable of the user, whose buffer must not be shared
 
 
 def without_owner(rate: Any) -> Any:
-    """A rate to assign: of a variable or a tensor, the value, in a buffer of its own."""
+    """A rate to assign. Of a variable or a tensor it is a copy of the value."""
     if callable(rate) or isinstance(rate, numbers.Real):
         return rate
     return _backend.copy(keras.ops.convert_to_tensor(rate))

@@ -1,4 +1,4 @@
-"""Where the raw values are while a model holds averages."""
+"""Keeps the raw values while a model holds averages."""
 
 from collections.abc import Collection
 from typing import Any
@@ -8,21 +8,21 @@ from keras import ops
 
 from keras_avg import _backend
 
-# Names in a file.
+# The beginnings of names in a file.
 RAW = "raw_"
 STATISTIC = "raw_statistic_"
 SWAPPED = "swapped_after"
 
 
 class RawValues:
-    """The raw values of variables that hold averages meanwhile: storage outside `variables`.
+    """The raw values of variables that hold averages now. They are not part of `variables`.
 
     Args:
         variables: List of variables.
         tensors: List of their raw values.
-        updates: Integer. The optimizer's `iterations` when they were set aside.
-        statistics: Dict of arrays: batch-normalization statistics from a file, by the place of
-            their variables among those of a model that is not yet known.
+        updates: Integer. The optimizer's `iterations` when the values were set aside.
+        statistics: Dict of arrays, the batch-normalization statistics in a file. A key is the place
+            of the statistic's variable in `model.variables`. The model itself may not be known yet.
     """
 
     def __init__(
@@ -36,12 +36,13 @@ class RawValues:
         self.tensors = tensors
         self.updates = updates
         self.statistics = statistics or {}
-        self.updates_told_of = updates  # the count about which an error was raised last
-        self.updates_of_others: dict[int, int] = {}  # over the same variables, at that time
-        self._places: list[int] = []  # of bound statistics, in their order
+        self.updates_told_of = updates  # `iterations` when the last error about it was raised
+        # Updates of other wrappers over the same variables when the values were set aside.
+        self.updates_of_others: dict[int, int] = {}
+        self._places: list[int] = []  # the places of the bound statistics, in their order
 
     def add_statistics(self, model: Any, variables: list[Any]) -> None:
-        """Set the values of a model's batch-normalization statistics aside too, unless they are."""
+        """Set a model's batch-normalization statistics aside too, except those already aside."""
         self.bind_statistics(model)
         aside = {id(variable) for variable in self.variables}
         variables = [variable for variable in variables if id(variable) not in aside]
@@ -56,7 +57,7 @@ class RawValues:
         """Say which model the statistics from a file belong to.
 
         Raises:
-            ValueError: If the model has no variables of such shapes in their places.
+            ValueError: If the model's variables at these places have other shapes.
         """
         of_model = model.variables
         for place, value in self.statistics.items():
@@ -88,18 +89,21 @@ class RawValues:
             variable.assign(tensor)
 
     def exchange(self) -> None:
-        """Let the raw values and those in the model change places, one variable at a time."""
+        """Exchange the raw values and the values in the model, one variable at a time."""
         for i, variable in enumerate(self.variables):
             held = _backend.set_aside(variable)
             variable.assign(self.tensors[i])
             self.tensors[i] = held
 
     def mark(self) -> list[Any]:
-        """What the model has now of the statistics whose raw values are set aside."""
+        """Copies of the statistics in the model whose raw values are set aside."""
         return [_backend.copy(variable) for variable in self._statistics()]
 
     def rewind(self, mark: list[Any]) -> None:
-        """Give the model the statistics of a mark; those set aside since then get raw values."""
+        """Put the statistics of a mark back into the model.
+
+        Statistics that were set aside after the mark get their raw values back.
+        """
         statistics = self._statistics()
         first = len(self.variables) - len(statistics) + len(mark)
         for variable, tensor in zip(self.variables[first:], self.tensors[first:], strict=True):
@@ -113,12 +117,12 @@ class RawValues:
         return self.variables[len(self.variables) - len(self._places) :]
 
     def arrays(self, model: Any = None, without: Collection[int] = ()) -> dict[str, Any]:
-        """What goes into a file.
+        """The arrays for a file, by name.
 
         Args:
-            model: The model that is saved, among whose variables statistics have their places.
-                None: it is not known, and is taken for the one that they were computed with.
-            without: The places of raw values to leave out, because the model no longer has the
+            model: The model that is saved. Its variables decide the places of statistics. If it is
+                None, the places are those in the model for which the statistics were computed.
+            without: The places of raw values to leave out, because the model no longer has their
                 variables.
         """
         values = [ops.convert_to_numpy(tensor) for tensor in self.tensors]
@@ -128,7 +132,7 @@ class RawValues:
         bound = {
             place: value
             for place, value in zip(places, values[of_weights:], strict=True)
-            if place is not None  # of a part that the model does not have
+            if place is not None  # None: the saved model does not have this statistic
         }
         return {
             SWAPPED: np.asarray(self.updates),

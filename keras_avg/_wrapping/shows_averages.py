@@ -1,4 +1,4 @@
-"""What users see of averages, and do with them."""
+"""The methods with which users read averages, swap them into a model, and save them."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -16,12 +16,12 @@ from keras_avg._wrapping.swap import Swap, supersede
 
 
 class ShowsAverages(OptimizerWrapper):
-    """Keeps something beside each variable, and shows what it makes of that in the model.
+    """Keeps stores beside the variables, and can put the averages from them into the model.
 
     Args:
-        average_dtype: Dtype of what is kept; None: float32 for low-precision variables, the
-            variable's own for all others.
-        exclude: List of regular expressions. Variables whose paths match keep nothing.
+        average_dtype: Dtype of the stores. None: float32 for low-precision variables, and the
+            variable's own dtype for all others.
+        exclude: List of regular expressions. A variable whose path matches has no store.
         **arguments: As for `OptimizerWrapper`.
     """
 
@@ -31,41 +31,45 @@ class ShowsAverages(OptimizerWrapper):
         super().__init__(**arguments)
         self.average_dtype = average_dtype
         self.exclude = exclude
-        #: What is kept beside the variables, by the names of `stores()`. Empty before `build`.
+        #: The stores, by the names that `stores()` gives them. Empty before `build`.
         self.kept: dict[str, Store] = {}
         self._state_file = StateFile(self, self._own_variables, self._parts_on_file)
         self._swap: Swap | None = None
 
     def stores(self) -> dict[str, str]:
-        """What to keep beside each variable. For rules; called once, by `build`.
+        """The names of the stores to keep beside each variable. Rules override it.
+
+        A store has the variable's shape and sharding. It is float32 or wider for low-precision
+        variables. It is saved by its name, and `get_slot` finds it by this name.
 
         Returns:
-            Dict of names, and of what each begins with: `"variable"`, the value just before the
-            first update, or `"zeros"`. Default: one store, `"average"`, that begins with the
-            variable. A store has the variable's shape and sharding, float32 or wider for
-            low-precision variables; it is saved by its name and found by `get_slot`.
+            Dict from the name to the first values: `"variable"` for the variable's value just
+            before the first update, or `"zeros"`. Default: one store, `"average"`, that begins with
+            the variable.
         """
         return {"average": "variable"}
 
     def averages(self) -> list[Any]:
-        """What the model holds when the averages are in it. For rules; may run in compiled code.
+        """The values that the model holds while it is swapped. Rules override it.
+
+        It may run in compiled code.
 
         Returns:
-            List of tensors, one for each averaged variable, in order, of the variables' shapes.
-            Default: the store `"average"`.
+            List of tensors, one for each averaged variable, in the same order and with the same
+            shape. Default: the values of the store `"average"`.
         """
         return self.kept["average"].values()
 
     def assign_average_vars(self, var_list: list[Any]) -> None:
-        """Give the variables the values of their averages; the raw values are gone.
+        """Assign the averages to the variables for good. The raw values are lost.
 
         Args:
-            var_list: List of variables, such as `model.variables`. Those that have no average
-                (batch-normalization statistics) are left alone.
+            var_list: List of variables, such as `model.variables`. Variables without an average
+                (such as batch-normalization statistics) do not change.
 
         Raises:
-            ValueError: If none of them has an average, or there is no snapshot yet.
-            RuntimeError: If the averages are in the model already, and the raw values set aside.
+            ValueError: If none of the variables has an average, or there is no snapshot yet.
+            RuntimeError: If the averages are in the model already, while the raw values are kept.
 
         Example:
 
@@ -96,17 +100,18 @@ class ShowsAverages(OptimizerWrapper):
         self._after_averages_were_assigned()
 
     def swap_weights(self) -> None:
-        """Exchange the raw and the averaged values in the model; twice gives every raw bit back.
+        """Exchange the raw and the averaged values in the model.
 
-        The averages stay in the optimizer, untouched. A model that is saved while swapped holds the
-        averages, and its file the raw values too. Batch-normalization statistics that
-        `keras_avg.update_batch_norm` computes meanwhile go out with the averages.
+        A second call restores every bit of the raw values. The averages in the optimizer do not
+        change. If a swapped model is saved, its file has the averages as weights, and the raw
+        values too. The second call also restores the batch-normalization statistics that
+        `keras_avg.update_batch_norm` has recomputed while the averages were in the model.
 
         Raises:
             ValueError: If there is no snapshot yet.
-            RuntimeError: If the model was trained while the averages were in it, if another wrapper
-                has its averages in the same variables, or if the raw values were lost on the way
-                (by `set_weights`, Orbax or `tf.train.Checkpoint` of a copy taken while swapped).
+            RuntimeError: If the model was trained while the averages were in it. If another wrapper
+                has its averages in the same variables. If the raw values are lost: `set_weights`,
+                Orbax or `tf.train.Checkpoint` has restored a copy that was taken while swapped.
 
         Example:
 
@@ -126,10 +131,10 @@ class ShowsAverages(OptimizerWrapper):
 
     @contextlib.contextmanager
     def average_weights(self) -> Iterator[None]:
-        """Context in which the model holds the averages; outside what it held before.
+        """Context in which the model holds the averages.
 
-        Batch-normalization statistics that `keras_avg.update_batch_norm` computes in it for the
-        averages go out with them.
+        When the context ends, the model holds again what it held before. This includes the
+        batch-normalization statistics that `keras_avg.update_batch_norm` has recomputed in it.
 
         Example:
 
@@ -152,20 +157,19 @@ class ShowsAverages(OptimizerWrapper):
 
     @contextlib.contextmanager
     def reading_averages(self) -> Iterator[None]:
-        """Context in which all that reads the variables sees the averages. Nothing is swapped.
+        """Context in which every read of a variable returns its average. Nothing is swapped.
 
-        So a teacher can be called in the middle of a train step: a mean teacher, BYOL, DINO. No
-        copy is made, and training goes on as if nothing had been read. What is assigned inside
-        (batch-normalization statistics, seeds) is thrown away: call the model with
-        `training=False`.
+        With it a train step can call the model as a teacher (mean teacher, BYOL, DINO). No copy is
+        made, and training goes on as if nothing had been read. Values that are assigned inside
+        (batch-normalization statistics, seeds) are lost, so call the model with `training=False`.
 
-        On TensorFlow this works in a `tf.function` too, on JAX outside of compiled code. In a
-        compiled JAX step the teacher is a function of the state:
+        On TensorFlow this also works in a `tf.function`. On JAX it works only outside of compiled
+        code. In a compiled JAX step, call the teacher with the averages from the state:
         `model.stateless_call(optimizer.stateless_average(state), non_trainable, x)`.
 
         Raises:
-            ValueError: If there is no snapshot yet, where Python sees it; or if a variable is not
-                a Keras variable, so that Keras cannot read another value in its place.
+            ValueError: If there is no snapshot yet. (In compiled code this is not checked.) If a
+                variable is not a Keras variable, because then Keras cannot replace its value.
             RuntimeError: In a compiled JAX step.
 
         Example:
@@ -190,12 +194,14 @@ class ShowsAverages(OptimizerWrapper):
 
     @contextlib.contextmanager
     def showing(self, values: Callable[[], Sequence[Any]]) -> Iterator[None]:
-        """Context in which the model holds other values; outside what it held before.
+        """Context in which the model holds other values.
 
-        For rules that have more to show than one average. Inside, `averages_in_model` is True.
+        When the context ends, the model holds again what it held before. Rules use it to show more
+        than one average. Inside the context, `averages_in_model` is True.
 
         Args:
-            values: Function without arguments: a list of tensors, one for each averaged variable.
+            values: Function without arguments. It returns a list of tensors, one for each averaged
+                variable.
 
         Raises:
             ValueError: If there is no snapshot yet.
@@ -208,16 +214,17 @@ class ShowsAverages(OptimizerWrapper):
             yield
 
     def raw_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Context in which the model holds the raw weights; outside what it held before.
+        """Context in which the model holds the raw weights.
 
-        Raw weights, averages and iterations may change in it.
+        When the context ends, the averages are in the model again if they were before. Raw weights,
+        averages and iterations may change inside the context.
         """
         if self._swap is None:
             return contextlib.nullcontext()
         return self._swap.raw_again(self.averages)
 
     def keep_averages(self) -> None:
-        """End a swap with the averages in the model for good; the raw values are gone.
+        """End a swap, and leave the averages in the model for good. The raw values are lost.
 
         Training goes on from the averages.
 
@@ -234,10 +241,11 @@ class ShowsAverages(OptimizerWrapper):
         self._after_averages_were_assigned()
 
     def bind_model(self, model: Any) -> None:
-        """Say which model was loaded with the averages in it, so that `swap_weights` may follow.
+        """Say which model was loaded with the averages in it, so that `swap_weights` works.
 
-        Where batch-normalization statistics of the raw weights came with the file, this says where
-        they belong. `keras_avg.swap_weights(model)` and the callbacks do it by themselves.
+        The file may contain batch-normalization statistics of the raw weights. The optimizer must
+        know the model to which they belong. `keras_avg.swap_weights(model)` and the callbacks call
+        this method by themselves.
 
         Args:
             model: A `keras.Model`.
@@ -250,7 +258,7 @@ class ShowsAverages(OptimizerWrapper):
 
     @property
     def averages_in_model(self) -> bool:
-        """Whether the model holds the averages at the moment. For use outside compiled code."""
+        """Whether the model holds the averages now. For use outside compiled code."""
         if self._swap is None:
             return False
         _keras_internals.check_attached(self._own_variables.by_name.values())
@@ -258,19 +266,19 @@ class ShowsAverages(OptimizerWrapper):
 
     @property
     def num_snapshots(self) -> int:
-        """How many averagings have been done. For use outside compiled code."""
+        """The number of averagings so far. For use outside compiled code."""
         if not self.built:
             return 0
         _keras_internals.check_attached(self._own_variables.by_name.values())
         return int(self._snapshots.read())
 
     def count_snapshots(self, number: Any) -> None:
-        """Add to the number of snapshots: an integer or a bool, or a scalar of such a dtype."""
+        """Add `number` to the number of snapshots. It is an integer or a bool, or such a tensor."""
         self._snapshots.advance(number)
 
     @property
     def has_average(self) -> bool:
-        """Whether there has been a snapshot. For use outside compiled code."""
+        """Whether there was a snapshot. For use outside compiled code."""
         return self.num_snapshots > 0
 
     @property
@@ -279,7 +287,7 @@ class ShowsAverages(OptimizerWrapper):
         return [] if self._swap is None else list(self._swap.variables)
 
     def why_without_averages(self) -> str:
-        """A sentence, if a file that was loaded should have had averages and had none; else ""."""
+        """A sentence that says why the loaded file has no averages, or "" if that is not so."""
         return self._state_file.why_without_averages()
 
     def stateless_average(
@@ -288,23 +296,23 @@ class ShowsAverages(OptimizerWrapper):
         trainable_variables: list[Any] | None = None,
         optimizer: Any = None,
     ) -> list[Any]:
-        """The averages out of a list of values for `variables`; jittable.
+        """The averages from a list of values of `variables`. It can be compiled by `jax.jit`.
 
         Args:
-            optimizer_variables: List of tensors, one for each of `variables`, as
-                `stateless_apply` takes and returns it.
-            trainable_variables: List of tensors, the raw values, one for each variable that the
-                optimizer was built with. If given, they are what this returns before the first
-                snapshot, in the averages' dtype. Default None: before the first snapshot the
-                averages are returned as they are stored, which for `SWA` is zeros.
-            optimizer: A wrapper inside this one, whose averages are wanted. The lists are those of
-                this optimizer. Default None: this wrapper.
+            optimizer_variables: List of tensors, one for each of `variables`. `stateless_apply`
+                takes and returns such a list.
+            trainable_variables: List of tensors, the raw values, one for each variable with which
+                the optimizer was built. If they are given, this returns them, in the averages'
+                dtype, before the first snapshot. Default None: before the first snapshot, the
+                values of the stores are returned. For `SWA` these are zeros.
+            optimizer: A wrapper inside this one, to return its averages. The lists must still be
+                those of the outer optimizer. Default None: this wrapper.
 
         Returns:
             List of tensors, one for each variable that has an average, in order.
 
         Raises:
-            ValueError: If a list does not have the right length, or `optimizer` is not inside.
+            ValueError: If a list has the wrong length, or if `optimizer` is not inside this one.
 
         Example:
 
@@ -334,18 +342,18 @@ class ShowsAverages(OptimizerWrapper):
             ]
 
     def stateless_num_snapshots(self, optimizer_variables: list[Any], optimizer: Any = None) -> Any:
-        """How many averagings have been done, out of a list of values for `variables`; jittable.
+        """The number of averagings, from a list of values of `variables`. `jax.jit` can compile it.
 
         Args:
-            optimizer_variables: List of tensors, one for each of `variables`, as
-                `stateless_apply` takes and returns it.
-            optimizer: A wrapper inside this one, whose number is wanted. Default None: this one.
+            optimizer_variables: List of tensors, one for each of `variables`. `stateless_apply`
+                takes and returns such a list.
+            optimizer: A wrapper inside this one, to return its number. Default None: this wrapper.
 
         Returns:
             Integer scalar tensor.
 
         Raises:
-            ValueError: If the list does not have the right length, or `optimizer` is not inside.
+            ValueError: If the list has the wrong length, or if `optimizer` is not inside this one.
 
         Example:
 
@@ -360,7 +368,7 @@ class ShowsAverages(OptimizerWrapper):
         return next(ops.convert_to_tensor(value) for v, value in state if v is counter)
 
     def _state_of(self, wrapper: Any, values: list[Any]) -> list[tuple[Any, Any]]:
-        """Variables and their values, which must be those of this wrapper and what is inside it."""
+        """Pairs of `variables` and their values. `wrapper` must be this wrapper or inside it."""
         variables = self.variables
         if len(values) != len(variables):
             raise ValueError(
@@ -378,14 +386,14 @@ class ShowsAverages(OptimizerWrapper):
     def shadow_copy(self, variables: Iterable[Any]) -> None:
         """Make the averages before training begins, with the values of the variables.
 
-        `assign_average_vars` and `swap_weights` still wait for the first snapshot.
+        `assign_average_vars` and `swap_weights` still need a first snapshot.
 
         Args:
-            variables: List of variables, such as `model.variables`. Those that are not trainable
-                are left out.
+            variables: List of variables, such as `model.variables`. Variables that are not
+                trainable are ignored.
 
         Raises:
-            ValueError: If the optimizer was built with others.
+            ValueError: If the optimizer was built with other variables.
         """
         variables = [v for v in variables if getattr(v, "trainable", True)]
         for variable in variables if self.built else ():
@@ -397,41 +405,42 @@ class ShowsAverages(OptimizerWrapper):
 
     @property
     def has_shadow_copy(self) -> bool:
-        """Whether the averages are made."""
+        """Whether the averages have been made."""
         return self.built
 
     def save_own_variables(self, store: MutableMapping[str, Any]) -> None:
         """Write the wrapper's own variables, and the raw values if the averages are in the model.
 
-        Keras writes the inner optimizer's. Averages that would not fit the saved model are left
-        out, and the file says why: if the model's variables were replaced (as by `quantize`), or if
-        a layer stores something else than its variables (as LoRA, merged into the kernel).
+        Keras writes the inner optimizer's variables. If averages do not fit the saved model, they
+        are left out, and the file says why. This happens if the model's variables were replaced (by
+        `quantize`, for example). It also happens if a layer does not store its variables as they
+        are (a LoRA layer stores a merged kernel).
 
         Raises:
-            RuntimeError: If the raw values should be there and are not, or if they and the rest
-                of the state are of different updates.
+            RuntimeError: If the averages are in the model, but the raw values are lost, or belong
+                to another update than the rest of the state.
         """
         _keras_internals.check_attached(self._own_variables.by_name.values())
         if self._swap is not None:
             self._state_file.save(store, self._swap)
 
     def load_own_variables(self, store: Mapping[str, Any]) -> None:
-        """Read the wrapper's own variables, all or none.
+        """Read the wrapper's own variables, or raise and change nothing.
 
-        The file's index is checked first: nothing is read of what does not fit.
+        The file's index is checked first. If it does not fit, no array is read.
 
         Raises:
-            ValueError: If the stored state is not one of a wrapper like this one.
+            ValueError: If the stored state does not fit this wrapper.
         """
         _keras_internals.check_attached(self.variables)
         self._state_file.load(store, self._swap)
         self._after_state_was_set()
 
     def check_file(self, store: Mapping[str, Any]) -> None:
-        """Refuse a file whose part for this optimizer does not fit. Reads nothing but its index.
+        """Refuse a file whose part for this optimizer does not fit. Only the index is read.
 
         Raises:
-            ValueError: If the stored state is not one of a wrapper like this one.
+            ValueError: If the stored state does not fit this wrapper.
         """
         self._state_file.check(store, self._swap)
 
@@ -439,19 +448,20 @@ class ShowsAverages(OptimizerWrapper):
         """Called by `fit` when training ends.
 
         Raises:
-            RuntimeError: If the averages were in the model while it was trained, in code compiled
-                before they were put in.
+            RuntimeError: If the model was trained while the averages were in it. Code that was
+                compiled before the swap can do that.
         """
         if not _keras_internals.reattach_state(self):
-            return  # `fit` is already raising; do not replace its error
+            return  # `fit` is already raising. Do not replace its error.
         if self._swap is not None:
             if self.averages_in_model:
                 self._swap.refuse_training_meanwhile()
             self._swap.refuse_training_under_another()
-        with self.raw_weights():  # Keras' own average (`use_ema`) goes there
+        with self.raw_weights():  # `use_ema` of Keras must write its average over the raw weights.
             self.inner_optimizer.finalize_variable_values(var_list)
             if getattr(nesting.innermost(self), "use_ema", False):
-                # On JAX it and the variables would share buffers, which the next `fit` refuses.
+                # On JAX, Keras' average and the variables would share buffers. The next `fit` would
+                # then fail, so the variables get buffers of their own.
                 _backend.assign_quotients(var_list, 1.0, var_list)
 
     def get_config(self) -> dict[str, Any]:
@@ -481,7 +491,7 @@ class ShowsAverages(OptimizerWrapper):
         supersede(self)
 
     def _before_state_is_read(self) -> None:
-        # JAX' trainer asks for the variables before it takes the values away.
+        # The JAX trainer asks for the variables before it takes their values away.
         if self._swap is not None:
             self._swap.notice_restored_state()
 
@@ -490,7 +500,7 @@ class ShowsAverages(OptimizerWrapper):
             self._swap.note_state()
 
     def _before_inner_step(self) -> None:
-        """Start what begins with the variables, at the first update."""
+        """At the first update, copy the variables into the stores that begin with them."""
         starts = self.stores()
         begin = [store for name, store in self.kept.items() if starts[name] == "variable"]
         if begin:
@@ -503,10 +513,10 @@ class ShowsAverages(OptimizerWrapper):
             self._swap.refuse_while_in("training")
 
     def _after_averages_were_assigned(self) -> None:
-        """For subclasses: training goes on from the averages."""
+        """Hook for subclasses, because training now goes on from the averages."""
 
     def _parts_on_file(self) -> dict[str, Any]:
-        """The optimizers that Keras saves inside this one, by the attributes they are in."""
+        """The optimizers that Keras saves inside this one, by the names of their attributes."""
         return {"inner_optimizer": self.inner_optimizer}
 
     def _refuse_without_snapshot(self, what_for: str) -> None:

@@ -1,4 +1,4 @@
-"""What a rule keeps beside each of the model's variables, and what it may do with it."""
+"""Stores hold what a rule keeps beside the model's variables. Rules change them by methods."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,14 +7,14 @@ from keras_avg import _backend
 
 
 class Store:
-    """One kept variable beside each model variable that is averaged.
+    """One kept variable beside each averaged variable of the model.
 
-    A rule moves all of them at once, where a condition holds. All methods run inside compiled code,
-    under strategies and on sharded variables. A store holds float32 or wider for low-precision
-    variables, and is saved by its name.
+    A method changes all kept variables at once, if its condition is true. All methods work inside
+    compiled code, under strategies and on sharded variables. For low-precision variables a store
+    holds float32 or wider. It is saved by its name.
 
     Args:
-        kept: List of variables, one for each of `variables`, of the same shapes.
+        kept: List of variables, one for each of `variables`, with the same shapes.
         variables: List of the model's variables.
     """
 
@@ -23,27 +23,27 @@ class Store:
         self.variables = list(variables)
 
     def values(self) -> list[Any]:
-        """What is kept, as tensors."""
+        """The kept values, as tensors."""
         return [_backend.value(variable) for variable in self.kept]
 
     def lerp_if(self, condition: Any, weight: Callable[[], Any]) -> None:
         """Move towards the variables: `kept <- kept + weight() * (variable - kept)`.
 
         Args:
-            condition: Bool, or a scalar tensor: whether to move at all.
-            weight: Function without arguments, called if it is needed: a float, or a scalar tensor.
-                Weight 1 gives the variables bit for bit.
+            condition: Bool, or a scalar tensor. If it is false, nothing changes.
+            weight: Function without arguments. It returns a float or a scalar tensor, and is called
+                only if needed. Weight 1 gives the variables bit for bit.
         """
         _backend.lerp_if(condition, self.kept, self.variables, weight)
 
     def assign_if(self, condition: Any, new_value: Callable[..., Any], *others: "Store") -> None:
-        """Compute a new value for each: `kept <- new_value(kept, variable, *others)`.
+        """Compute new values: `kept <- new_value(kept, variable, *others)`.
 
         Args:
-            condition: Bool, or a scalar tensor: whether to assign at all.
-            new_value: Function of tensors in the dtype of what is kept: what is kept, the
-                variable, and what each of `others` keeps beside the same variable. Returns a
-                tensor of that shape.
+            condition: Bool, or a scalar tensor. If it is false, nothing changes.
+            new_value: Function that is called once for each variable. It takes tensors: the kept
+                value, the variable, and the value that each of `others` keeps beside the same
+                variable. All have the dtype of the kept value. It returns a tensor of their shape.
             *others: Further stores of the same rule.
         """
         sources = [self.variables, *(other.kept for other in others)]
@@ -59,15 +59,16 @@ class Store:
         _backend.assign_if(condition, self.kept, [v for s in sources for v in s], new_values)
 
     def flow_back_if(self, condition: Any) -> None:
-        """Give the variables what is kept beside them."""
+        """Assign the kept values to the variables."""
         _backend.assign_if(condition, self.variables, self.kept, _copies)
 
     def show_if(self, condition: Any, value: Callable[..., Any], *others: "Store") -> None:
-        """Compute the variables from what is kept: `variable <- value(kept, *others)`.
+        """Compute the variables from the kept values: `variable <- value(kept, *others)`.
 
         Args:
-            condition: Bool, or a scalar tensor: whether to assign at all.
-            value: Function of tensors in the dtype of what is kept, which gives one of that shape.
+            condition: Bool, or a scalar tensor. If it is false, nothing changes.
+            value: Function that is called once for each variable. It takes the kept tensors, in
+                their dtypes, and returns a tensor of their shape.
             *others: Further stores of the same rule.
         """
         sources = [self.kept, *(other.kept for other in others)]
@@ -80,17 +81,17 @@ class Store:
         _backend.assign_if(condition, self.variables, [v for s in sources for v in s], new_values)
 
     def copy_from(self, other: "Store") -> None:
-        """Take the values of another store. For use outside compiled code."""
+        """Copy the values of another store into this one. For use outside compiled code."""
         for target, source in zip(self.kept, other.kept, strict=True):
             target.assign(_backend.copy(source))
 
     def start(self, updates: Any) -> None:
-        """Take the variables' values if there has been no update yet. Called before the step."""
+        """Copy the variables' values if there was no update yet. It is called before the step."""
         _backend.start_averages(updates, self.kept, self.variables)
 
 
 class Ring:
-    """Several stores, of which each new value takes the place of the oldest.
+    """Several stores in a ring. A new value replaces the oldest one.
 
     Args:
         stores: List of stores over the same variables.
@@ -102,13 +103,14 @@ class Ring:
     def put_if(
         self, condition: Any, count: Any, new_value: Callable[..., Any], *others: Store
     ) -> None:
-        """Let a new value take the oldest one's place.
+        """Replace the oldest value by a new one.
 
         Args:
-            condition: Bool, or a scalar tensor: whether to put at all.
-            count: Integer, or an integer scalar: how many values have been put before.
-            new_value: Function of tensors in the dtype of what is kept: the variable, and what each
-                of `others` keeps beside it. Returns a tensor of that shape.
+            condition: Bool, or a scalar tensor. If it is false, nothing changes.
+            count: Integer, or an integer scalar. How many values were put before.
+            new_value: Function that is called once for each variable. It takes tensors: the
+                variable, and the value that each of `others` keeps beside it. All have the dtype of
+                the kept value. It returns a tensor of their shape.
             *others: Further stores of the same rule.
         """
         if not self.stores:

@@ -1,4 +1,4 @@
-"""The turns that averages and raw values take in a model's variables."""
+"""Swaps raw values and averages in a model's variables."""
 
 import contextlib
 import weakref
@@ -11,23 +11,24 @@ from keras_avg import _backend, _keras_internals
 from keras_avg._wrapping import bindings, nesting, train_function
 from keras_avg._wrapping.raw_values import RawValues
 
-Values = Callable[[], Sequence[Any]]  # what to show, as tensors
+Values = Callable[[], Sequence[Any]]  # returns the values to show, as tensors
 
-# Swaps whose averages are in a model. They are not kept alive: a model whose optimizer is gone
-# simply holds averages.
+# Swaps whose averages are in a model. The references are weak: if the optimizer is deleted, the
+# model just keeps the averages.
 _under_way: "weakref.WeakSet[Swap]" = weakref.WeakSet()
 
 
 class Swap:
-    """Exact exchanges: what is shown stays where it is, raw values are set aside and put back.
+    """Shows values in the model, and puts the raw values back, bit for bit.
 
-    It knows nothing of averages. It is handed functions of the values to show.
+    To show values, it sets the raw values aside and assigns copies of the shown values. It knows
+    nothing about averages: callers pass a function that returns the values to show.
 
     Args:
-        owner: The wrapper whose averages are shown: its name, and the models it works for.
-        variables: List of the model's variables that it shows something in.
-        flag: Integer variable: whether the model holds what is shown. It is part of the state.
-        updates: Function without arguments: how many updates have been done, an integer.
+        owner: The wrapper whose averages are shown. The swap uses its name and its models.
+        variables: List of the model's variables in which it shows values.
+        flag: Integer variable, part of the state. It is 1 while the model holds the shown values.
+        updates: Function without arguments. It returns the number of updates, an integer.
     """
 
     def __init__(
@@ -39,16 +40,16 @@ class Swap:
         self._updates = updates
         self.variables = list(variables)
         self.raw: RawValues | None = None
-        self._is_raw_lost = False  # as far as Python was told
-        self.why_raw_values_are_lost = ""  # a sentence, if a file says so
+        self._is_raw_lost = False  # True if a restored state says so
+        self.why_raw_values_are_lost = ""  # a sentence, if a loaded file gives the reason
 
     def is_in(self) -> bool:
-        """Whether the state says that the model holds what is shown."""
+        """Whether the model holds the shown values, according to the state."""
         self.notice_restored_state()
         return bool(_backend.concrete(self._counter.read()))
 
     def put_in(self, values: Values) -> None:
-        """Set the raw values aside and show others.
+        """Set the raw values aside, and show other values.
 
         Raises:
             RuntimeError: If some of the variables hold the averages of another wrapper.
@@ -72,10 +73,10 @@ class Swap:
         self.hold(raw)
 
     def put_back(self) -> None:
-        """Give the raw values back.
+        """Put the raw values back into the model.
 
         Raises:
-            RuntimeError: If they are lost, or if the model was trained meanwhile.
+            RuntimeError: If they are lost, or if the model was trained since they were set aside.
         """
         raw = self.raw_or_refuse()
         self.refuse_training_meanwhile()
@@ -90,21 +91,20 @@ class Swap:
         self.end()
 
     def end(self) -> None:
-        """End the swap with what is in the model; the raw values are gone."""
+        """End the swap, and leave the shown values in the model. The raw values are lost."""
         self.hold(None)
         self.why_raw_values_are_lost = ""
         self._counter.advance(-1)
 
     def show(self, values: Values) -> None:
-        """Give the variables the values to show, in buffers of their own."""
+        """Assign copies of the values to the variables."""
         for variable, value in zip(self.variables, values(), strict=True):
-            self._owner.assign(
-                variable, _backend.to_assign(value)
-            )  # casts; a `tf.Variable` does not
+            # Not `variable.assign`: a `tf.Variable` does not cast.
+            self._owner.assign(variable, _backend.to_assign(value))
 
     @contextlib.contextmanager
     def showing(self, values: Values) -> Iterator[None]:
-        """Context in which the model holds some values, whatever it holds outside."""
+        """Context in which the model holds some values. It may hold raw or shown values outside."""
         if not self.is_in():
             self.put_in(values)
             try:
@@ -125,9 +125,9 @@ class Swap:
 
     @contextlib.contextmanager
     def raw_again(self, values: Values) -> Iterator[None]:
-        """Context in which the model holds the raw values, whatever it holds outside.
+        """Context in which the model holds the raw values. It may hold shown values outside.
 
-        Raw values, averages and counters may change in it.
+        Raw values, averages and counters may change inside the context.
         """
         if not self.is_in():
             yield
@@ -137,13 +137,13 @@ class Swap:
         try:
             yield
         finally:
-            # Computed before the exchange: it may derive from the variables.
+            # Must come before the exchange: a rule may compute these values from the variables.
             shown = [_backend.copy(value) for value in values()]
             raw.exchange()
             self.show(lambda: shown)
 
     def hold(self, raw: RawValues | None) -> None:
-        """Keep raw values for as long as they are not in the model; None: they are in it."""
+        """Keep the raw values until they are in the model again. None: they are in the model."""
         self.raw, self._is_raw_lost = raw, False
         models = bindings.models_of(bindings.wrappers_over(self.variables))
         if raw is None:
@@ -153,18 +153,21 @@ class Swap:
         else:
             _under_way.add(self)
             refuse = _refusing(self)
-            for model in models:  # one that is not compiled yet is refused by its first trace
+            for model in models:  # A model that is not compiled yet is refused by its first trace.
                 train_function.watch(model, id(self), refuse)
 
     def note_state(self) -> None:
-        """A state was set as a whole: the raw values are in the model, aside, or lost."""
+        """Call it after a complete state was set.
+
+        If the state says that the model holds averages, the raw values are still aside, or lost.
+        """
         is_in = self.is_in()
         if not is_in:
             self.hold(None)
         self._is_raw_lost = is_in and self.raw is None
 
     def notice_restored_state(self) -> None:
-        """A state from outside the swap, restored over it by whatever route, has ended it."""
+        """End the swap if its flag is 0 now: then a state without the swap was restored."""
         if self.raw is None:
             return
         flag = _keras_internals.stored_value(self._flag)
@@ -172,7 +175,7 @@ class Swap:
             self.hold(None)
 
     def raw_or_refuse(self) -> RawValues:
-        """The raw values, which must be there."""
+        """The raw values. Raise if they are lost."""
         if self.raw is None:
             raise RuntimeError(
                 f"The state of '{self._owner.name}' says that the model holds the averages, but "
@@ -185,9 +188,9 @@ class Swap:
         return self.raw
 
     def refuse_while_in(self, what: str) -> None:
-        """Refuse to do something to variables that hold averages, of this wrapper or another."""
+        """Refuse an operation while the variables hold averages of this or another wrapper."""
         self.notice_restored_state()
-        # What the state says, where it can be read; what Python knows, while code is compiled.
+        # While code is compiled, the flag has no value. Then the fields of this object decide.
         flag = _backend.concrete(self._counter.read())
         if flag or (flag is None and (self.raw is not None or self._is_raw_lost)):
             self.raw_or_refuse()
@@ -197,13 +200,13 @@ class Swap:
                 raise other._refusal(what)
 
     def refuse_compiled_training(self) -> None:
-        """Refuse train steps that were compiled before the swap; called before each."""
+        """Refuse a train step that was compiled before the swap. It is called before each step."""
         self.notice_restored_state()
         if self in _under_way:
             raise self._refusal("training")
 
     def refuse_training_meanwhile(self, even_if_told: bool = False) -> None:
-        """Refuse to go on if updates were made since the swap, in code that cannot see it."""
+        """Raise if there were updates since the swap. Compiled code does not see the swap."""
         raw, now = self.raw_or_refuse(), self._updates()
         if now == raw.updates or (now == raw.updates_told_of and not even_if_told):
             return
@@ -216,7 +219,7 @@ class Swap:
         )
 
     def refuse_training_under_another(self) -> None:
-        """Refuse to go on if this wrapper has trained what holds another's averages."""
+        """Raise if this wrapper has trained variables that hold another wrapper's averages."""
         for other in holding(self.variables):
             related = nesting.is_inside(self._owner, other._owner) or nesting.is_inside(
                 other._owner, self._owner
@@ -231,7 +234,7 @@ class Swap:
                 )
 
     def _updates_of_others(self) -> dict[int, int]:
-        """How many updates other wrappers over the same variables have done, by their ids."""
+        """The numbers of updates of other wrappers over the same variables, by their ids."""
         return {
             id(other): int(ops.convert_to_numpy(other.iterations))
             for other in bindings.wrappers_over(self.variables)
@@ -250,7 +253,7 @@ class Swap:
 
 
 def _refusing(swap: Swap) -> Callable[[], contextlib.AbstractContextManager]:
-    """A context that no train step enters while the swap lasts; it does not keep the swap alive."""
+    """A function that refuses each train step during the swap. It has a weak reference to it."""
     weakly = weakref.ref(swap)
 
     def refuse() -> contextlib.AbstractContextManager:
@@ -262,7 +265,7 @@ def _refusing(swap: Swap) -> Callable[[], contextlib.AbstractContextManager]:
 
 
 def holding(variables: Sequence[Any]) -> list[Swap]:
-    """The swaps whose averages are in some of the variables."""
+    """The swaps whose averages are in at least one of the variables."""
     for swap in list(_under_way):
         swap.notice_restored_state()
     return [
@@ -273,11 +276,12 @@ def holding(variables: Sequence[Any]) -> list[Swap]:
 
 
 def supersede(wrapper: Any) -> None:
-    """Let a new optimizer have variables that hold another's averages: they are its start.
+    """Let a new optimizer train variables that hold another wrapper's averages.
 
-    So it is when a model is compiled anew after `SwapAverageWeights` left the averages in it. The
-    other keeps its raw values, but is no longer in the way. Another model that shares some of the
-    variables is another matter: what it trains would be undone by the first one's next swap.
+    `SwapAverageWeights` may leave the averages in the model. If the model is then compiled with a
+    new optimizer, training starts from these averages. The old wrapper keeps its raw values, but
+    does not refuse training any more. It still does if the new optimizer trains another model that
+    only shares variables: the next swap of the old wrapper would undo this training.
     """
     for other in holding(_keras_internals.built_variables(wrapper)):
         if bindings.work_for_the_same(wrapper, other._owner):
@@ -285,7 +289,7 @@ def supersede(wrapper: Any) -> None:
 
 
 def set_statistics_aside(model: Any, variables: Sequence[Any]) -> None:
-    """Let a swap that has averages in the model, if there is one, keep the raw statistics too."""
+    """If a swap has its averages in the model, let it keep the raw statistics too."""
     for swap in holding(model.variables) or _holding_for(variables):
         if swap.raw is not None:
             swap.raw.add_statistics(model, list(variables))
@@ -293,7 +297,7 @@ def set_statistics_aside(model: Any, variables: Sequence[Any]) -> None:
 
 
 def _holding_for(statistics: Sequence[Any]) -> list[Swap]:
-    """The swaps that have averages in a model with these statistics."""
+    """The swaps that have averages in a model to which these statistics belong."""
     ours = {id(variable) for variable in statistics}
     return [
         swap

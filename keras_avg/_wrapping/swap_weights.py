@@ -1,4 +1,4 @@
-"""Looking at the averages of a whole model, whatever its optimizers stand in."""
+"""Functions that swap the averages of a whole model. They find its wrappers at any depth."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,11 +9,12 @@ from keras_avg._wrapping import finding
 
 
 def swap_weights(model: Any) -> None:
-    """Exchange the raw and the averaged values in a model; twice gives every raw bit back.
+    """Exchange the raw and the averaged values in a model.
 
-    The averages are those of the outermost wrapper that has a snapshot, inside a
-    `LossScaleOptimizer`, among the members of a `MultiOptimizer`, or inside another wrapper. If the
-    model holds averages, those are swapped back, whichever wrapper they are of.
+    A second call restores every bit of the raw values. The function uses the outermost wrapper that
+    has a snapshot. The wrapper may be inside a `LossScaleOptimizer`, in a member of a
+    `MultiOptimizer`, or inside another wrapper. If the model already holds averages of any wrapper,
+    its raw values are put back.
 
     Args:
         model: A `keras.Model`. If it is not compiled, its wrappers are found by its variables.
@@ -43,7 +44,7 @@ def swap_weights(model: Any) -> None:
 
 @contextlib.contextmanager
 def average_weights(model: Any) -> Iterator[None]:
-    """Context in which a model holds its averages; outside it what it held before.
+    """Context in which a model holds its averages. After it the model holds what it held before.
 
     Args:
         model: A `keras.Model`, as for `keras_avg.swap_weights`.
@@ -74,10 +75,10 @@ def average_weights(model: Any) -> Iterator[None]:
 
 
 def assign_average_vars(model: Any) -> None:
-    """Give a model its averages for good: training goes on from them, and the raw values are gone.
+    """Assign the averages to the model for good. The raw values are lost.
 
-    If the model holds the averages already, they stay, and the raw values that were set aside are
-    dropped.
+    Training goes on from the averages. If the model holds the averages already, they stay in it,
+    and the raw values that were set aside are lost.
 
     Args:
         model: A `keras.Model`, as for `keras_avg.swap_weights`.
@@ -122,7 +123,7 @@ def _put_in(model: Any) -> list[Any]:
 
 
 def _chosen(model: Any) -> list[Any]:
-    """The wrappers whose averages are shown, of which each has variables of its own."""
+    """The wrappers whose averages to show. No two of them have a variable in common."""
     wrappers = finding.wrappers_of(model)
     if not wrappers:
         raise ValueError(
@@ -142,7 +143,10 @@ def _chosen(model: Any) -> list[Any]:
 
 
 def _refuse_several(chosen: list[Any]) -> None:
-    """Of an uncompiled model, several optimizers of the past may still keep averages."""
+    """Refuse several wrappers with averages of the same variables.
+
+    An uncompiled model may have several earlier optimizers that still keep averages.
+    """
     for i, wrapper in enumerate(chosen):
         variables = _keras_internals.built_variables(wrapper)
         for other in chosen[:i]:

@@ -1,8 +1,8 @@
-"""Something around each train step of a model, compiled or not.
+"""Runs each train step of a model inside a context, even if the step is compiled.
 
-Compiled code cannot see what happens around it. So a model's compiled `train_function` gives way,
-for a time, to one that does something before and after it. It calls the same compiled function:
-nothing is traced again.
+Compiled code cannot see whether a swap takes place. So a model's compiled `train_function` is
+replaced for some time by a function that enters the context and calls the compiled one. Nothing is
+traced again.
 """
 
 import contextlib
@@ -13,15 +13,15 @@ Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class WatchedFunction:
-    """A model's `train_function` for a time.
+    """Replaces a model's `train_function` for some time.
 
     Args:
-        function: The train function that was there.
+        function: The train function of the model.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.contexts: dict[Any, Context] = {}  # by the key of who asked for it
+        self.contexts: dict[Any, Context] = {}  # by the key that was passed to `watch`
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as stack:
@@ -35,11 +35,11 @@ def watch(model: Any, key: Any, context: Context) -> bool:
 
     Args:
         model: A Keras model.
-        key: Hashable. Says whose context this is.
-        context: Function without arguments that gives a context. It may raise.
+        key: Hashable. It identifies the context, so that `leave` can remove it.
+        context: Function without arguments that returns a context. It may raise.
 
     Returns:
-        Whether the model has a train function. If not, it is not compiled yet.
+        Whether the model has a train function. If not, the train step is not compiled yet.
     """
     function = getattr(model, "train_function", None)
     if function is None:
@@ -52,7 +52,7 @@ def watch(model: Any, key: Any, context: Context) -> bool:
 
 
 def leave(model: Any, key: Any) -> None:
-    """Take a context away; with the last one the model has its own function again."""
+    """Remove a context. After the last one, the model has its own train function again."""
     function = getattr(model, "train_function", None)
     if isinstance(function, WatchedFunction):
         function.contexts.pop(key, None)
@@ -61,6 +61,6 @@ def leave(model: Any, key: Any) -> None:
 
 
 def forget(model: Any) -> None:
-    """Let a model make its train function anew the next time."""
+    """Let a model make a new train function for the next step."""
     if getattr(model, "train_function", None) is not None:
         model.train_function = None

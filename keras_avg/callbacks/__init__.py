@@ -1,4 +1,4 @@
-"""Callbacks that evaluate, keep and save the averages while `fit` trains the raw weights."""
+"""Callbacks that evaluate and save the averages, and that let workers meet in `fit`."""
 
 from keras_avg.callbacks.average_model_checkpoint import AverageModelCheckpoint
 from keras_avg.callbacks.swap_average_weights import SwapAverageWeights

@@ -1,4 +1,4 @@
-"""Checkpoints of the averages."""
+"""Saves checkpoints that hold the averages."""
 
 import contextlib
 import warnings
@@ -12,17 +12,19 @@ from keras_avg._wrapping import finding
 class AverageModelCheckpoint(keras.callbacks.ModelCheckpoint):
     """Saves the model with its averages, at the times when `ModelCheckpoint` saves.
 
-    `val_*`, by which `save_best_only` judges, is of the raw weights, unless `SwapAverageWeights` is
-    among the callbacks too: then what is in the model is judged, and saved. So are its
-    batch-normalization statistics: those of the raw weights, unless `SwapAverageWeights` has put
-    those of its `batch_norm_data` in, with `swap_on_epoch=True`. Before the first snapshot the raw
-    model is saved, with one warning.
+    `save_best_only` compares `val_*` metrics. These are metrics of the raw weights, while the file
+    holds the averages. If `SwapAverageWeights` is also among the callbacks, `val_*` are the metrics
+    of the averages, and the same averages are saved.
+
+    The saved batch-normalization statistics belong to the raw weights. To save the statistics of
+    the averages, pass `batch_norm_data` and `swap_on_epoch=True` to `SwapAverageWeights`. Before
+    the first snapshot, the raw model is saved, with one warning.
 
     Args:
-        update_weights: Bool. When a file is written, True assigns the averages to the model, and
-            training goes on from them; the raw weights are gone. False saves the averages and puts
-            the raw weights back; the file holds both, the averages in the model and the raw weights
-            with the optimizer.
+        update_weights: Bool. True: when a file is written, the averages are assigned to the model
+            for good. Training goes on from them, and the raw weights are lost. False: the averages
+            are saved, and then the raw weights are put back into the model. The file then holds
+            both: the averages as the model's weights, and the raw weights with the optimizer.
         filepath: String or path, as for `keras.callbacks.ModelCheckpoint`.
         **kwargs: The other arguments of `keras.callbacks.ModelCheckpoint`.
 
@@ -58,7 +60,7 @@ class AverageModelCheckpoint(keras.callbacks.ModelCheckpoint):
 
 
 class _SavesAverages:
-    """Stands for a model before `ModelCheckpoint`, which decides when to save it."""
+    """Replaces the model in `ModelCheckpoint`, so that each save writes the averages."""
 
     def __init__(self, model: Any, update_weights: bool) -> None:
         self._model = model

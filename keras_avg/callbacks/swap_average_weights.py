@@ -1,61 +1,74 @@
-"""Evaluation, and everything that goes by it, with averages."""
+"""Evaluates a model with its averages during `fit`."""
 
 import warnings
 from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_avg import _backend, _keras_internals
-from keras_avg._wrapping import bindings, finding, nesting, swap
+from keras_avg._wrapping import bindings, due_steps, finding, nesting, summary, swap
 from keras_avg.batch_norm import refuse_one_pass_data, statistics, update_batch_norm
+from keras_avg.callbacks import _scalars
 from keras_avg.callbacks.synchronize_workers import keep_company
 from keras_avg.distributed import LocalCommunicator
 
 LONELY = LocalCommunicator()
-LOOK_AHEAD = 2**22  # steps, of which the beginning of training looks for one that is due
 
 
 class SwapAverageWeights(keras.callbacks.Callback):
-    """Puts the averages into the model whenever it is judged, and the raw weights back to train.
+    """Puts the averages into the model for evaluation, and the raw weights back for training.
 
-    In `fit` the model holds the averages from the start of validation (without validation data:
-    from the end of the epoch) to the beginning of the next epoch. So `val_*` metrics are those of
-    the averages, and `ModelCheckpoint`, `EarlyStopping(restore_best_weights=True)` and
-    `BackupAndRestore` keep the copy that was judged, in whatever order the callbacks stand. Without
-    validation data only those behind this one in the list keep averages; what stands before it
-    keeps raw weights, which give way to the averages when training ends. A file written meanwhile
-    holds both copies. After training the model holds the averages and the optimizer the raw
-    weights; the next `fit` with this callback goes on from the raw ones. Training is not disturbed:
-    it is bit for bit the same with and without this callback.
+    In `fit`, the model holds the averages from the start of validation until the next epoch begins.
+    So the `val_*` metrics describe the averages. `ModelCheckpoint`, `BackupAndRestore` and
+    `EarlyStopping(restore_best_weights=True)` save the averages that were evaluated. The order of
+    these callbacks does not matter.
 
-    Stand-alone `evaluate` and `predict` with the callback see the averages and leave the model as
-    they found it. Before the first snapshot everybody sees the raw weights.
+    Without validation data, the model holds the averages from the end of the epoch. Then the order
+    does matter. Callbacks that are listed after this one see the averages. Callbacks that are
+    listed before it see the raw weights. If such a callback restores raw weights when training
+    ends, they are replaced by the averages.
 
-    The averages are those of the outermost wrapper that has a snapshot, found inside a
+    A file that is written while the averages are in the model holds both copies. After training,
+    the model holds the averages, and the optimizer holds the raw weights. The next `fit` with this
+    callback goes on from the raw weights. Training is the same with and without this callback, bit
+    for bit.
+
+    `evaluate` and `predict` outside of `fit` use the averages too, if they are called with this
+    callback. Afterwards the model holds what it held before. Before the first snapshot, all of
+    these use the raw weights.
+
+    The callback uses the outermost wrapper that has a snapshot. It also finds it inside a
     `LossScaleOptimizer` and among the members of a `MultiOptimizer`.
 
     Args:
-        swap_on_epoch: Bool. If False, the raw weights come back right after validation, so that
-            callbacks at the end of an epoch keep raw weights. What puts such weights back when
-            training ends, `EarlyStopping(restore_best_weights=True)`, comes before this callback
-            in the list then. Default True.
-        batch_norm_data: Data as for `keras_avg.update_batch_norm`, with an end, and no generator.
-            If given, the statistics of batch-normalization layers are recomputed for the averages,
-            in `fit` once per change of these, and go out and come back with them. Default None: the
-            layers keep the statistics of the raw weights.
-        log_raw: Bool. If True, validation is done on the raw weights too: `val_raw_*` stands beside
-            `val_*` in the logs, the history and the progress bar. It takes a second pass over the
-            validation data, which a Python generator cannot give. Callbacks that read the logs,
-            such as `TensorBoard`, come after this one in the list. Default False.
-        optimizer: One of the model's averaging wrappers, to take the averages from. Default None:
-            the outermost that has a snapshot.
+        swap_on_epoch: Bool. If False, the raw weights are put back right after validation. Then
+            callbacks at the end of an epoch see the raw weights. In this case list
+            `EarlyStopping(restore_best_weights=True)` before this callback, because it restores raw
+            weights when training ends. Default True.
+        batch_norm_data: Data as for `keras_avg.update_batch_norm`. It must have an end, and must
+            not be a generator. If given, the statistics of batch-normalization layers are
+            recomputed for the averages. In `fit` this happens once for each change of the averages.
+            The statistics are swapped together with the averages. Default None: the layers keep the
+            statistics of the raw weights.
+        log_raw: Bool. If True, the raw weights are evaluated too. Then the logs, the history and
+            the progress bar have `val_raw_*` beside `val_*`. This reads the validation data a
+            second time, so the data must not be a Python generator. List callbacks that read the
+            logs, such as `TensorBoard`, after this one. Default False.
+        log_averages: Bool. If True, the logs of an epoch have two more numbers. `average/decay` is
+            the share of the average that an averaging keeps now. Rules without such a number do not
+            log it. `average/distance` is the norm of the raw weights minus the averages. It is
+            computed once in an epoch, when the averages are put in. List `TensorBoard` after this
+            callback to draw both. Default False.
+        verbose: 0 or 1. If 1, each epoch that has averages ends with a line. It says which averages
+            they are, how many snapshots they have, and how many updates there were. Default 0.
+        optimizer: One of the model's averaging wrappers, whose averages to use. Default None: the
+            outermost wrapper that has a snapshot.
 
     Raises:
-        ValueError: If `batch_norm_data` cannot be gone through again and again. When used, if the
-            model's optimizer keeps no averages, `optimizer` is none of its wrappers, or `log_raw`
-            validates on a Python generator.
+        ValueError: If `batch_norm_data` can be read only once. When used: if the model's optimizer
+            keeps no averages, if `optimizer` is none of its wrappers, or if `log_raw` is True and
+            the validation data is a Python generator.
 
     Example:
 
@@ -76,6 +89,8 @@ class SwapAverageWeights(keras.callbacks.Callback):
         batch_norm_data: Any = None,
         log_raw: bool = False,
         optimizer: Any = None,
+        log_averages: bool = False,
+        verbose: int = 0,
     ) -> None:
         super().__init__()
         refuse_one_pass_data("batch_norm_data", batch_norm_data)
@@ -83,18 +98,23 @@ class SwapAverageWeights(keras.callbacks.Callback):
         self.batch_norm_data = batch_norm_data
         self.log_raw = log_raw
         self.optimizer = optimizer
+        self.log_averages = log_averages
+        self.verbose = verbose
+        self._scalars: dict[str, float] = {}  # for the logs of this epoch
         self._in_fit = False
         self._validated = False  # in this epoch
         self._has_validated = False  # in this `fit`
-        self._has_begun = False  # this `fit`, with an epoch
+        self._has_begun = False  # an epoch of this `fit`
         self._has_warned = False  # in this `fit`, that there will be no snapshot
-        self._found_averages: bool | None = None  # by a stand-alone evaluation under way
-        self._recomputed: tuple[Any, list[Any]] | None = None  # for which averages, statistics
+        # Whether the model held averages when the current evaluation outside of `fit` began.
+        self._found_averages: bool | None = None
+        # For which averages the statistics were recomputed, and the statistics.
+        self._recomputed: tuple[Any, list[Any]] | None = None
 
     def set_model(self, model: Any) -> None:
         """Called once at the start of each `fit`, `evaluate` or `predict`."""
         super().set_model(model)
-        self._in_fit, self._recomputed = False, None  # averages may have been loaded meanwhile
+        self._in_fit, self._recomputed = False, None  # Other averages may have been loaded.
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Go on from the raw weights."""
@@ -103,15 +123,15 @@ class SwapAverageWeights(keras.callbacks.Callback):
         self._take_averages_out()
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Go on from the raw weights; `BackupAndRestore` may have loaded since training began."""
-        self._in_fit, self._validated = True, False
+        """Go on from the raw weights. `BackupAndRestore` may have loaded averages before."""
+        self._in_fit, self._validated, self._scalars = True, False, {}
         self._take_averages_out()
         if not self._has_begun:
             self._has_begun = True
             self._warn_if_too_short()
 
     def on_test_begin(self, logs: dict | None = None) -> None:
-        """Judge the averages."""
+        """Put the averages in for validation."""
         if self.log_raw and self._in_fit and _keras_internals.validates_on_generator(self.model):
             raise ValueError(
                 "`log_raw=True` takes the validation data twice. Received: validation data from a "
@@ -121,7 +141,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
         self._begin_judging()
 
     def on_test_end(self, logs: dict | None = None) -> None:
-        """Leave the averages for the callbacks of the epoch's end, or put the raw weights back."""
+        """Leave the averages in for callbacks at the epoch's end, or put the raw weights back."""
         self._validated = self._in_fit
         self._has_validated |= self._in_fit
         self._end_judging()
@@ -135,16 +155,21 @@ class SwapAverageWeights(keras.callbacks.Callback):
         self._end_judging()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Log the raw weights too, if asked; have the averages in the model."""
+        """With `log_raw`, evaluate the raw weights too. Then put the averages into the model."""
         if self.log_raw and self._validated and logs is not None:
             logs.update(self._raw_logs(logs))
         if self.swap_on_epoch:
             self._put_averages_in()
+        if self.log_averages and logs is not None:
+            logs.update(self._scalars or _scalars.of(self._chosen()))
+        if self.verbose:
+            for wrapper in self._chosen():
+                print(f"Epoch {epoch + 1}: averages of {summary.in_one_line(wrapper)}")
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        """Leave the averages in the model: of several workers, those that all end with."""
+        """Leave the averages in the model. Several workers first finish their last round."""
         keep_company(self.model)
-        # Without validation, other callbacks may have put raw weights back in their place.
+        # Without validation, another callback may have restored raw weights into the swapped model.
         if not self._has_validated or self._statistics_are_of_others():
             self._take_averages_out()
         self._put_averages_in()
@@ -153,7 +178,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
             warnings.warn(self._no_snapshot("ended", "holds", 0), stacklevel=2)
 
     def _wrappers(self) -> list[Any]:
-        """The wrappers whose averages may be put in. `self.model` also syncs JAX' state."""
+        """The wrappers whose averages may be put in. Reads `self.model`, which syncs JAX' state."""
         wrappers = finding.wrappers_of(self.model)
         if self.optimizer is not None and bindings.works_for(self.optimizer, self.model):
             return [self.optimizer]
@@ -189,6 +214,8 @@ class SwapAverageWeights(keras.callbacks.Callback):
 
     def _put_averages_in(self) -> None:
         chosen = [wrapper for wrapper in self._chosen() if not wrapper.averages_in_model]
+        if self.log_averages and chosen:
+            self._scalars = _scalars.of(chosen)
         for wrapper in chosen:
             wrapper.swap_weights()
         if chosen and self.batch_norm_data is not None:
@@ -204,7 +231,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
             variable.assign(_backend.copy(value))
 
     def _statistics_are_of_others(self) -> bool:
-        """Whether averages have changed in the model since its statistics were recomputed."""
+        """Whether the averages in the model have changed since the statistics were recomputed."""
         averages = self._recomputed[0] if self._recomputed else ()
         return any(w.averages_in_model and w.num_snapshots != number for w, number in averages)
 
@@ -226,7 +253,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
         return {f"val_raw_{name}": value for name, value in raw.items()}
 
     def _warn_if_too_short(self) -> None:
-        """Say at the beginning that there will be no snapshot, where that is known."""
+        """Warn at the beginning if it is known that there will be no snapshot."""
         batches = (self.params.get("epochs") or 0) * (self.params.get("steps") or 0)
         if batches and not any(
             w.has_average or _will_average(w, batches) for w in self._wrappers()
@@ -250,13 +277,12 @@ def _updates_in(wrapper: Any, batches: int) -> int:
 
 
 def _will_average(wrapper: Any, batches: int) -> bool:
-    """Whether an averaging is due in so many batches; True where the rule does not tell."""
-    if getattr(wrapper, "communicator", LONELY).size > 1:  # other workers may go on for longer
+    """Whether an averaging will be due within `batches`. True if the rule cannot say it."""
+    if getattr(wrapper, "communicator", LONELY).size > 1:  # Other workers may train longer.
         return True
     done = wrapper.updates_so_far()
-    steps = np.arange(done, min(done + _updates_in(wrapper, batches), done + LOOK_AHEAD))
+    last = done + min(_updates_in(wrapper, batches), due_steps.LOOK_AHEAD)
     try:
-        due = wrapper.is_due(steps)
-        return due is True or bool(np.any(ops.convert_to_numpy(due)))
-    except (TypeError, ValueError, RuntimeError):  # a rule that takes one step at a time
+        return due_steps.first_due(wrapper, np.arange(done, last)) is not None
+    except (TypeError, ValueError, RuntimeError):  # The rule takes no array of steps.
         return True

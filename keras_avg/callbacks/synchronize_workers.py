@@ -1,4 +1,4 @@
-"""Rounds of a ModelAverage between the batches of `fit`."""
+"""Runs the rounds of a ModelAverage between the batches of `fit`."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,31 +15,34 @@ from keras_avg.batch_norm import frozen_batch_norms
 class SynchronizeWorkers(keras.callbacks.Callback):
     """Lets the workers of a `ModelAverage` meet in `fit`: at the start, at each round, at the end.
 
-    Before the first batch ever all workers take the chief's variables, those of frozen layers and
-    float state that is not trained too. After each batch after which a round is due, all take the
-    mean. A worker that has no more data stays, without weight, until the last has finished, so that
-    shards of different sizes neither hang nor bias.
+    Before the very first batch, all workers take the chief's variables. These include variables of
+    frozen layers and float state that is not trained. After a batch, if a round is due, all workers
+    take the mean. A worker that has no data left joins the rounds with weight 0 until the last
+    worker has finished. So with shards of different sizes no worker hangs, and the mean is of
+    training workers only.
 
-    One worker alone has nothing to synchronize, and the callback does nothing.
+    With one worker the callback does nothing.
 
-    `BackupAndRestore`, with a folder for each worker, stands behind this callback in the list;
-    before it, it would delete the backup of a worker that has finished while others still train.
-    Each worker makes its backup at its own end of an epoch, and only rounds hold them together: let
-    each epoch end with one (its batches a multiple of `interval_steps`). Where backups are of
-    different epochs when a worker has died, the job started again is refused, because the workers
-    differ in their step. Then copy one worker's folder over those of the others.
+    List `BackupAndRestore` after this callback, with a folder for each worker. Otherwise a worker
+    that finishes early would delete its backup while others still train.
+
+    Each worker makes its backup at the end of its own epoch, and only rounds make workers wait for
+    each other. So let each epoch end with a round: let its number of batches be a multiple of
+    `interval_steps`. If a worker dies while the backups are of different epochs, the restarted job
+    is refused, because the workers are at different steps. Then copy the folder of one worker to
+    all others.
 
     Args:
-        average_non_trainable: Bool. Whether float state that is not trained, such as
-            batch-normalization statistics, takes the mean over the workers too, at each round.
-            Weights of frozen layers, which do not change, never do. Default True.
+        average_non_trainable: Bool. Whether each round also averages float state that is not
+            trained, such as batch-normalization statistics. Weights of frozen layers are never
+            averaged, because they do not change. Default True.
 
     Raises:
-        ValueError: When training begins, if the model's optimizer is no `ModelAverage`, if there
-            are several, if `interval_steps` is not a multiple of `steps_per_execution`, or if that
-            is not 1 under a `LossScaleOptimizer`, as `mixed_float16` brings it.
-        RuntimeError: In training, if another worker is gone or stalled for longer than the timeout.
-            The local weights stay valid, and can be saved.
+        ValueError: When training begins, if the model's optimizer has no `ModelAverage` or several.
+            If `interval_steps` is not a multiple of `steps_per_execution`. If
+            `steps_per_execution` is not 1 with a `LossScaleOptimizer` (`mixed_float16` adds one).
+        RuntimeError: In training, if another worker has ended, or has not answered for longer than
+            the timeout. The local weights stay valid, and can be saved.
 
     Example:
 
@@ -60,14 +63,14 @@ class SynchronizeWorkers(keras.callbacks.Callback):
     def __init__(self, average_non_trainable: bool = True) -> None:
         super().__init__()
         self.average_non_trainable = _checks.truth("average_non_trainable", average_non_trainable)
-        self._wrapper: Any = None  # None: one worker, nothing to do
-        self._trained: Any = None  # the model; `self.model` syncs JAX' state each time
-        self._history: Any = None  # of the `fit` that has this callback
-        self._step = 0  # updates done, when last looked at
-        self._executions = 0  # since then
+        self._wrapper: Any = None  # None: there is one worker, and nothing to do
+        self._trained: Any = None  # the model; reading `self.model` syncs the state on JAX
+        self._history: Any = None  # the history of the `fit` that has this callback
+        self._step = 0  # the number of updates when it was last read
+        self._executions = 0  # the number of executions since then
         self._steps_per_execution = 1
         self._has_begun = False
-        self._is_by_hand = False  # called by a loop of one's own
+        self._is_by_hand = False  # whether a training loop of the user calls it
         self._is_in_batch = False
         self._is_in_step = False
 
@@ -86,14 +89,14 @@ class SynchronizeWorkers(keras.callbacks.Callback):
         self._has_begun = self._is_in_batch = False
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Begin together, before the first step; others may have loaded weights until now."""
+        """Before the first step, start together. Other callbacks may have loaded weights before."""
         if self._wrapper is not None:
             self._begin(self.model)
             self._look()
             self._refuse_missed_round()
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
-        """Go on from a state that another callback has loaded."""
+        """If another callback has loaded a state, count rounds from there."""
         if self._wrapper is None:
             return
         self._is_in_batch = True
@@ -102,7 +105,7 @@ class SynchronizeWorkers(keras.callbacks.Callback):
             self._look()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Meet the others, if a round is due."""
+        """Take a round if one is due."""
         self._is_in_batch = False
         if self._wrapper is None:
             return
@@ -123,15 +126,15 @@ class SynchronizeWorkers(keras.callbacks.Callback):
         self._wrapper.meet(self._others(model))
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        """Keep the others company until all have finished."""
+        """Join the rounds with weight 0 until all workers have finished."""
         self.keep_company()
 
     def keep_company(self) -> None:
-        """Meet the others, without weight, until all have finished. Once in a `fit`."""
+        """Join the rounds with weight 0 until all workers have finished. Once in a `fit`."""
         if self._wrapper is None:
             return
         model, wrapper, has_trained = self.model, self._wrapper, self._has_begun
-        self._begin(model)  # if there was no epoch left
+        self._begin(model)  # There may have been no epoch.
         self._look()
         self._refuse_missed_round()
         with contextlib.ExitStack() as stack:
@@ -139,22 +142,22 @@ class SynchronizeWorkers(keras.callbacks.Callback):
                 stack.enter_context(holding.raw_weights())
             while wrapper.meet(self._others(model), is_training=False):
                 pass
-        if has_trained:  # Keras' own average (`use_ema`) goes into the variables again
+        if has_trained:  # `use_ema` of Keras must write its average into the variables again.
             model.optimizer.finalize_variable_values(model.trainable_weights)
         train_function.leave(model, id(self))
         self._wrapper = self._trained = None
 
     def is_at_work(self) -> bool:
-        """Whether this is going to be called after the step under way.
+        """Whether Keras will call this callback after the current step.
 
-        An exception leaves `fit` without a word to its callbacks. So what counts is the train
-        function, which always says when it ends; and a loop of one's own, which calls by hand.
+        If an exception ends `fit`, callbacks are not told. So this asks the train function, which
+        always says when it ends. In a training loop of the user, the user's calls decide.
         """
         in_batch = self._is_by_hand and self._is_in_batch
         return self.is_in_fit() and (self._is_in_step or in_batch)
 
     def is_in_fit(self) -> bool:
-        """Whether the last training of the model is the one that has this callback."""
+        """Whether the last training of the model has this callback."""
         if self._wrapper is None:
             return False
         return self._is_by_hand or getattr(self._trained, "history", None) is self._history
@@ -170,7 +173,7 @@ class SynchronizeWorkers(keras.callbacks.Callback):
     def _begin(self, model: Any) -> None:
         if self._has_begun:
             return
-        if not model.optimizer.built:  # TensorFlow would, while the step is traced
+        if not model.optimizer.built:  # Otherwise TensorFlow builds it while the step is traced.
             model.optimizer.build(model.trainable_variables)
         self._wrapper.start_together(_floats(model.non_trainable_variables))
         self._wrapper.no_round_is_missing()
@@ -207,7 +210,7 @@ def _floats(variables: list[Any]) -> list[Any]:
 
 
 def keep_company(model: Any) -> None:
-    """Let the callback that meets the other workers in the `fit` under way, if any, do it now."""
+    """If the current `fit` has a `SynchronizeWorkers`, let it join the last rounds now."""
     for wrapper in finding.averaging_optimizers(model):
         if isinstance(wrapper, ModelAverage) and wrapper.meeting.is_in_fit():
             wrapper.meeting.keep_company()

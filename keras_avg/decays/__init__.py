@@ -1,4 +1,4 @@
-"""How an exponential average forgets: what `MovingAverage(average_decay=...)` takes."""
+"""Decays for `MovingAverage(average_decay=...)`. A decay says how the average forgets."""
 
 from keras_avg.decays.decay import Decay
 from keras_avg.decays.half_life import HalfLife

@@ -1,4 +1,4 @@
-"""What a decay has to say: the weight of the new value."""
+"""The base class of decays. A decay gives the weight of the new value."""
 
 import abc
 from typing import Any
@@ -9,12 +9,12 @@ class Decay(abc.ABC):
 
         average <- average + value_weight(t, period) * (value - average)
 
-    A `LearningRateSchedule` gives the decay instead, `1 - weight`. In float32 that is too coarse
-    for long averages: a half-life of 5 % of the run is off by 1 % after ten million steps. A
-    `Decay` computes the weight itself.
+    A `LearningRateSchedule` gives the decay, `1 - weight`, and not the weight. In float32 this is
+    too coarse for long averages: a half-life of 5 % of the run has an error of 1 % after ten
+    million steps. A `Decay` computes the weight directly.
 
-    To write one, subclass this, define `value_weight` and `get_config`, and register the class with
-    `keras.saving.register_keras_serializable`.
+    To write a decay, subclass this class, define `value_weight` and `get_config`, and register the
+    subclass with `keras.saving.register_keras_serializable`.
 
     Raises:
         TypeError: If this class itself, or a subclass without `value_weight`, is constructed.
@@ -32,18 +32,18 @@ class Decay(abc.ABC):
 
     @abc.abstractmethod
     def value_weight(self, t: Any, period: int) -> Any:
-        """The weight of the new value, in [0, 1]. Runs inside compiled code.
+        """The weight of the new value, in [0, 1]. It runs inside compiled code.
 
         Args:
-            t: Integer scalar >= 1. Updates since averaging began.
-            period: Integer >= 1. The last averaging was so many updates ago.
+            t: Integer scalar >= 1. The number of updates since averaging began.
+            period: Integer >= 1. The number of updates since the last averaging.
 
         Returns:
-            A Python float where it is constant, else a scalar tensor.
+            A Python float if the weight is constant, otherwise a scalar tensor.
         """
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments to construct the decay with again."""
+        """The arguments that construct an equal decay."""
         return {}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""A constant decay, given by its half-life."""
+"""A constant decay that is given by its half-life."""
 
 import math
 from typing import Any
@@ -11,12 +11,12 @@ from keras_avg.decays.decay import Decay
 
 @keras.saving.register_keras_serializable(package="keras_avg")
 class HalfLife(Decay):
-    """A constant decay: after so many steps, what was in the average has half its weight.
+    """A constant decay. After `steps` steps, a value has half of its first weight in the average.
 
         weight = 1 - 2 ** (-period / steps)
 
     Args:
-        steps: Number > 0, in steps. Need not be whole.
+        steps: Number > 0, the half-life in steps. It need not be an integer.
 
     Raises:
         ValueError: If `steps` is not a finite number > 0.
@@ -41,14 +41,14 @@ class HalfLife(Decay):
             )
         self.steps = number
 
-    # A decay d forgets half of the average in h steps where d ** h = 1 / 2. A period of k steps
-    # then keeps  d ** k = 2 ** (-k / h)  of it. The weight  1 - 2 ** (-k / h)  is a small
-    # difference, so it is computed as  -expm1(-k * ln 2 / h),  in Python floats.
+    # A decay d with half-life h satisfies  d ** h = 1 / 2.  So over a period of k steps the average
+    # keeps the share  d ** k = 2 ** (-k / h).  The weight  1 - 2 ** (-k / h)  is a small difference
+    # of large numbers. It is computed as  -expm1(-k * ln 2 / h),  in Python floats, to be exact.
 
     def value_weight(self, t: Any, period: int) -> float:
         """The weight of the new value, in [0, 1]."""
         return -math.expm1(-period * math.log(2.0) / self.steps)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments to construct the decay with again."""
+        """The arguments that construct an equal decay."""
         return {"steps": self.steps}

@@ -1,4 +1,4 @@
-"""An average over the whole run so far, whose memory grows with it."""
+"""An average over a fixed share of the run so far."""
 
 import math
 from typing import Any
@@ -17,29 +17,31 @@ WIDEST = 12**-0.5  # sigma_rel of the plain mean
 class PowerFunction(Decay):
     """A power-function average: its length is a fixed share of the run so far.
 
-    At update `t` the value of update `tau` has a weight proportional to `tau ** gamma`. Nobody has
-    to know how long the run will be. The average is kept by
+    At update `t`, the value of update `tau` has a weight proportional to `tau ** gamma`. This
+    curve of weights is called the profile. The length of the run need not be known beforehand. A
+    new value enters the average with
 
         weight = 1 - (1 - period / t) ** (gamma + 1)
 
-    and the first value has the weight 1. These steps telescope: averages of any period have the
-    same profile, at the steps that they see. `gamma=0` is the plain mean of all values.
+    and the first value has the weight 1. The factors `1 - weight` telescope. So an average
+    with any period has the same profile, at the steps at which it takes a value. `gamma=0` gives
+    the plain mean of all values.
 
-    Give exactly one of the arguments; the others follow from it.
+    Give exactly one of the arguments. It determines the others.
 
     Args:
-        sigma_rel: Number in (0, 12 ** -0.5], which is 0.2887. The standard deviation of the profile
-            as a share of the run so far: 0.05 and 0.10 are usual for diffusion models.
-        gamma: Number >= 0. The exponent itself: 16.97 for `sigma_rel=0.05`, 6.94 for 0.10.
-        half_life_fraction: Number in (0, ln 2], which is 0.6931. At update `t` the half-life is
-            `half_life_fraction * t`: 0.05 is usual for pre-training at a constant rate.
+        sigma_rel: Number in (0, 12 ** -0.5], where 12 ** -0.5 is 0.2887. The standard deviation of
+            the profile, as a share of the run so far. 0.05 and 0.10 are usual for diffusion models.
+        gamma: Number >= 0. The exponent. It is 16.97 for `sigma_rel=0.05`, and 6.94 for 0.10.
+        half_life_fraction: Number in (0, ln 2], where ln 2 is 0.6931. At update `t` the half-life
+            is `half_life_fraction * t`. 0.05 is usual for pre-training at a constant learning rate.
 
     Attributes:
         gamma: Float.
         sigma_rel: Float.
 
     Raises:
-        ValueError: If not exactly one argument is given, or it is out of range.
+        ValueError: If no argument or several are given, or if the argument is out of range.
 
     Example:
 
@@ -81,13 +83,16 @@ class PowerFunction(Decay):
         self.sigma_rel = _sigma_rel(self.gamma)
         self._given = {name: float(value)}
 
-    # Equation 123 writes the average of  theta(tau)  with the profile  tau ** gamma,  over the time
-    # t so far, as  avg(t) = beta * avg(t - 1) + (1 - beta) * theta(t)  with
+    # Equation 123 averages  theta(tau)  with the profile  tau ** gamma  over the time t so far:
+    #     avg(t) = beta(t) * avg(t - 1) + (1 - beta(t)) * theta(t),
     #     beta(t) = (1 - 1 / t) ** (gamma + 1).
-    # Over a period of k updates, of which the average sees the last, the factors telescope:
-    #     beta(t) = ((t - k) / t) ** (gamma + 1).
-    # 1 - beta is a small difference for large t, so it is  -expm1((gamma + 1) * log1p(-k / t)).
-    # Up to t = k there was nothing before: the weight is 1, which is what log1p(-1) = -inf gives.
+    # With a period of k updates, the average takes only the value of the last update of each
+    # period. The k factors beta of a period telescope to
+    #     ((t - k) / t) ** (gamma + 1).
+    # For large t, 1 minus this is a small difference. So it is computed as
+    #     -expm1((gamma + 1) * log1p(-k / t)).
+    # Up to t = k there is no earlier value, so the weight must be 1. The formula gives that,
+    # because  log1p(-1) = -inf.
 
     def value_weight(self, t: Any, period: int) -> Any:
         """The weight of the new value, in [0, 1]."""
@@ -96,7 +101,7 @@ class PowerFunction(Decay):
         return -ops.expm1((self.gamma + 1.0) * ops.log1p(-period / updates))
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments to construct the decay with again."""
+        """The arguments that construct an equal decay."""
         return dict(self._given)
 
 
@@ -107,7 +112,7 @@ def _from_sigma_rel(value: Any) -> float:
             f"`sigma_rel` must be a number in the range (0, 12 ** -0.5 = {WIDEST:.6f}]. Received: "
             f"sigma_rel={value!r}. Wider profiles than that of the plain mean have no power."
         )
-    # (gamma + 2)^2 (gamma + 3) = (gamma + 1) / sigma^2, multiplied out.
+    # gamma is a root of  (gamma + 2)^2 (gamma + 3) = (gamma + 1) / sigma^2.
     s = sigma**-2
     roots = np.roots([1.0, 7.0, 16.0 - s, 12.0 - s])
     return max(float(roots[np.abs(roots.imag) < 1e-6 * np.abs(roots)].real.max()), 0.0)
@@ -127,7 +132,8 @@ def _from_half_life_fraction(value: Any) -> float:
             f"`half_life_fraction` must be a number in the range (0, ln 2 = {math.log(2.0):.6f}]. "
             f"Received: half_life_fraction={value!r}."
         )
-    # (1 - f) ** (gamma + 1) is about exp(-f (gamma + 1)), which is to be 1 / 2 for small f.
+    # After a share f of the run, the average keeps  (1 - f) ** (gamma + 1).  For small f this is
+    # about  exp(-f (gamma + 1)).  It must be 1 / 2.
     return math.log(2.0) / fraction - 1.0
 
 

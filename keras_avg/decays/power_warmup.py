@@ -1,4 +1,4 @@
-"""A decay that warms up by a power of the steps."""
+"""A decay that grows with a power of the step number."""
 
 import math
 from typing import Any
@@ -12,21 +12,21 @@ from keras_avg.decays.decay import Decay
 
 @keras.saving.register_keras_serializable(package="keras_avg")
 class PowerWarmup(Decay):
-    """A decay that grows from 0 towards a constant: the warm-up of ema-pytorch, timm and diffusers.
+    """A decay that grows from 0 to a constant, as in ema-pytorch, timm and diffusers.
 
         decay(1) = 0
         decay(t) = clip(1 - (1 + (t - 1) / inv_gamma) ** -power, min_decay, decay)
 
-    With a period of `k` steps the average keeps `decay(t) ** k`.
+    With an averaging every `k` steps, the average keeps the share `decay(t) ** k`.
 
-    Their step is `t - 1`. With the defaults the decay is 0.999 after 31,600 steps; `power=3/4`
-    suits shorter runs.
+    These libraries count steps from 0, so their step is `t - 1`. With the defaults the decay is
+    0.999 after 31,600 steps. `power=3/4` is better for shorter runs.
 
     Args:
-        decay: Number in the range [0, 1]: the decay in the end.
-        inv_gamma: Number > 0, in steps: how long the beginning takes. Default 1.
-        power: Number > 0. Default 2/3.
-        min_decay: Number in the range [0, decay]: the least decay from the second update on.
+        decay: Number in the range [0, 1]. The decay at the end of the warm-up.
+        inv_gamma: Number > 0, in steps. A larger one makes the warm-up slower. Default 1.
+        power: Number > 0. A larger one makes the warm-up faster. Default 2/3.
+        min_decay: Number in the range [0, decay]. The smallest decay from the second update on.
             Default 0.
 
     Raises:
@@ -57,10 +57,11 @@ class PowerWarmup(Decay):
                 f"decay={decay!r}."
             )
 
-    # The libraries clip the decay d. Its weight 1 - d is a small difference in float32, so that is
-    # clipped instead, between bounds that are computed in Python floats:
+    # The libraries clip the decay d. Then the weight 1 - d is a small difference in float32. So the
+    # weight w is clipped here, between bounds that are computed in Python floats:
     #     w = clip((1 + (t - 1) / inv_gamma) ** -power, 1 - decay, 1 - min_decay).
-    # Of k steps the average keeps  (1 - w) ** k,  so the weight is  -expm1(k * log1p(-w)).
+    # Over k steps the average keeps the share  (1 - w) ** k.  So the weight for a period of k is
+    #     1 - (1 - w) ** k = -expm1(k * log1p(-w)).
 
     def value_weight(self, t: Any, period: int) -> Any:
         """The weight of the new value, in [0, 1]."""
@@ -75,7 +76,7 @@ class PowerWarmup(Decay):
         return weight if period == 1 else -ops.expm1(period * ops.log1p(-weight))
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments to construct the decay with again."""
+        """The arguments that construct an equal decay."""
         return {
             "decay": self.decay,
             "inv_gamma": self.inv_gamma,

@@ -1,4 +1,4 @@
-"""How the workers of one job reach each other, for averages over all of them."""
+"""Communication between the workers of one job, for averages over all of them."""
 
 from keras_avg.distributed.communicator import Communicator
 from keras_avg.distributed.initialization import initialize

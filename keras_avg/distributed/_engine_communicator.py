@@ -1,4 +1,4 @@
-"""The communicator of a job, on the backend's own engine."""
+"""The communicator of a job. It uses the engine of the backend."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,11 @@ BARRIER = [0, 0, 0, 0]
 
 
 class EngineCommunicator(Communicator):
-    """Meets before each collective, so that what engines abort or hang at becomes an error."""
+    """Lets all workers meet before each collective.
+
+    If a worker is missing or brings other arrays, an engine may abort the process or wait for ever.
+    The meeting finds that out first, and raises an error.
+    """
 
     def __init__(self, engine: Any, timeout: float) -> None:
         self._engine = engine

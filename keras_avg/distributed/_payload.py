@@ -1,4 +1,4 @@
-"""What workers sum up: arrays of floats, in float32 or wider."""
+"""The arrays that workers sum: arrays of floats, in float32 or wider."""
 
 import math
 import zlib
@@ -9,13 +9,13 @@ import keras
 
 
 def payload_dtype(arrays: Sequence[Any]) -> str:
-    """The dtype in which the arrays are summed; ValueError if one is not of floats."""
+    """The dtype in which the arrays are summed. Raises ValueError if one is not of floats."""
     dtypes = {_float_dtype(array) for array in arrays}
     return "float64" if "float64" in dtypes else "float32"
 
 
 def description(arrays: Sequence[Any], dtype: str) -> list[int]:
-    """Numbers that are equal where arrays can be summed: how many, elements, bits, shapes."""
+    """Numbers that must be equal on all workers: of arrays, of elements, of bits, and shapes."""
     bits = int(dtype.removeprefix("float"))
     shapes = [tuple(array.shape) for array in arrays]
     return [len(shapes), sum(map(math.prod, shapes)), bits, zlib.crc32(repr(shapes).encode())]
@@ -23,7 +23,7 @@ def description(arrays: Sequence[Any], dtype: str) -> list[int]:
 
 def _float_dtype(array: Any) -> str:
     dtype = getattr(array, "dtype", None)
-    if dtype == "float32":  # most are, and the test below takes its time
+    if dtype == "float32":  # Most arrays are float32, and the test below is slow.
         return "float32"
     name = None if dtype is None else keras.backend.standardize_dtype(dtype)
     if name is None or not keras.backend.is_float_dtype(name):

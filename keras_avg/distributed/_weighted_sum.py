@@ -1,4 +1,4 @@
-"""The one sum over workers that serves averaging, broadcasting and keeping company."""
+"""The weighted sum over workers. It is used to average, to broadcast, and to wait for others."""
 
 import math
 from collections.abc import Sequence
@@ -10,31 +10,32 @@ import numpy as np
 from keras_avg import _backend
 from keras_avg.distributed.communicator import Communicator
 
-#: The weight of a worker that is training, but has nothing to add: too small to change any sum.
+#: The weight of a worker that is training, but has nothing to add. It is too small to change the
+#: rounded sum of the weights, but tells the others that this worker is still training.
 PRESENT = 2.0**-40
 
 
 def weighted_sum(
     communicator: Communicator, arrays: Sequence[Any], weight: float
 ) -> tuple[list[Any], float]:
-    """The sum over the workers of each array, each worker's with its weight.
+    """The sum of each array over the workers, where each worker has a weight.
 
-    Over the sum of the weights it is the mean:
+    The sum divided by the sum of the weights is the weighted mean:
 
         mean = sum(weight_r * array_r) / sum(weight_r)      over the ranks r
 
-    Weight 1 everywhere gives the plain mean. Weight 1 on one worker and 0 on the others broadcasts
-    the arrays of that one, bit for bit but for the sign of zeros. Weight 0 everywhere gives no
-    mean. The arrays of a worker with weight 0 or `PRESENT` are not looked at: what is NaN or
-    infinite there stays.
+    If all workers have weight 1, this is the plain mean. If one worker has weight 1 and all others
+    have 0, its arrays are broadcast, bit for bit except for the sign of zeros. If all workers have
+    weight 0, there is no mean. The arrays of a worker with weight 0 or `PRESENT` are not read, so
+    their NaN and infinite values do not enter the sum.
 
     Args:
-        communicator: The workers; all of them call this.
+        communicator: The communicator. All workers must call this function.
         arrays: List of float arrays, as for `Communicator.all_reduce_sum`.
-        weight: Number >= 0, of this worker.
+        weight: Number >= 0, the weight of this worker.
 
     Returns:
-        The sums, in float32 or float64; and the sum of the weights.
+        The list of sums, in float32 or float64, and the sum of the weights.
     """
     if not 0 <= weight < math.inf:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What an average over several workers needs: a place among them, a sum and a meeting."""
+"""The interface for averages over several workers: rank and size, a sum, and a barrier."""
 
 import abc
 import functools
@@ -9,12 +9,13 @@ import numpy as np
 
 
 class Communicator(abc.ABC):
-    """Lets the workers of one job sum up arrays.
+    """Lets the workers of one job sum arrays.
 
     A worker is a process with its own copy of the model and its own share of the data. All workers
-    make the same calls in the same order. `keras_avg.distributed.initialize` gives the communicator
-    of the job that a launcher has started; `LocalCommunicator` is that of a worker alone. For any
-    other way to reach each other, subclass this: set `rank` and `size`, write `all_reduce_sum`.
+    must make the same calls in the same order. `keras_avg.distributed.initialize` returns the
+    communicator of the job that a launcher has started. `LocalCommunicator` is for one worker
+    alone. If your workers communicate in another way, subclass this class: set `rank` and `size`,
+    and define `all_reduce_sum`.
 
     Raises:
         TypeError: If this class itself, or a subclass without `all_reduce_sum`, is constructed.
@@ -39,7 +40,7 @@ class Communicator(abc.ABC):
 
     @functools.cached_property
     def is_chief(self) -> bool:
-        """Whether this is worker 0, whose weights all start from."""
+        """Whether this is worker 0. All workers start from its weights."""
         return self.rank == 0
 
     @abc.abstractmethod
@@ -48,26 +49,27 @@ class Communicator(abc.ABC):
 
         Args:
             arrays: List of float arrays: Keras variables, tensors of the backend, or NumPy arrays.
-                The same shapes, in the same order, on every worker.
+                Every worker must bring the same shapes in the same order.
 
         Returns:
-            A list of tensors or NumPy arrays with these shapes, the same bits on every worker, and
-            none of them shares memory with an argument. All are float32; float64 if any argument
-            on this worker is, which must then be so on every worker.
+            A list of tensors or NumPy arrays with these shapes. They have the same bits on every
+            worker, and share no memory with an argument. All are float32. If any argument is
+            float64, all are float64; then every worker must bring a float64 array.
 
         Raises:
-            ValueError: On every worker, if the arrays differ in number, shape or dtype from worker
-                to worker. Nothing was summed then, and the workers can go on. On this worker, if an
-                array is not of floats: float32 does not hold every integer.
-            RuntimeError: If a worker is dead or stalled: within the timeout of the communicator,
-                on all others. The arguments are as they were.
+            ValueError: If the number, the shapes or the dtypes of the arrays differ between
+                workers. Then every worker raises, nothing was summed, and the workers can go on. If
+                an array is not of floats, because float32 cannot hold every integer. Then only this
+                worker raises.
+            RuntimeError: If a worker is dead or does not answer. All other workers raise within the
+                timeout of the communicator. The arguments have not changed.
         """
 
     def barrier(self) -> None:
-        """Wait until every worker has come here. By itself this is a sum of nothing.
+        """Wait until every worker has called this. The default sums one number.
 
         Raises:
-            RuntimeError: If a worker is dead or stalled: within the timeout of the communicator,
-                on all others.
+            RuntimeError: If a worker is dead or does not answer. All other workers raise within the
+                timeout of the communicator.
         """
         self.all_reduce_sum([np.zeros((), "float32")])

@@ -1,4 +1,4 @@
-"""From the launcher's environment to a communicator."""
+"""Makes the communicator of the job that the launcher's environment describes."""
 
 import math
 import numbers
@@ -13,10 +13,10 @@ _of_this_process: Communicator | None = None
 
 
 def initialize(timeout: float = 600) -> Communicator:
-    """Join the job that a launcher has started this process for.
+    """Join the job for which a launcher has started this process.
 
-    Call it once, first of all: before any Keras variable, model or random number is made. Later
-    calls give the same communicator.
+    Call it at the start of the program, before you make any Keras variable, model or random number.
+    Later calls return the same communicator.
 
     | backend | engine | the launcher sets |
     |---|---|---|
@@ -24,30 +24,36 @@ def initialize(timeout: float = 600) -> Communicator:
     | JAX (0.8 or later) | `jax.distributed` | `KERAS_DISTRIBUTION_JOB_ADDRESSES`, ... |
     | TensorFlow | its collectives | `TF_CONFIG` |
 
-    Without any of these, or with one worker only: a `LocalCommunicator`. An engine that the program
-    has started itself, by `torch.distributed`, `jax.distributed` or `keras.distribution`, is used
-    as it is, and is recommended on TPUs, which need no such variables.
+    If none of these variables is set, or if there is only one worker, the result is a
+    `LocalCommunicator`. If the program has already started an engine itself, with
+    `torch.distributed`, `jax.distributed` or `keras.distribution`, this engine is used. That is the
+    recommended way on TPUs, where these variables are not needed.
 
-    Every call of the communicator ends within the timeout, with an error if a worker is dead or
-    stalled. The error names it where the engine does: on JAX on every worker, on TensorFlow too
-    unless worker 0 is the one, on torch on worker 0. Two things have no remedy. On JAX the death of
-    worker 0 ends the others, and a worker that is missing at the start ends those that wait for it:
-    JAX aborts them. On TensorFlow worker 0 waits for such a worker as long as TensorFlow does.
+    Every call of the communicator ends within the timeout. It raises an error if a worker is dead
+    or does not answer. The error names this worker if the engine knows it. On JAX every worker
+    knows it. On TensorFlow every worker knows it, unless worker 0 is the missing one. On torch only
+    worker 0 knows it.
 
-    The engines listen on sockets. torch's store and JAX' coordinator do so at the address that the
-    launcher names (`JAX_COORDINATOR_BIND_ADDRESS`: at another one), TensorFlow's servers on every
-    interface. `GLOO_SOCKET_IFNAME` names the interface of gloo on torch.
+    Two cases cannot be handled. On JAX, if worker 0 dies, JAX aborts the other workers; and if a
+    worker is missing at the start, JAX aborts those that wait for it. On TensorFlow, if a worker is
+    missing at the start, worker 0 waits as long as TensorFlow does, and not for the timeout.
+
+    The engines listen on sockets. torch's store and JAX' coordinator listen at the address that the
+    launcher names. (For JAX, `JAX_COORDINATOR_BIND_ADDRESS` sets another address.) TensorFlow's
+    servers listen on every interface. On torch, `GLOO_SOCKET_IFNAME` names the interface of gloo.
 
     Args:
-        timeout: Number > 0, in seconds: how long to wait for other workers, here and in each call.
-            Longer than one worker may be ahead of another. Default 600.
+        timeout: Number > 0, in seconds. How long to wait for other workers, here and in each call.
+            It must be longer than the time by which one worker may be ahead of another. Default
+            600.
 
     Returns:
         A `keras_avg.distributed.Communicator`.
 
     Raises:
-        ValueError: If `timeout` is not a positive number, or the environment names a job in part.
-        RuntimeError: If the workers do not all come within the timeout, or it is too late to join.
+        ValueError: If `timeout` is not a positive number, or if only some of the launcher's
+            variables are set.
+        RuntimeError: If not all workers come within the timeout, or if it is too late to join.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""The communicator of a worker that is alone."""
+"""The communicator of a job with one worker."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +11,9 @@ from keras_avg.distributed.communicator import Communicator
 
 
 class LocalCommunicator(Communicator):
-    """A job of one worker: sums are copies, and nobody has to be waited for.
+    """The communicator of a job with one worker. Its sums are copies, and it never waits.
 
-    So programs for several workers run alone without a change.
+    With it, a program for several workers also runs as one process, without a change.
 
     Raises:
         ValueError: By `all_reduce_sum`, if an array is not of floats.
@@ -33,7 +33,7 @@ class LocalCommunicator(Communicator):
     size = 1
 
     def all_reduce_sum(self, arrays: Sequence[Any]) -> list[Any]:
-        """Copies, in float32 or float64, as `Communicator.all_reduce_sum` gives them."""
+        """Copies of the arrays, in float32 or float64, as for `Communicator.all_reduce_sum`."""
         dtype = _payload.payload_dtype(arrays)
         return [np.array(keras.ops.convert_to_numpy(array), dtype) for array in arrays]
 

@@ -1,4 +1,4 @@
-"""Learning rates that go with weight averaging: constant at the end, or in cycles."""
+"""Learning rates for weight averaging: they end constant, or go up and down in cycles."""
 
 from keras_avg.schedules.cyclical_learning_rate import (
     CyclicalLearningRate,

@@ -1,10 +1,10 @@
-"""What the schedules' constructors accept. A check returns the value to keep or says what to do."""
+"""Checks of the schedules' arguments. A check returns the value to keep, or raises an error."""
 
 from typing import Any
 
 from keras_avg import _checks
 
-LONGEST_STEP_SIZE = 2**29  # A cycle is two of them, and steps are int32 on most backends.
+LONGEST_STEP_SIZE = 2**29  # Most backends count steps in int32, and a cycle has two step sizes.
 
 
 def step_size(value: Any) -> int | float:

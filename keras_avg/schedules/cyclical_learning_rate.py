@@ -14,20 +14,22 @@ from keras_avg.schedules import _arguments
 
 
 class _Cyclical(LearningRateSchedule):
-    """Triangles between two rates, their heights scaled by the hook `_scale`.
+    """Triangles between two rates. The hook `_scale` scales their heights.
 
-    Smith counts cycles from 1 and writes, for step `t` and step size `s`,
+    Smith counts cycles from 1. For step `t` and step size `s` he writes
 
         cycle = floor(1 + t / (2 s)),  x = |t / s - 2 cycle + 1|
         rate = initial + (maximal - initial) * max(0, 1 - x) * scale
 
-    In float32 the position in a cycle gets coarse long before 2**24, where steps cease to be told
-    apart. So let the period 2 s be the fraction P / Q, and n the number of Q-th parts of a step
-    that have passed in a cycle: n = (t Q) mod P, without computing t Q, which may not fit. Then
+    In float32 this is too coarse. From step 2**24 on, float32 cannot tell one step from the next,
+    and the position in a cycle loses its digits long before. So the code uses integers. Let the
+    period 2 s be the fraction P / Q. Divide each step into Q parts. Let n be the number of parts
+    that have passed in this cycle, n = (t Q) mod P. The code does not compute t Q, because it may
+    be too large. Then
 
         t / s - 2 (cycle - 1) = 2 n / P,   1 - x = 1 - |2 n / P - 1| = (P - |2 n - P|) / P
 
-    in [0, 1], all of it integers but for the last division.
+    The last value is in [0, 1]. Only its division is not exact.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class _Cyclical(LearningRateSchedule):
         raise NotImplementedError
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments to construct the schedule with again, serializable.
+        """The arguments that construct an equal schedule, in serializable form.
 
         Returns:
             A dict.
@@ -91,30 +93,30 @@ class _Cyclical(LearningRateSchedule):
 
 @keras.saving.register_keras_serializable(package="keras_avg")
 class CyclicalLearningRate(_Cyclical):
-    """Goes up and down between two rates, with triangles scaled by a function of one's own.
+    """Goes up and down between two rates. A function of yours scales the height of the triangles.
 
     With step `i` counted from 0 and cycles of `2 * step_size` steps counted from 1,
 
         rate(i) = initial + (maximal - initial) * height(i) * scale_fn(cycle or i)
 
-    where `height` climbs from 0 to 1 in `step_size` steps and comes down in as many.
+    where `height` goes from 0 to 1 in `step_size` steps, and back to 0 in the next `step_size`.
 
     Args:
         initial_learning_rate: Number >= 0. The rate at both ends of a cycle.
-        maximal_learning_rate: Number >= 0. The rate amid a cycle, unscaled. If it is
-            below `initial_learning_rate`, a cycle goes down first.
-        step_size: Number in [1, 2**29], in steps: half a cycle. Need not be whole, as in
-            `2 * samples / batch_size`.
-        scale_fn: Function of a float32 scalar tensor that returns a scalar. To be in a config it
-            must be registered by `keras.saving.register_keras_serializable`.
-        scale_mode: `"cycle"` to scale by the number of the cycle, the first of which is 1, or
-            `"iterations"` by the step, the first of which is 0. Default `"cycle"`.
+        maximal_learning_rate: Number >= 0. The rate in the middle of a cycle, before scaling. If it
+            is below `initial_learning_rate`, a cycle goes down first.
+        step_size: Number in [1, 2**29], half a cycle, in steps. It need not be an integer:
+            `2 * samples / batch_size` is allowed.
+        scale_fn: Function of a float32 scalar tensor that returns a scalar. `get_config` needs a
+            function that is registered with `keras.saving.register_keras_serializable`.
+        scale_mode: What `scale_fn` takes: `"cycle"`, the number of the cycle, where 1 is the first;
+            or `"iterations"`, the step, where 0 is the first. Default `"cycle"`.
         name: String. Default `"CyclicalLearningRate"`.
 
     Raises:
         TypeError: If `scale_fn` is not callable.
-        ValueError: If another argument is out of range or of another kind; from `get_config`, if
-            `scale_fn` is not registered with Keras.
+        ValueError: If another argument is out of range or of the wrong type. `get_config` raises it
+            if `scale_fn` is not registered with Keras.
 
     Example:
 
@@ -153,7 +155,7 @@ class CyclicalLearningRate(_Cyclical):
         return self.scale_fn(x)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments to construct the schedule with again, serializable.
+        """The arguments that construct an equal schedule, in serializable form.
 
         Returns:
             A dict.
@@ -170,7 +172,7 @@ class CyclicalLearningRate(_Cyclical):
         """Construct a schedule from what `get_config` returned.
 
         Args:
-            config: Dict. Left as it is.
+            config: Dict. It is not changed.
 
         Returns:
             A new schedule.
@@ -181,20 +183,20 @@ class CyclicalLearningRate(_Cyclical):
 
 @keras.saving.register_keras_serializable(package="keras_avg")
 class TriangularCyclicalLearningRate(_Cyclical):
-    """Goes up and down between two rates in straight lines, each cycle like the one before.
+    """Goes up and down between two rates in straight lines. All cycles are equal.
 
-    See `CyclicalLearningRate`, with a `scale_fn` of 1.
+    It is a `CyclicalLearningRate` whose `scale_fn` is always 1.
 
     Args:
         initial_learning_rate: Number >= 0. The rate at both ends of a cycle.
-        maximal_learning_rate: Number >= 0. The rate amid a cycle. If it is
-            below `initial_learning_rate`, a cycle goes down first.
-        step_size: Number in [1, 2**29], in steps: half a cycle.
-        scale_mode: `"cycle"` or `"iterations"`. Makes no difference here. Default `"cycle"`.
+        maximal_learning_rate: Number >= 0. The rate in the middle of a cycle. If it is below
+            `initial_learning_rate`, a cycle goes down first.
+        step_size: Number in [1, 2**29], half a cycle, in steps.
+        scale_mode: `"cycle"` or `"iterations"`. It makes no difference here. Default `"cycle"`.
         name: String. Default `"TriangularCyclicalLearningRate"`.
 
     Raises:
-        ValueError: If an argument is out of range or of another kind.
+        ValueError: If an argument is out of range or of the wrong type.
 
     Example:
 
@@ -227,20 +229,21 @@ class TriangularCyclicalLearningRate(_Cyclical):
 
 @keras.saving.register_keras_serializable(package="keras_avg")
 class Triangular2CyclicalLearningRate(_Cyclical):
-    """Goes up and down between two rates in straight lines, each cycle half as high as the last.
+    """Goes up and down between two rates in straight lines. Each cycle is half the one before.
 
-    See `CyclicalLearningRate`, with a `scale_fn` of `1 / 2**(x - 1)`.
+    It is a `CyclicalLearningRate` whose `scale_fn` is `1 / 2**(x - 1)`.
 
     Args:
         initial_learning_rate: Number >= 0. The rate at both ends of a cycle.
-        maximal_learning_rate: Number >= 0. The rate amid the first cycle. If it is
+        maximal_learning_rate: Number >= 0. The rate in the middle of the first cycle. If it is
             below `initial_learning_rate`, a cycle goes down first.
-        step_size: Number in [1, 2**29], in steps: half a cycle.
-        scale_mode: `"cycle"`, or `"iterations"` to halve with each step. Default `"cycle"`.
+        step_size: Number in [1, 2**29], half a cycle, in steps.
+        scale_mode: `"cycle"` halves the height with each cycle, `"iterations"` with each step.
+            Default `"cycle"`.
         name: String. Default `"Triangular2CyclicalLearningRate"`.
 
     Raises:
-        ValueError: If an argument is out of range or of another kind.
+        ValueError: If an argument is out of range or of the wrong type.
 
     Example:
 
@@ -272,20 +275,20 @@ class Triangular2CyclicalLearningRate(_Cyclical):
 class ExponentialCyclicalLearningRate(_Cyclical):
     """Goes up and down between two rates in triangles whose height decays exponentially.
 
-    See `CyclicalLearningRate`, with a `scale_fn` of `gamma**x`.
+    It is a `CyclicalLearningRate` whose `scale_fn` is `gamma**x`.
 
     Args:
         initial_learning_rate: Number >= 0. The rate at both ends of a cycle.
-        maximal_learning_rate: Number >= 0. The rate amid a cycle, unscaled. If it is
-            below `initial_learning_rate`, a cycle goes down first.
-        step_size: Number in [1, 2**29], in steps: half a cycle.
-        scale_mode: `"iterations"` to decay with each step, the first of which is 0, or `"cycle"`
-            with each cycle, the first of which is 1. Default `"iterations"`.
-        gamma: Number, 0 < gamma <= 1. Default 1, which is no decay.
+        maximal_learning_rate: Number >= 0. The rate in the middle of a cycle, before scaling. If it
+            is below `initial_learning_rate`, a cycle goes down first.
+        step_size: Number in [1, 2**29], half a cycle, in steps.
+        scale_mode: What `x` is: `"iterations"`, the step, where 0 is the first; or `"cycle"`, the
+            number of the cycle, where 1 is the first. Default `"iterations"`.
+        gamma: Number, 0 < gamma <= 1. Default 1: the height does not decay.
         name: String. Default `"ExponentialCyclicalLearningRate"`.
 
     Raises:
-        ValueError: If an argument is out of range or of another kind.
+        ValueError: If an argument is out of range or of the wrong type.
 
     Example:
 
@@ -319,11 +322,11 @@ class ExponentialCyclicalLearningRate(_Cyclical):
         self.gamma = float(gamma)
 
     def _scale(self, x: Any) -> Any:
-        # Rounding gamma to float32 would be wrong by x roundings in gamma**x.
+        # Not gamma**x in float32: the rounding error of gamma would be multiplied by x.
         return ops.exp(math.log(self.gamma) * x)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments to construct the schedule with again, serializable.
+        """The arguments that construct an equal schedule, in serializable form.
 
         Returns:
             A dict.
@@ -332,6 +335,6 @@ class ExponentialCyclicalLearningRate(_Cyclical):
 
 
 def _period(step_size: int | float) -> fractions.Fraction:
-    """Steps of a cycle, as the nearest fraction whose numbers multiply within int32."""
+    """The steps of a cycle, as the nearest fraction with which the integers stay below 2**31."""
     period = 2 * fractions.Fraction(step_size)
     return period.limit_denominator(math.isqrt(2**30 // math.ceil(period)))

@@ -1,4 +1,4 @@
-"""The learning rate of stochastic weight averaging: constant once averaging has begun."""
+"""The learning rate of stochastic weight averaging: it is constant once averaging has begun."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ from keras_avg import _checks
 
 @keras.saving.register_keras_serializable(package="keras_avg")
 class SWALearningRate(LearningRateSchedule):
-    """Follows a schedule up to a step, then anneals to a constant rate and stays there.
+    """Follows a schedule up to `start_step`, then moves to a constant rate and stays there.
 
     With step `i` counted from 0,
 
@@ -21,27 +21,28 @@ class SWALearningRate(LearningRateSchedule):
         a = shape(min(1, (i - start_step) / anneal_steps))       (0 while i < start_step)
         shape(t) = t  for "linear",  (1 - cos(pi * t)) / 2  for "cos"
 
-    so that the update after `start_step` others still has the schedule's rate, at which the
-    schedule is frozen, and the one `anneal_steps` later is the first with `swa_learning_rate`. With
+    Step `start_step` still has the schedule's rate, and from there on the schedule stays at this
+    rate. Step `start_step + anneal_steps` is the first with `swa_learning_rate`. With
     `anneal_steps=0` the rate is `swa_learning_rate` from `start_step` on.
 
-    This is `torch.optim.swa_utils.SWALR` with every step counted and nobody to call: torch's rate
-    after its k-th `step()` is the rate at `start_step + k`.
+    This is `torch.optim.swa_utils.SWALR`, but it counts every step, and you need not call it. The
+    rate of torch after its k-th `step()` is the rate at step `start_step + k`.
 
-    Under gradient accumulation Keras' schedules count micro-steps, whereas the steps of `SWA` are
-    updates: multiply `start_step` and `anneal_steps` by `gradient_accumulation_steps`.
+    With gradient accumulation, Keras' schedules count micro-steps, while `SWA` counts updates. So
+    multiply `start_step` and `anneal_steps` by `gradient_accumulation_steps`.
 
     Args:
         schedule: A `keras.optimizers.schedules.LearningRateSchedule` or a number >= 0. The rate
             before `start_step`.
-        swa_learning_rate: Number >= 0. The rate at the end; often higher than the schedule's last.
-        start_step: Integer in [0, 2**31), in steps, the first of which is 0. Annealing begins from
-            the rate of this step.
+        swa_learning_rate: Number >= 0. The rate at the end. It is often higher than the last rate
+            of the schedule.
+        start_step: Integer in [0, 2**31), in steps. Step 0 is the first. Annealing begins at the
+            rate of this step.
         anneal_steps: Integer in [0, 2**31), in steps. How long annealing takes.
         anneal_strategy: `"cos"` or `"linear"`. Default `"cos"`.
 
     Raises:
-        ValueError: If an argument is out of range or of another kind.
+        ValueError: If an argument is out of range or of the wrong type.
 
     Example:
 
@@ -89,13 +90,13 @@ class SWALearningRate(LearningRateSchedule):
             before = before(ops.minimum(step, self.start_step))
         before = ops.convert_to_tensor(before, "float32")
         annealed = self._annealed(step)
-        # Not before + a * (after - before), which misses the constant rate by a rounding error.
+        # Not before + a * (after - before): with a = 1 it differs from `after` by a rounding error.
         return (1.0 - annealed) * before + annealed * self.swa_learning_rate
 
-    # float32 stops counting at 2**24, so steps stay integers until few are left. And
-    # (1 - cos(pi * t)) / 2 loses the digits of a small t by subtracting from 1; it is
+    # float32 cannot count beyond 2**24, so steps stay integers until their number is small.
+    # (1 - cos(pi * t)) / 2  loses the digits of a small t, because it subtracts from 1. The equal
     #     sin(pi * t / 2)**2
-    # where nothing is subtracted.
+    # subtracts nothing.
 
     def _annealed(self, step: Any) -> Any:
         since = step - self.start_step
@@ -107,7 +108,7 @@ class SWALearningRate(LearningRateSchedule):
         return ops.square(ops.sin(math.pi / 2 * fraction))
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments to construct the schedule with again, serializable.
+        """The arguments that construct an equal schedule, in serializable form.
 
         Returns:
             A dict.
@@ -128,7 +129,7 @@ class SWALearningRate(LearningRateSchedule):
         """Construct a schedule from what `get_config` returned.
 
         Args:
-            config: Dict. Left as it is.
+            config: Dict. It is not changed.
 
         Returns:
             A new schedule.

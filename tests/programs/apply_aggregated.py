@@ -1,4 +1,4 @@
-"""Two replicas apply gradients; prints how far the variable has gone after each step."""
+"""Two replicas apply gradients. Prints how far the variable has moved after each step."""
 
 import tensorflow as tf
 

@@ -1,4 +1,4 @@
-"""A worker of two logical devices: after each round every replica has what one device has."""
+"""A worker with two logical devices. After each round both replicas equal a worker with one."""
 
 import keras
 import numpy as np
@@ -8,13 +8,13 @@ import keras_avg
 
 
 class OtherIsAhead(keras_avg.distributed.Communicator):
-    """One of two workers. The other brings the same and one half more."""
+    """One of two workers. The other worker brings the same values plus one half."""
 
     rank, size = 0, 2
 
     def all_reduce_sum(self, arrays):
         values = [np.asarray(array) for array in arrays]
-        if len(values) == 1:  # by which they see that they are alike
+        if len(values) == 1:  # This array serves to check that the workers are alike.
             return [2 * values[0]]
         return [2 * value + 0.5 * (value.ndim > 0) for value in values]
 
@@ -35,7 +35,7 @@ def main():
     assert_alike_on_replicas(on_replicas.optimizer.variables)
     for ours, theirs in zip(on_replicas.weights, alone.weights, strict=True):
         np.testing.assert_allclose(small.numpy(ours), small.numpy(theirs), atol=TOLERANCE)
-        assert np.abs(small.numpy(theirs)).max() > 0.2  # shifted at each round
+        assert np.abs(small.numpy(theirs)).max() > 0.2  # Each round has shifted the values.
     for optimizer in (on_replicas.optimizer, alone.optimizer):
         assert keras.ops.convert_to_numpy(optimizer.iterations) == 12
 

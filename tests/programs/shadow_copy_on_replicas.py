@@ -1,4 +1,4 @@
-"""In a strategy's scope and outside of its steps, as in Addons' own test of `shadow_copy`."""
+"""Calls `shadow_copy` in a strategy's scope, but outside of its steps, as Addons' own test does."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""On four virtual devices: averages lie where their variables lie, swapped and loaded too.
+"""On four virtual devices, averages are sharded like their variables, when swapped or loaded too.
 
 python swap_sharded.py FOLDER [data|model]
 """

@@ -1,4 +1,4 @@
-"""Trains with a backup at each epoch, kills itself if told when, and writes what it came to.
+"""Trains with a backup at each epoch, and writes the result. It kills itself at EPOCH and BATCH.
 
 python train_and_be_killed.py FOLDER RESULT [EPOCH BATCH]
 """

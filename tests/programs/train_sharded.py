@@ -1,4 +1,4 @@
-"""On four virtual devices: training is that of the bare optimizer, and averaging moves no data.
+"""On four virtual devices, wrappers do not change training, and averaging moves no data.
 
 python train_sharded.py [data|model]
 """
@@ -18,7 +18,8 @@ import numpy as np
 import small_training as small
 from wrappers import chain
 
-# Four devices sum a quarter of a batch each: rounding of float32 gradients, over twelve steps.
+# Each of four devices sums a quarter of a batch. The difference is rounding of float32 gradients,
+# over twelve steps.
 TOLERANCE = 1e-4
 COMMUNICATES = re.compile(
     r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("

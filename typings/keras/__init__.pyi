@@ -1,5 +1,5 @@
-# What keras_avg uses of keras.optimizers.Optimizer, so that mypy knows where attributes come from.
-# Keras has no types of its own; all else of it is Any.
+# The attributes of keras.optimizers.Optimizer that keras_avg uses. With them mypy knows where an
+# attribute comes from. Keras has no types of its own, so everything else in it is Any.
 from typing import Any
 
 from . import optimizers as optimizers

@@ -1,18 +1,20 @@
-"""What workers of one job ask of the framework's own engine. One file each, the same names.
+"""The functions that use each framework's communication engine. Each file has the same names.
 
 * `launched()`: the rank and the number of workers that the framework's launcher has put into the
-  environment; None without a launcher. ValueError where it names a job only in part: such a worker
-  would train alone and nobody would notice.
-* `Engine(timeout)`: joins the job, and waits up to `timeout` seconds for the other workers. Has
+  environment, or None without a launcher. It raises ValueError if only some of the variables are
+  set: such a worker would train alone, and nobody would notice.
+* `Engine(timeout)`: joins the job, and waits up to `timeout` seconds for the other workers. It has
   `rank` and `size`.
-* `Engine.meet(numbers)`: waits for all workers, and gives the numbers that each brought, as many
-  from each, by rank. A meeting comes before each sum, because most engines abort the process, or
-  wait without end, when a peer is gone or brings another size.
-* `Engine.sum(arrays, dtype)`: the sums over the workers of variables, tensors or NumPy arrays. They
-  travel as one flat buffer: a collective on that costs a hundredth of two hundred on small ones.
+* `Engine.meet(numbers)`: waits for all workers, and returns the numbers of each worker, by rank.
+  All workers bring equally many. A meeting comes before each sum. Without it, most engines abort
+  the process, or wait for ever, when another worker is gone or brings arrays of another size.
+* `Engine.sum(arrays, dtype)`: the sums over the workers of variables, tensors or NumPy arrays. The
+  arrays are sent as one flat buffer, because one collective on it costs a hundredth of two hundred
+  collectives on small arrays.
 
-What fails raises `UnreachableError`, with the engine's own words and the ranks that are missing
-where it knows them; `TooLateError` where the framework was used before the engine was started.
+Failures raise `UnreachableError`, with the engine's message, and with the missing ranks if the
+engine knows them. If the framework was used before the engine was started, `TooLateError` is
+raised.
 """
 
 import importlib
@@ -24,13 +26,14 @@ from typing import Any
 import keras
 import numpy as np
 
-ALIGNMENT = 64  # bytes, at which frameworks take an array as it is
+ALIGNMENT = 64  # bytes. Frameworks use an array without a copy if it is aligned to this.
 
-_kept_memory: list[tuple[Any, Any]] = []  # one block at most, and who had it last
+# At most one block of memory, with a weak reference to the array that used it last.
+_kept_memory: list[tuple[Any, Any]] = []
 
 
 class UnreachableError(Exception):
-    """Some worker is dead or stalled; `missing` are the ranks, as far as the engine knows them."""
+    """A worker is dead or does not answer. `missing` has the ranks that the engine knows."""
 
     def __init__(self, error: object, missing: tuple[int, ...] = ()) -> None:
         super().__init__(str(error).strip())
@@ -38,21 +41,21 @@ class UnreachableError(Exception):
 
 
 class TooLateError(Exception):
-    """The engine has to be started before the framework is used."""
+    """The framework was used before the engine was started."""
 
 
 def has_engine() -> bool:
-    """Whether Keras trains on this backend at all; on NumPy and OpenVINO it loads models only."""
+    """Whether Keras can train on this backend. On NumPy and OpenVINO it only loads models."""
     return keras.backend.backend() in ("jax", "tensorflow", "torch")
 
 
 def of_backend() -> ModuleType:
-    """The file for Keras' backend, loaded when it is needed and not with the package."""
+    """The file for Keras' backend. It is imported when it is needed, and not with the package."""
     return importlib.import_module(f"{__name__}.{keras.backend.backend()}")
 
 
 def variables(*names: str) -> dict[str, str] | None:
-    """These environment variables: all of them, or None where none is set."""
+    """These environment variables, or None if none of them is set. Raises if only some are set."""
     found = {name: os.environ[name] for name in names if os.environ.get(name)}
     missing = [name for name in names if name not in found]
     if found and missing:
@@ -66,7 +69,7 @@ def variables(*names: str) -> dict[str, str] | None:
 
 
 def place(rank_name: str, rank: str, size_name: str, size: str) -> tuple[int, int]:
-    """Rank and size as numbers that go together."""
+    """Rank and size as integers. Raises if the rank is not in the range of the size."""
     try:
         numbers = int(rank), int(size)
     except ValueError:
@@ -80,9 +83,9 @@ def place(rank_name: str, rank: str, size_name: str, size: str) -> tuple[int, in
 
 
 def host_memory(size: int, dtype: str) -> np.ndarray:
-    """Aligned memory for so many elements: that of the last time, once nothing uses it.
+    """Aligned memory for `size` elements. It is the same memory as before if nothing uses it now.
 
-    Fresh pages cost ten times the copying.
+    The first write to new memory takes ten times as long as the copy itself.
     """
     nbytes = size * np.dtype(dtype).itemsize + ALIGNMENT
     block, last_use = _kept_memory.pop() if _kept_memory else (memoryview(b""), lambda: None)
@@ -90,5 +93,6 @@ def host_memory(size: int, dtype: str) -> np.ndarray:
         block = memoryview(np.empty(nbytes, "uint8"))
     start = -np.frombuffer(block, "uint8").ctypes.data % ALIGNMENT
     memory = np.frombuffer(block, dtype, size, start)
-    _kept_memory.append((block, weakref.ref(memory)))  # which all views of it keep alive
+    # All views of `memory` keep it alive, so the reference says whether one of them still exists.
+    _kept_memory.append((block, weakref.ref(memory)))
     return memory

@@ -1,9 +1,10 @@
-"""The engine is jax.distributed; the launcher sets the variables of keras.distribution.
+"""The engine is jax.distributed. The launcher sets the variables of keras.distribution.
 
-`keras.distribution.initialize` is not called, because it passes no timeouts on. JAX would end the
-process from C++, with the weights in it, when another worker dies, and wait at exit for a dead one:
-so the workers are made recoverable, which leaves it to us to notice. What stays: the coordination
-service lives in worker 0, and when that one dies JAX ends the others.
+`keras.distribution.initialize` is not called, because one cannot pass timeouts to it. When another
+worker dies, JAX would by default end this process from C++, and its weights would be lost. It would
+also wait for the dead worker at exit. So the option `jax_enable_recoverability` is set. With it JAX
+does neither, and this file must notice the death itself. One case remains: the coordination service
+runs in worker 0, and when worker 0 dies, JAX ends the others.
 """
 
 import atexit
@@ -31,12 +32,12 @@ from keras_avg._backend.communicators import (
 ADDRESSES = "KERAS_DISTRIBUTION_JOB_ADDRESSES"
 SIZE = "KERAS_DISTRIBUTION_NUM_PROCESSES"
 RANK = "KERAS_DISTRIBUTION_PROCESS_ID"
-LONGEST_SILENCE = 100  # seconds without a heartbeat, JAX' own default
-MARGIN = 2  # seconds: what has a timeout of its own is to end by that
+LONGEST_SILENCE = 100  # seconds without a heartbeat. This is the default of JAX.
+MARGIN = 2  # seconds. A call with a timeout of its own gets this much more time to end by itself.
 
 
 def launched() -> tuple[int, int] | None:
-    if jax.distributed.is_initialized():  # by the user
+    if jax.distributed.is_initialized():  # The user has done that.
         return jax.process_index(), jax.process_count()
     found = variables(ADDRESSES, SIZE, RANK)
     if found is None:
@@ -50,7 +51,7 @@ class Engine:
         if not jax.distributed.is_initialized():
             _start(timeout)
         self.rank, self.size = jax.process_index(), jax.process_count()
-        # Meetings and heartbeats have no public name.
+        # JAX has no public name for meetings and heartbeats.
         self._client: Any = distributed.global_state.client
         self._meetings = 0
         self._missing: set[int] = set()
@@ -68,7 +69,7 @@ class Engine:
         folder = f"keras_avg/{self._meetings}/"
         try:
             self._client.key_value_set(f"{folder}{self.rank}", json.dumps(numbers))
-            if self._meetings > 2:  # everybody has read that one
+            if self._meetings > 2:  # All workers have read the numbers of that meeting.
                 self._client.key_value_delete(f"keras_avg/{self._meetings - 2}/{self.rank}")
             self._within(self._client.wait_at_barrier, folder, round(1000 * self._timeout))
             brought = self._brought(folder)
@@ -77,8 +78,9 @@ class Engine:
         return [brought[rank] for rank in range(self.size)]
 
     def sum(self, arrays: Sequence[Any], dtype: str) -> list[np.ndarray]:
-        # Packed on the host: compiled for two hundred arrays, a concatenation takes seconds to
-        # compile, and arrays from a global mesh would let the train step compile anew.
+        # The arrays are packed on the host, for two reasons. A compiled concatenation of two
+        # hundred arrays takes seconds to compile. And after arrays from a global mesh, JAX would
+        # compile the train step again.
         values = [np.asarray(array) for array in arrays]
         flat = host_memory(sum(value.size for value in values), dtype)
         np.concatenate([value.reshape(-1) for value in values], out=flat)
@@ -106,7 +108,10 @@ class Engine:
         return tuple(sorted(self._missing))
 
     def _within(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """Not every wait of JAX has an end: from a stuck thread one can at least go on."""
+        """Call a function of JAX in a thread, and raise if it does not return in time.
+
+        Some functions of JAX wait for ever. The program can go on even if the thread cannot.
+        """
         result: futures.Future = futures.Future()
 
         def run() -> None:
@@ -123,7 +128,10 @@ class Engine:
             raise TimeoutError(f"no answer in {patience:g} s") from None
 
     def _outlive_the_others(self) -> None:
-        """Keeps the coordination service up while others still save: without it JAX ends them."""
+        """Keep the coordination service running until the others have ended.
+
+        They may still save their weights. Without the service JAX would end them.
+        """
         others = [rank for rank in range(self.size) if rank not in self._missing]
         with contextlib.suppress(Exception):
             self._within(self._client.get_live_nodes, others)
@@ -149,7 +157,7 @@ def _start(timeout: float) -> None:
             int(found[RANK]),
             initialization_timeout=max(1, round(timeout)),
             heartbeat_timeout_seconds=silence,
-            # By itself JAX would listen on every interface of the machine.
+            # By default JAX would listen on every interface of the machine.
             coordinator_bind_address=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator),
         )
     except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""The engine is TensorFlow's collectives, and TF_CONFIG names the job.
+"""The engine is TensorFlow's collectives. TF_CONFIG describes the job.
 
-A MultiWorkerMirroredStrategy starts the engine and is used for nothing else: models are built
-outside its scope, so that each worker has variables of its own.
+A MultiWorkerMirroredStrategy starts the engine, and is used for nothing else. Models must be built
+outside its scope, because each worker needs variables of its own.
 """
 
 import json
@@ -17,8 +17,8 @@ from tensorflow.python.eager import context
 from keras_avg._backend.communicators import TooLateError, UnreachableError, place
 
 WORKERS = ("chief", "worker")
-ALIGNMENT = 16  # elements: what is split between aligned ones is not copied
-GROUP = 0x6B61  # far from the keys that strategies count up from 1
+ALIGNMENT = 16  # elements. TensorFlow splits a tensor without a copy if the parts are aligned.
+GROUP = 0x6B61  # Strategies count their keys from 1, so this key is not one of theirs.
 
 
 def launched() -> tuple[int, int] | None:
@@ -29,7 +29,7 @@ def launched() -> tuple[int, int] | None:
         config = json.loads(text)
         cluster, task = config["cluster"], config["task"]
         job, index = task["type"], str(task["index"])
-        if job == "evaluator":  # stands beside the job
+        if job == "evaluator":  # It is not one of the workers.
             return None
         if job not in WORKERS:
             raise ValueError(f"task type {job!r} is none of {', '.join(WORKERS)}")
@@ -58,19 +58,19 @@ class Engine:
         except tf.errors.OpError as error:
             raise UnreachableError(error) from error
         self._device = strategy.extended.worker_devices[0]
-        self._strategy = strategy  # the engine lives as long as it does
+        self._strategy = strategy  # The engine stops when the strategy is deleted.
         self._compiled_sum = tf.function(self._sum)
         self._meetings = self._sums = 0
 
     def meet(self, numbers: Sequence[int]) -> list[list[int]]:
         self._meetings += 1
         meeting = f"keras_avg/{self._meetings}"
-        # The service behind the engine tells who is missing; a collective that runs into its
-        # timeout does not. It has no public name.
+        # The coordination service behind the engine says which worker is missing. A collective that
+        # runs into its timeout does not say it. The service has no public name.
         service = context.context()
         try:
             service.set_config_key_value(f"{meeting}/{self.rank}", json.dumps(numbers))
-            if self._meetings > 2:  # everybody has read that one
+            if self._meetings > 2:  # All workers have read the numbers of that meeting.
                 service.delete_config_key_value(f"keras_avg/{self._meetings - 2}/{self.rank}")
             service.wait_at_barrier(meeting, round(1000 * self._timeout))
             brought = [
@@ -90,8 +90,8 @@ class Engine:
             raise UnreachableError(error) from error
 
     def _sum(self, arrays: list[tf.Tensor], dtype: str, key: tf.Tensor) -> list[tf.Tensor]:
-        # Compiled, because two hundred operations from Python take as long as the memory, and the
-        # sums then take the place of the terms.
+        # This is compiled, because two hundred operations from Python take as long as the memory
+        # transfers. Compiled code also writes the sums into the memory of the terms.
         with tf.device(self._device):
             flat = tf.raw_ops.CollectiveReduceV2(
                 input=tf.concat([_line(tf.cast(array, dtype)) for array in arrays], 0),
@@ -109,7 +109,7 @@ class Engine:
             return [tf.reshape(line[:size], array.shape) for line, size, array in parts]
 
     def _named_in(self, text: str) -> tuple[int, ...]:
-        """Ranks of the tasks that a message calls late, one on a line, or without a heartbeat."""
+        """The ranks of the tasks that an error message calls late or without a heartbeat."""
         cluster = json.loads(os.environ["TF_CONFIG"])["cluster"]
         first = {"chief": 0, "worker": len(cluster.get("chief", ()))}
         task = r"/job:(\w+)/replica:0/task:(\d+)"

@@ -1,4 +1,4 @@
-"""The engine is torch.distributed, and torchrun the launcher: gloo on CPUs, NCCL on GPUs."""
+"""The engine is torch.distributed: gloo on CPUs, NCCL on GPUs. The launcher is torchrun."""
 
 import atexit
 import contextlib
@@ -19,12 +19,12 @@ import torch.distributed as dist
 from keras_avg import _backend
 from keras_avg._backend.communicators import UnreachableError, host_memory, place, variables
 
-PAUSE = 0.1  # seconds
+PAUSE = 0.1  # seconds between two attempts to connect
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def launched() -> tuple[int, int] | None:
-    if dist.is_initialized():  # by the user
+    if dist.is_initialized():  # The user has done that.
         return dist.get_rank(), dist.get_world_size()
     found = variables(*LAUNCHER)
     if found is None:
@@ -38,10 +38,10 @@ class Engine:
         with _failures():
             if not dist.is_initialized():
                 _start(self._timeout)
-                # Gloo's threads abort a process that ends with its groups in place.
+                # If a process ends before its groups are destroyed, gloo's threads abort it.
                 atexit.register(_stop)
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
-            # `monitored_barrier`, which tells who is missing, is there on gloo alone.
+            # Only gloo has `monitored_barrier`, which says which worker is missing.
             self._meetings = dist.new_group(backend="gloo", timeout=self._timeout)
 
     def meet(self, numbers: Sequence[int]) -> list[list[int]]:
@@ -68,7 +68,7 @@ def _tensor(array: Any, dtype: str) -> torch.Tensor:
 def _pack(tensors: list[torch.Tensor], dtype: str) -> torch.Tensor:
     if tensors[0].device.type != "cpu":
         return torch.cat(tensors)
-    # Not `torch.cat`, which lets all cores of the machine meet at each of the tensors.
+    # Not `torch.cat`: it starts a parallel region (a barrier over all cores) for each tensor.
     memory = host_memory(sum(tensor.numel() for tensor in tensors), dtype)
     np.concatenate([tensor.numpy() for tensor in tensors], out=memory)
     return torch.from_numpy(memory)
@@ -81,7 +81,8 @@ def _start(timeout: datetime.timedelta) -> None:
         backend = "nccl"
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # the launcher holds the store
+    # Then the launcher has already made the store.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         dist.init_process_group(backend, timeout=timeout)
         return
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -100,17 +101,21 @@ def _stop() -> None:
 
 
 def _listener(host: str, port: int) -> socket.socket:
-    """Listens on the launcher's interface only; torch by itself listens on all of them."""
+    """A socket that listens only on the launcher's interface. By default torch listens on all."""
     try:
         return socket.create_server((socket.gethostbyname(host), port))
     except OSError as error:
-        if error.errno != errno.EADDRNOTAVAIL:  # an address that is forwarded to this machine
+        # The address may be that of another machine, which forwards it to this one.
+        if error.errno != errno.EADDRNOTAVAIL:
             raise
         return socket.create_server(("", port))
 
 
 def _wait_for_listener(host: str, port: int, seconds: float) -> None:
-    """Waits no longer than that; torch itself doubles its pauses, and may wait thrice as long."""
+    """Wait until worker 0 listens, for `seconds` at most.
+
+    torch itself doubles its pauses, and may wait three times as long as its timeout.
+    """
     deadline = time.monotonic() + seconds
     while True:
         left = deadline - time.monotonic()

@@ -1,0 +1,169 @@
+"""What each wrapper keeps in memory, and what a step costs on which nothing is due.
+
+    KERAS_BACKEND=torch python benchmarks/wrappers.py
+
+Memory is counted in copies of the parameters, twice: the bytes of the wrapper's own variables, and
+how much larger the process becomes by them than by the bare optimizer. A step on which nothing is
+due is timed beside that of `SWA` before its start: all take turns, round after round, so that a
+busy machine slows all of them alike, and what is reported are medians of ratios within a round.
+`ScheduleFree` and `PrimalAverage` are not there: each of their steps is due.
+"""
+
+import argparse
+import gc
+import json
+import os
+import pathlib
+import statistics
+import time
+
+import keras
+import numpy as np
+
+import keras_avg
+
+FAR = 2**30  # steps: never due in here
+
+
+def sgd():
+    return keras.optimizers.SGD(1e-3)
+
+
+def to_measure_memory():
+    """As they come, with the default sizes."""
+    return {
+        "bare": sgd(),
+        "SWA": keras_avg.SWA(sgd()),
+        "MovingAverage": keras_avg.MovingAverage(sgd()),
+        "LAWA, window 5": keras_avg.LAWA(sgd(), average_period=1),
+        "SWAG, rank 20": keras_avg.SWAG(sgd(), average_period=1),
+        "SWAG, rank 0": keras_avg.SWAG(sgd(), average_period=1, rank=0),
+        "BEMA": keras_avg.BEMA(sgd()),
+        "ScheduleFree": keras_avg.ScheduleFree(sgd()),
+        "PrimalAverage": keras_avg.PrimalAverage(sgd()),
+        "Lookahead": keras_avg.Lookahead(sgd()),
+        "ModelAverage, one worker": keras_avg.ModelAverage(sgd(), interval_steps=2),
+        "SWA of MovingAverage": keras_avg.SWA(keras_avg.MovingAverage(sgd())),
+    }
+
+
+def with_nothing_due():
+    return {
+        "SWA": keras_avg.SWA(sgd(), start_averaging=FAR),
+        "bare": sgd(),
+        "MovingAverage": keras_avg.MovingAverage(sgd(), average_period=FAR),
+        "LAWA": keras_avg.LAWA(sgd(), start_averaging=FAR),
+        "SWAG": keras_avg.SWAG(sgd(), start_averaging=FAR),
+        "BEMA": keras_avg.BEMA(sgd(), average_period=FAR),
+        "Lookahead": keras_avg.Lookahead(sgd(), sync_period=FAR),
+    }
+
+
+def variables(parameters, tensors):
+    random = np.random.default_rng(0)
+    rows = parameters // tensors // 100
+    return [
+        keras.Variable(random.normal(size=(rows, 100)), dtype="float32") for _ in range(tensors)
+    ]
+
+
+def stepper(optimizer, parameters, tensors):
+    """Function that takes a step on variables of its own, compiled where the backend compiles."""
+    owned = variables(parameters, tensors)
+    gradients = [keras.ops.ones_like(v) for v in owned]
+    optimizer.build(owned)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(lambda: optimizer.apply(gradients, owned))
+    if keras.backend.backend() == "torch":
+        return lambda: optimizer.apply(gradients, owned)
+    import jax
+
+    state = [[v.value for v in owned], [v.value for v in optimizer.variables]]
+    compiled = jax.jit(
+        lambda values, own: optimizer.stateless_apply(own, gradients, values), donate_argnums=(0, 1)
+    )
+
+    def step():
+        state[:] = compiled(*state)
+        jax.block_until_ready(state)
+
+    return step
+
+
+def resident():
+    """Bytes of this process that are in memory, now."""
+    gc.collect()
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory(parameters, tensors):
+    """For each wrapper: copies of the parameters by its variables, and by the process' growth."""
+    unit, found, bare = 4 * parameters, {}, None
+    for name, optimizer in to_measure_memory().items():
+        step = stepper(optimizer, parameters, tensors)  # the variables are all there
+        step()
+        after = resident()
+        own = sum(np.prod(v.shape, dtype="int64") * 4 for v in optimizer.variables if v.shape)
+        found[name] = {"variables": int(own) / unit}
+        del step, optimizer
+        grown = (after - resident()) / unit
+        bare = grown if bare is None else bare
+        found[name]["process"] = grown - bare
+        print(name, found[name], flush=True)
+    return found
+
+
+def nothing_due(parameters, tensors, rounds):
+    """For each wrapper: a step in units of SWA's."""
+    steps = {
+        name: stepper(optimizer, parameters, tensors)
+        for name, optimizer in with_nothing_due().items()
+    }
+    seconds = {name: [] for name in steps}
+    for number in range(rounds + 3):  # three to compile and to warm up
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if number >= 3:
+                seconds[name].append(time.perf_counter() - began)
+    return {
+        name: statistics.median(a / b for a, b in zip(found, seconds["SWA"], strict=True))
+        for name, found in seconds.items()
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parameters", type=int, default=10_000_000)
+    parser.add_argument("--rounds", type=int, default=200)
+    folder = pathlib.Path(__file__).parent / "results"
+    parser.add_argument("--out", type=pathlib.Path, default=folder / "wrappers.json")
+    arguments = parser.parse_args()
+    found = {
+        "memory_in_copies": memory(arguments.parameters, 20),
+        "nothing_due_beside_SWA": {
+            f"{number} parameters": nothing_due(number, 20, arguments.rounds)
+            for number in (arguments.parameters // 100, arguments.parameters // 10)
+        },
+    }
+    for size, ratios in found["nothing_due_beside_SWA"].items():
+        print(size, {name: round(ratio, 3) for name, ratio in ratios.items()})
+    keep(arguments.out, found | {"parameters": arguments.parameters, "rounds": arguments.rounds})
+
+
+def keep(path, found):
+    """Puts the results of this backend beside those of the others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results["hardware"] = f"{os.cpu_count()} CPU cores"
+    results["keras"] = keras.__version__
+    results[keras.backend.backend()] = found
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"Results: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What the studies share: intervals over seeds, tables, and the files beside the script."""
+
+import json
+import os
+import pathlib
+
+import keras
+import numpy as np
+import scipy.stats
+
+
+def interval(values):
+    """Mean and half the width of the 95 % interval of the mean (Student's t)."""
+    values = np.asarray(values, "float64")
+    if len(values) < 2:
+        return float(values.mean()), float("nan")
+    error = values.std(ddof=1) / len(values) ** 0.5
+    return float(values.mean()), float(error * scipy.stats.t.ppf(0.975, len(values) - 1))
+
+
+def cell(values):
+    mean, half = interval(values)
+    digits = 3 if abs(mean) < 2 and half < 0.5 else 2
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def by_method(runs):
+    """Out of one dict of methods and scores for each seed: lists, with one value for each seed."""
+    return {
+        method: {score: [run[method][score] for run in runs] for score in runs[0][method]}
+        for method in runs[0]
+    }
+
+
+def table(found, compared_with):
+    """Markdown: each method and score, and the difference in accuracy, seed by seed.
+
+    Args:
+        found: Dict of methods, of dicts of scores, of lists with one value for each seed.
+        compared_with: The method to take the differences from.
+    """
+    scores = list(found[compared_with])
+    difference = f"{scores[0]}, less {compared_with}"
+    lines = ["| " + " | ".join(["", *scores, difference]) + " |", "|---" * (len(scores) + 2) + "|"]
+    base = np.asarray(found[compared_with][scores[0]])
+    for method, values in found.items():
+        cells = [cell(values[score]) for score in scores]
+        cells.append("" if method == compared_with else cell(np.asarray(values[scores[0]]) - base))
+        lines.append("| " + " | ".join([method, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def save(path, description, settings, seeds, values, compared_with, **more):
+    """Write and print the results: a JSON file, and a page with the tables beside it.
+
+    Args:
+        path: Where the JSON goes; the page has the ending `.md`.
+        description: The docstring of the study.
+        settings: Dict: all that was chosen, and how.
+        seeds: Integer.
+        values: Dict of headings, of methods, of scores, of lists with one value for each seed.
+        compared_with: The method that differences are taken from.
+        **more: Dicts of numbers, each a small table of its own.
+    """
+    path = pathlib.Path(path)
+    about = {
+        "hardware": f"{os.cpu_count()} CPU cores",
+        "keras": keras.__version__,
+        "backend": keras.backend.backend(),
+        "seeds": seeds,
+        "settings": settings,
+    }
+    path.write_text(json.dumps(about | {"values": values} | more, indent=1) + "\n")
+    title, _, text = description.strip().partition("\n")
+    lines = [
+        f"# {title.rstrip('.')}",
+        text.strip("\n"),
+        f"Mean over {seeds} seeds, and its 95 % interval.",
+    ]
+    for heading, found in values.items():
+        lines += [f"## {heading}", table(found, compared_with)]
+    for heading, numbers in more.items():
+        rows = "\n".join(f"| {name} | {number:.2f} |" for name, number in numbers.items())
+        lines += [f"## {heading}", "| | |\n|---|---|\n" + rows]
+    lines.append(
+        f"Keras {about['keras']} on {about['backend']}, {about['hardware']}. "
+        f"The values of each seed are in `{path.name}`."
+    )
+    page = "\n\n".join(lines) + "\n"
+    path.with_suffix(".md").write_text(page)
+    print(page, flush=True)
