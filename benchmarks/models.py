@@ -76,8 +76,8 @@ def _random(seed: int) -> np.random.Generator:
 MODELS: dict[str, tuple[Callable[[], keras.Model], Callable[[int], Data], int, int]] = {
     "convolution": (convolution, pictures, 32, 5),
     "transformer": (transformer, tokens, 16, 5),
-    "tiny": (tiny, rows, 8, 200),
-    "tiny but deep": (tiny_but_deep, rows, 8, 100),
+    "tiny": (tiny, rows, 8, 100),
+    "tiny but deep": (tiny_but_deep, rows, 8, 50),
 }
 
 

@@ -1,5 +1,7 @@
 """Swaps exchange the raw and the averaged values in the model, and no bit is lost."""
 
+import math
+
 import keras
 import numpy as np
 import pytest
@@ -58,6 +60,63 @@ def test_two_swaps_restore_every_bit_of_weights_of_all_magnitudes(dtype):
     np.testing.assert_array_equal(swapped, average.astype(raw.dtype))
     np.testing.assert_array_equal(small.numpy(variable), raw)
     np.testing.assert_array_equal(optimizer.get_slot(variable, "average"), average)
+
+
+def test_a_swap_takes_no_trip_through_numpy(monkeypatch):
+    variable = wide_variable()
+    optimizer = MovingAverage(optimizers.SGD(1.0), average_decay=0.9)
+    small.apply(optimizer, [variable], [np.ones(4000)])
+    sizes = []
+    convert = keras.ops.convert_to_numpy
+    monkeypatch.setattr(
+        "keras.ops.convert_to_numpy", lambda x: (sizes.append(math.prod(x.shape)), convert(x))[1]
+    )
+    optimizer.swap_weights()
+    optimizer.swap_weights()
+    assert max(sizes, default=0) <= 1  # counters
+    keras.ops.convert_to_numpy(variable.value)
+    assert sizes[-1] == 4000
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="only JAX variables keep arrays")
+def test_raw_weights_come_back_in_the_buffer_that_they_had():
+    variable = wide_variable()
+    optimizer = MovingAverage(optimizers.SGD(1.0), average_decay=0.9)
+    small.apply(optimizer, [variable], [np.ones(4000)])
+
+    def buffers():
+        average = optimizer.get_slot(variable, "average")
+        return [v.value.unsafe_buffer_pointer() for v in (variable, average)]
+
+    raw, average = buffers()
+    optimizer.swap_weights()
+    shown, kept = buffers()
+    assert kept == average
+    assert shown not in (raw, average)  # a compiled step gives both away
+    optimizer.swap_weights()
+    assert buffers() == [raw, average]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="counts operations of torch")
+def test_a_swap_in_and_back_writes_three_copies():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    variable = wide_variable()
+    optimizer = MovingAverage(optimizers.SGD(1.0), average_decay=0.9)
+    small.apply(optimizer, [variable], [np.ones(4000)])
+    written = []
+
+    class Writes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            if function.overloadpacket.__name__ in ("clone", "copy_", "_to_copy"):
+                written.append(result.numel())
+            return result
+
+    with Writes():
+        optimizer.swap_weights()
+        optimizer.swap_weights()
+    assert written.count(4000) == 3
 
 
 def test_nan_and_infinity_survive_a_swap():

@@ -7,6 +7,10 @@ Each file defines the same names with the same signatures, in the same order:
 * `copy(tensor)`: the same values in a new buffer. On JAX, train steps donate their state, and a
   buffer that two variables share cannot be donated twice. On torch, variables are views of storage
   that the next step overwrites.
+* `set_aside(variable)`: the value of a variable, which stays the same when the variable is assigned
+  a new one. It is copied only on torch, where an assignment writes into the same memory.
+* `to_assign(tensor)`: a tensor that can be assigned to a variable. It is copied only on JAX, where
+  the variable keeps the tensor's buffer and a train step donates it.
 * `detached(variable)`: the value of a variable, tensor or NumPy array, as a tensor without
   gradients. It is not copied.
 * `value(variable, dtype)`: the value of a variable or tensor, as a tensor. If `dtype` is given, it
@@ -100,7 +104,9 @@ __all__ = [
     "random_state_kept",
     "run_if",
     "scalar",
+    "set_aside",
     "start_averages",
+    "to_assign",
     "value",
     "widest_float",
 ]

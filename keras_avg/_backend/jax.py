@@ -17,6 +17,14 @@ def copy(tensor: Any) -> Any:
     return jnp.array(tensor, copy=True)
 
 
+def set_aside(variable: Any) -> Any:
+    return keras.ops.convert_to_tensor(variable)
+
+
+def to_assign(tensor: Any) -> Any:
+    return copy(tensor)
+
+
 def detached(variable: Any) -> Any:
     return keras.ops.convert_to_tensor(variable)
 

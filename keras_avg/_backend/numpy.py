@@ -19,6 +19,14 @@ def copy(tensor: Any) -> Any:
     return np.array(_array(tensor), copy=True)
 
 
+def set_aside(variable: Any) -> Any:
+    return copy(variable)
+
+
+def to_assign(tensor: Any) -> Any:
+    return copy(tensor)
+
+
 def detached(variable: Any) -> Any:
     return _array(variable)
 

@@ -21,6 +21,14 @@ def copy(tensor: Any) -> Any:
     return tf.identity(tensor)
 
 
+def set_aside(variable: Any) -> Any:
+    return tf.identity(variable)
+
+
+def to_assign(tensor: Any) -> Any:
+    return tf.convert_to_tensor(tensor)
+
+
 def detached(variable: Any) -> Any:
     return tf.convert_to_tensor(variable)
 

@@ -32,6 +32,14 @@ def copy(tensor: Any) -> Any:
     return keras.ops.convert_to_tensor(tensor).detach().clone()
 
 
+def set_aside(variable: Any) -> Any:
+    return copy(variable)
+
+
+def to_assign(tensor: Any) -> Any:
+    return detached(tensor)
+
+
 def detached(variable: Any) -> Any:
     return _tensor(variable).detach()
 

@@ -89,9 +89,9 @@ class RawValues:
             variable.assign(tensor)
 
     def exchange(self) -> None:
-        """Exchange the raw values and the values in the model. Only one copy exists at a time."""
+        """Exchange the raw values and the values in the model, one variable at a time."""
         for i, variable in enumerate(self.variables):
-            held = _backend.copy(variable)
+            held = _backend.set_aside(variable)
             variable.assign(self.tensors[i])
             self.tensors[i] = held
 
