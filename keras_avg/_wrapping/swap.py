@@ -191,8 +191,7 @@ class Swap:
             self.raw_or_refuse()
             raise self._refusal(what)
         if _under_way:
-            for other in holding(self.variables):
-                raise other._refusal(what)
+            refuse_while_held(self.variables, what)
 
     def refuse_compiled_training(self) -> None:
         """Refuse train steps that were compiled before the swap; called before each."""
@@ -268,6 +267,12 @@ def holding(variables: Sequence[Any]) -> list[Swap]:
         for swap in list(_under_way)
         if any(_keras_internals.variable_index(swap._owner, v) is not None for v in variables)
     ]
+
+
+def refuse_while_held(variables: Sequence[Any], what: str) -> None:
+    """Refuse to do something to variables of which some hold averages."""
+    for other in holding(variables):
+        raise other._refusal(what)
 
 
 def supersede(wrapper: Any) -> None:
