@@ -1,6 +1,6 @@
 """Weight averaging for Keras 3, on TensorFlow, JAX and PyTorch."""
 
-from keras_avg import callbacks, decays, distributed, schedules
+from keras_avg import callbacks, checkpoints, decays, distributed, schedules
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 from keras_avg._optimizers.bema import BEMA
 from keras_avg._optimizers.lawa import LAWA
@@ -33,6 +33,7 @@ __all__ = [
     "average_weights",
     "averaging_optimizers",
     "callbacks",
+    "checkpoints",
     "decays",
     "distributed",
     "schedules",

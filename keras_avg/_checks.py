@@ -75,6 +75,13 @@ def one_of(argument: str, value: Any, choices: Sequence[str]) -> str:
     raise ValueError(f"`{argument}` must be {allowed}. Received: {argument}={value!r}.")
 
 
+def verbosity(value: Any) -> int:
+    """Keras' `verbose` for `keras.utils.Progbar`: a bar for `"auto"`."""
+    if value not in ("auto", 0, 1, 2):
+        raise ValueError(f"`verbose` must be 'auto', 0, 1 or 2. Received: verbose={value!r}.")
+    return 1 if value == "auto" else int(value)
+
+
 def scope_name(value: Any) -> str | None:
     """The name of a scope for variables, or None."""
     if value is None or (isinstance(value, str) and value and "/" not in value):

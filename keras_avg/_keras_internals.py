@@ -17,6 +17,7 @@ import h5py
 import keras
 import numpy as np
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
+from keras.src.saving import saving_lib
 from keras.src.trainers import data_adapters
 from keras.src.utils import tracking
 
@@ -398,6 +399,25 @@ def skip_next_load(optimizer: Any, store: Any) -> None:
 
     if the_store() is not None:
         vars(optimizer)["load_own_variables"] = load
+
+
+def values_in_file(model: Any, path: str, without: list[Any]) -> list[Any]:
+    """What a file holds for a model's variables, as tensors, in order; None where it holds nothing.
+
+    The model stays as it is. Public `load_weights` changes the first layers before it finds out
+    that the last do not fit, and cannot leave the optimizer of a `.keras` file alone.
+
+    Args:
+        model: A model that is built.
+        path: String. A file that `model.load_weights` takes.
+        without: List of what Keras saves with the model and is not wanted, as optimizers.
+    """
+    with keras.StatelessScope() as scope:
+        if path.endswith((".keras", ".weights.h5", ".weights.json")):
+            saving_lib.load_weights_only(model, path, objects_to_skip=without)
+        else:  # a legacy file, from which Keras takes weights alone; or none at all
+            model.load_weights(path)
+    return [scope.get_current_value(variable) for variable in model.variables]
 
 
 def are_stored_as_they_are(model: Any, variables: list[Any]) -> bool:

@@ -88,8 +88,7 @@ def update_batch_norm(
         batch_size = _checks.whole_number("batch_size", batch_size, minimum=1, unit="samples")
     if steps is not None:
         steps = _checks.whole_number("steps", steps, minimum=1, unit="batches")
-    if verbose not in ("auto", 0, 1, 2):
-        raise ValueError(f"`verbose` must be 'auto', 0, 1 or 2. Received: verbose={verbose!r}.")
+    verbose = _checks.verbosity(verbose)
     if _is_built(model) and not _layers_to_update(model):
         return
     _keras_internals.check_attached(model.variables)
@@ -275,10 +274,10 @@ def _is_endless(x: Any) -> bool:
     return callable(cardinality) and int(cardinality()) == -1
 
 
-def _inputs(data: Any, known: int | None, steps: int | None, verbose: int | str) -> Iterator[Any]:
+def _inputs(data: Any, known: int | None, steps: int | None, verbose: int) -> Iterator[Any]:
     """The inputs in the batches. A progress bar moves after each batch."""
     target = min((n for n in (known, steps) if n is not None), default=None)
-    progress = keras.utils.Progbar(target, verbose=1 if verbose == "auto" else verbose)
+    progress = keras.utils.Progbar(target, verbose=verbose)
     done = 0
     for done, batch in enumerate(itertools.islice(data, steps), start=1):
         yield keras.utils.unpack_x_y_sample_weight(batch)[0]

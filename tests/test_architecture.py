@@ -102,6 +102,7 @@ def test_every_backend_has_the_same_functions_in_the_same_order(folder, loading_
 ORDER = [
     "__init__",
     "callbacks",
+    "checkpoints",
     "batch_norm",
     "_optimizers",
     "_workers",

@@ -10,6 +10,7 @@ import pytest
 
 import keras_avg
 import keras_avg.callbacks
+import keras_avg.checkpoints
 import keras_avg.decays
 import keras_avg.distributed
 import keras_avg.schedules
@@ -17,6 +18,7 @@ import keras_avg.schedules
 MODULES = [
     keras_avg,
     keras_avg.callbacks,
+    keras_avg.checkpoints,
     keras_avg.decays,
     keras_avg.distributed,
     keras_avg.schedules,

@@ -135,7 +135,7 @@ def names_here(
     if len(averaged) != len(theirs):
         return None
     built = _keras_internals.built_variables(optimizer)
-    here = _by_path(
+    here = by_path(
         {n: str(index[f"{stores[0]}_{n}"].attributes.get("path")) for n in theirs},
         {i: _keras_internals.path_of(built[i]) for i in averaged},
     )
@@ -153,7 +153,7 @@ def numbered(name: str, stores: tuple[str, ...]) -> tuple[str, int] | None:
     return (found[1], int(found[2])) if found else None
 
 
-def _by_path(theirs: dict[int, str], ours: dict[int, str]) -> dict[int, int] | None:
+def by_path(theirs: dict[int, str], ours: dict[int, str]) -> dict[int, int] | None:
     """The number here for each number in the file, or None if the paths do not decide it.
 
     The path of one and the same variable may begin with its model's name or not. That depends on
@@ -162,7 +162,8 @@ def _by_path(theirs: dict[int, str], ours: dict[int, str]) -> dict[int, int] | N
     for parts in (None, 3, 2):
         at = {_end(path, parts): i for i, path in ours.items()}
         ends = {n: _end(path, parts) for n, path in theirs.items()}
-        if len(at) == len(ours) == len(set(ends.values())) and at.keys() == set(ends.values()):
+        are_unique = len(at) == len(ours) and len(set(ends.values())) == len(ends)
+        if are_unique and at.keys() >= set(ends.values()):
             return {n: at[end] for n, end in ends.items()}
     return None
 

@@ -196,8 +196,7 @@ class Swap:
             self.raw_or_refuse()
             raise self._refusal(what)
         if _under_way:
-            for other in holding(self.variables):
-                raise other._refusal(what)
+            refuse_while_held(self.variables, what)
 
     def refuse_compiled_training(self) -> None:
         """Refuse a train step that was compiled before the swap. It is called before each step."""
@@ -273,6 +272,12 @@ def holding(variables: Sequence[Any]) -> list[Swap]:
         for swap in list(_under_way)
         if any(_keras_internals.variable_index(swap._owner, v) is not None for v in variables)
     ]
+
+
+def refuse_while_held(variables: Sequence[Any], what: str) -> None:
+    """Refuse to do something to variables of which some hold averages."""
+    for other in holding(variables):
+        raise other._refusal(what)
 
 
 def supersede(wrapper: Any) -> None:

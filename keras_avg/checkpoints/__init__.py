@@ -1,0 +1,8 @@
+"""Averages of files: means, soups, windows, and averages of a length chosen afterwards."""
+
+from keras_avg.checkpoints._average import average
+from keras_avg.checkpoints._greedy_soup import greedy_soup
+from keras_avg.checkpoints._merge_weights import merge_weights
+from keras_avg.checkpoints._window import window
+
+__all__ = ["average", "greedy_soup", "merge_weights", "window"]

@@ -1,0 +1,119 @@
+"""The mean of those files that make it better."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from keras_avg import _checks
+from keras_avg.checkpoints import _files, _weights
+from keras_avg.checkpoints._weighted_sum import WeightedSum
+
+
+def greedy_soup(
+    model: Any,
+    filepaths: Iterable[Any],
+    score: Callable[[Any], float],
+    mode: str = "max",
+    verbose: int | str = "auto",
+) -> list[Any]:
+    """Give a model the mean of those files of which each makes the mean no worse.
+
+    Every file is scored by itself. Then, from the best to the worst, each joins the soup if the
+    mean of the soup with it scores at least as well as without it. So the result scores at least as
+    well as the best file, on the data that `score` uses: take data that was not trained on, and not
+    those that you report.
+
+    The files may be of several runs from the same start, as of a search for hyper-parameters. A
+    file takes part with the copy that was in the model when it was written, as for
+    `keras_avg.checkpoints.average`. Each file is read at most twice; one file and one float64 copy
+    of the weights are in memory at a time.
+
+    Statistics of batch normalization are averaged like weights. `score` may call
+    `keras_avg.update_batch_norm(model, x)` first; call it once more for the result.
+
+    Args:
+        model: A `keras.Model` that is built.
+        filepaths: List of files that `model.load_weights` takes.
+        score: Function of the model that returns a number. The model holds the weights to judge. A
+            NaN keeps them out of the soup.
+        mode: `"max"` if a higher score is better, `"min"` if a lower one is. Default `"max"`.
+        verbose: `"auto"` or 1 for a progress bar, 2 for one line, 0 for silence. Default `"auto"`.
+
+    Returns:
+        List of the files that are in the soup, as they were given, best first. The model has their
+        mean: that of `keras_avg.checkpoints.average(model, files)`.
+
+    Raises:
+        ValueError: If there is no file, or one cannot be read; if `score` is no function, does not
+            return a number, or returns NaN for every file; if `mode` is neither. The model's
+            weights are as before then, and after an error in `score` too.
+        RuntimeError: If the model holds the averages of its optimizer at the moment.
+
+    Example:
+
+    ```python
+    def accuracy(model):
+        return model.evaluate(x_val, y_val, verbose=0, return_dict=True)["accuracy"]
+
+    chosen = keras_avg.checkpoints.greedy_soup(model, files, accuracy)
+    ```
+
+    Reference:
+        Wortsman et al., Model soups, https://arxiv.org/abs/2203.05482, recipe 1.
+    """
+    verbose = _checks.verbosity(verbose)
+    sign = {"max": 1.0, "min": -1.0}[_checks.one_of("mode", mode, ("max", "min"))]
+    if not callable(score):
+        raise ValueError(
+            f"`score` must be a function of the model that returns a number. Received: {score!r}."
+        )
+    files = _files.listed(filepaths)
+    _weights.refuse_unless_ready(model, "averaging files into it")
+
+    def scored(values: Iterable[Any], file: Any) -> float:
+        _weights.put_in(model, values)
+        return sign * _number(score(model), file)
+
+    with _weights.all_or_none(model):
+        bar = _files.with_progress(files, verbose)
+        scores = [scored(_files.read(model, file), file) for file in bar]
+        ranked = _best_first(scores, files)
+        soup, best = WeightedSum(model.variables), scores[ranked[0]]
+        chosen: list[Any] = []
+        for file in _files.with_progress([files[i] for i in ranked], verbose):
+            values = _files.read(model, file)
+            mean = soup.mean(len(chosen) + 1, more=values)
+            reached = scored(mean, file) if chosen else best
+            if reached >= best:
+                soup.add(values)
+                chosen.append(file)
+                best = reached
+        _weights.put_in(model, soup.mean(len(chosen)))  # `score` may have changed them
+    return chosen
+
+
+def _best_first(scores: Sequence[float], files: Sequence[Any]) -> list[int]:
+    """The places of the files that have a score; of equal ones the first comes first."""
+    places = [i for i, score in enumerate(scores) if score == score]
+    if not places:
+        raise ValueError(
+            f"`score` returned NaN for every file. Received: {[os.fspath(f) for f in files[:3]]}"
+            f"{', ...' * (len(files) > 3)}."
+        )
+    return sorted(places, key=lambda i: -scores[i])
+
+
+def _number(received: Any, file: Any) -> float:
+    value = _checks.number(received)
+    if value != value and not _is_nan(received):
+        raise ValueError(
+            f"`score` must return a number. Received: {received!r} for {os.fspath(file)!r}."
+        )
+    return value
+
+
+def _is_nan(received: Any) -> bool:
+    try:
+        return not isinstance(received, str | bool) and float(received) != float(received)
+    except (TypeError, ValueError):
+        return False
