@@ -3,6 +3,7 @@
 import inspect
 import pathlib
 import re
+import shutil
 
 import keras
 import numpy as np
@@ -88,21 +89,35 @@ class Quiet(keras.Sequential):
 def make_model(optimizer="sgd"):
     layers = [keras.layers.BatchNormalization(), keras.layers.Dense(1)]
     model = Quiet([keras.Input((3,)), *layers])
-    model.compile(optimizer, loss="mse")
+    model.compile(optimizer, loss="mse", metrics=["accuracy"])
     return model
 
 
-def names_of_examples():
-    """What the examples take for granted: a model that was trained with averages, and data."""
-    model = make_model(keras_avg.SWA("sgd", average_period=1))
-    model.fit(X[:64], Y[:64])
+def names_of_examples(name):
+    """What the examples take for granted: a model that was trained with averages, data, files."""
+    kind = keras_avg.SWAG if name.startswith("SWAG.") else keras_avg.SWA
+    model = make_model(kind("sgd", average_period=1))
+    files = files_of_a_run(model)
     return {
         **{"keras": keras, "keras_avg": keras_avg, "ops": keras.ops},
         **{"model": model, "optimizer": model.optimizer, "make_model": make_model},
         **{"x": X, "y": Y, "x_val": X[:64], "y_val": Y[:64], "x_new": X[:64], "my_shard": Shard()},
-        **{"v": keras.Variable(1.0), "w": keras.Variable(2.0)},
+        **{"files": files, "v": keras.Variable(1.0), "w": keras.Variable(2.0)},
         **functional_state(model),
     }
+
+
+def files_of_a_run(model):
+    """Train, and leave files in the folder `run`, as if each were of another epoch."""
+    pathlib.Path("run").mkdir()
+    for epoch in (20, 30):
+        model.fit(X[:64], Y[:64])
+        model.save(f"run/{epoch}.keras")
+    model.save_weights("run/11.weights.h5")
+    files = [f"run/{epoch}.weights.h5" for epoch in range(11, 21)]
+    for file in files[1:]:
+        shutil.copy(files[0], file)
+    return files
 
 
 def functional_state(model):
@@ -130,4 +145,4 @@ EXAMPLES = {name: text for name, text in documented() if BLOCK.search(text)}
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_example_of_a_docstring_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run(EXAMPLES[name], f"docstring of {name}", names_of_examples())
+    run(EXAMPLES[name], f"docstring of {name}", names_of_examples(name))

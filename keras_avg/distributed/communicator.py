@@ -24,7 +24,7 @@ class Communicator(abc.ABC):
 
     ```python
     communicator = keras_avg.distributed.initialize()
-    (total,) = communicator.all_reduce_sum([numpy.ones(3)])
+    (total,) = communicator.all_reduce_sum([keras.ops.ones(3)])
     print(total)  # on each of two workers: [2. 2. 2.]
     ```
 
