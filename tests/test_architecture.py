@@ -100,6 +100,7 @@ def test_every_backend_has_the_same_functions_in_the_same_order(folder, loading_
 
 # What stands on what: a folder imports from those behind it only.
 ORDER = [
+    "__main__",
     "__init__",
     "callbacks",
     "checkpoints",
