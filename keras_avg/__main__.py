@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 
@@ -24,20 +24,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (OSError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of Keras, of a layer: whoever has no script wants no traceback
         print(f"keras_avg: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"keras_avg: error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m keras_avg", description=__doc__)
+    parser = _Parser(prog="python -m keras_avg", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     average = commands.add_parser(
         "average",
         help="write the mean of several files into a new one",
         description="Write the mean of the weights in several files into a new one. At least one "
-        "is a .keras file: the model is made from the last of these. The new file has no optimizer.",
+        "is a .keras file: the model is made from the last one. The new file has no optimizer.",
     )
     average.add_argument("files", nargs="+", metavar="FILE", help="files, oldest first")
     average.add_argument("--out", required=True, help="the file to write")
@@ -53,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "info",
         help="say which averages a file holds",
         description="Say which averages a file holds, of which rule, how many snapshots they are "
-        "of, and which copy is in the model. No array is read.",
+        "of, and which copy is in the model. Of arrays only the shapes are read.",
     )
     info.add_argument("file", metavar="FILE")
     info.set_defaults(run=_info)
