@@ -100,6 +100,7 @@ def test_every_backend_has_the_same_functions_in_the_same_order(folder, loading_
 
 # The order of the folders. A folder imports only from those that are listed after it.
 ORDER = [
+    "__main__",
     "__init__",
     "callbacks",
     "checkpoints",

@@ -1,6 +1,7 @@
 """The averages that wrappers of keras_avg left in a file."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -74,5 +75,12 @@ def _walk(path: str, optimizer: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for key in ("optimizer", "inner_optimizer"):  # of a wrapper of ours, and of Keras'
         if isinstance(own.get(key), dict):
             yield from _walk(f"{path}/inner_optimizer", own[key])
-    for i, member in enumerate(own.get("optimizers") or ()):
-        yield from _walk(f"{path}/optimizers/{i}", member)
+    members = (own.get("optimizer_map") or {}).get("config") or {}
+    counts: Counter[str] = Counter()
+    for member in [members.get("default_optimizer"), *members.get("optimizer_map", {}).values()]:
+        if isinstance(member, dict):
+            # Keras numbers what has one class. Its order may be another: the class is the same.
+            name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", member["class_name"]).lower()
+            number = f"_{counts[name]}" if counts[name] else ""
+            counts[name] += 1
+            yield from _walk(f"{path}/optimizers/{name}{number}", member)

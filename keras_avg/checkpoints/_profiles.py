@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def combine(profiles: Sequence[Profile], target: Profile) -> Combination:
     return Combination(weights, error, _sigma_rel(weights, gammas, times / target.time))
 
 
-def _product(gamma_a, time_a, gamma_b, time_b):  # type: ignore[no-untyped-def]
+def _product(gamma_a: Any, time_a: Any, gamma_b: Any, time_b: Any) -> Any:
     """The integral of two profiles' product. Arrays are broadcast."""
     first, last = np.minimum(time_a, time_b), np.maximum(time_a, time_b)
     gamma_of_last = np.where(time_a < time_b, gamma_b, gamma_a)

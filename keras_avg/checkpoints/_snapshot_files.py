@@ -1,0 +1,135 @@
+"""Files of averages: one a snapshot, whole or not there."""
+
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+from keras import ops
+
+from keras_avg import _keras_internals
+from keras_avg.checkpoints import _files
+from keras_avg.checkpoints._profiles import Profile
+
+FORMAT = "keras_avg averages 1"
+NAME = re.compile(r"averages-(\d+)\.h5")
+REST = "rest"
+
+
+class Kept(NamedTuple):
+    """One average of a model's variables.
+
+    Attributes:
+        profile: How it counts the values of the run.
+        start: Integer. The step at which averaging began.
+        values: Dict of tensors by the places of their variables in `model.variables`.
+    """
+
+    profile: Profile
+    start: int
+    values: Mapping[int, Any]
+
+
+def path_of(directory: Any, updates: int) -> pathlib.Path:
+    """The file of a snapshot after so many updates."""
+    return pathlib.Path(directory) / f"averages-{updates:010d}.h5"
+
+
+def in_directory(directory: Any) -> list[pathlib.Path]:
+    """The files of snapshots in a directory, oldest first. What was not finished is not one."""
+    found = [p for p in pathlib.Path(directory).iterdir() if NAME.fullmatch(p.name)]
+    return sorted(found, key=lambda path: updates_of(path))
+
+
+def updates_of(path: pathlib.Path) -> int:
+    """After how many updates a snapshot was taken, as its name says."""
+    found = NAME.fullmatch(path.name)
+    assert found is not None
+    return int(found[1])
+
+
+def write(path: pathlib.Path, model: Any, averages: Sequence[Kept], dtype: str) -> None:
+    """Write a snapshot so that, whenever the process is killed, there is a whole file or none.
+
+    Args:
+        path: The file.
+        model: The model. Its variables that have no average are written as they are.
+        averages: List of averages.
+        dtype: String. Numbers that are too large for it are written in float32.
+    """
+    aside = path.with_name(f"{path.name}.part")  # no name that is ever read
+    try:
+        with h5py.File(aside, "w") as file:
+            _fill(file, model, averages, dtype)
+        _to_disk(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # elsewhere directories cannot be opened
+        _to_disk(path.parent)  # the new name
+
+
+def _fill(file: Any, model: Any, averages: Sequence[Kept], dtype: str) -> None:
+    file.attrs["format"] = FORMAT
+    averaged = {place for kept in averages for place in kept.values}
+    paths = list(map(_keras_internals.path_of, model.variables))
+    rest = {i: v for i, v in enumerate(model.variables) if i not in averaged}
+    for number, kept in enumerate(averages):
+        group = file.create_group(f"average_{number}")
+        group.attrs.update(gamma=kept.profile.gamma, time=kept.profile.time, start=kept.start)
+        for place, value in kept.values.items():
+            array = ops.convert_to_numpy(value)
+            group.create_dataset(str(place), data=_narrow(array, dtype))
+            group[str(place)].attrs["path"] = paths[place]
+    group = file.create_group(REST)
+    for place, variable in rest.items():
+        array = np.asarray(ops.convert_to_numpy(variable))
+        is_known = array.dtype.kind in "biuf"  # HDF5 has no bfloat16
+        group.create_dataset(str(place), data=array if is_known else array.astype("float32"))
+        group[str(place)].attrs["path"] = paths[place]
+
+
+def _narrow(array: Any, dtype: str) -> Any:
+    with np.errstate(over="ignore"):
+        narrow = array.astype(dtype)
+    return narrow if np.isfinite(narrow).all() else array.astype(np.promote_types(dtype, "f4"))
+
+
+def _to_disk(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Stored(NamedTuple):
+    """One average in a file, of which only what describes it has been read."""
+
+    file: pathlib.Path
+    group: str
+    profile: Profile
+    start: int
+
+
+def described(path: pathlib.Path) -> list[Stored]:
+    """The averages in a file.
+
+    Raises:
+        ValueError: If it is no such file, or damaged.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            if file.attrs.get("format") != FORMAT:
+                raise OSError("it was not written by SaveAverages")
+            groups = {name: dict(file[name].attrs) for name in file if name != REST}
+    except (OSError, KeyError) as error:
+        raise _files.unreadable(str(path), error) from error
+    return [
+        Stored(path, name, Profile(float(a["gamma"]), float(a["time"])), int(a["start"]))
+        for name, a in sorted(groups.items())
+    ]

@@ -1,0 +1,164 @@
+"""`python -m keras_avg`: files averaged and looked into without a script."""
+
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import small_training as small
+
+from keras_avg import SWA, MovingAverage, average_weights, checkpoints
+from keras_avg.__main__ import main
+from keras_avg.decays import PowerFunction
+
+
+def written(folder, number=3, kind="keras"):
+    files = []
+    for i in range(number):
+        model = small.model("adam")
+        random = np.random.default_rng(i)
+        model.set_weights([random.normal(size=w.shape) for w in model.weights])
+        files.append(str(folder / f"{i}.{kind}"))
+        (model.save if kind == "keras" else model.save_weights)(files[-1])
+    return files
+
+
+def values_in(file):
+    model = keras.saving.load_model(file)
+    assert getattr(model, "optimizer", None) is None
+    return [small.numpy(variable) for variable in model.variables]
+
+
+def mean(files, weights=None):
+    model = small.model()
+    checkpoints.average(model, files, weights, verbose=0)
+    return [small.numpy(variable) for variable in model.variables]
+
+
+class TestAverage:
+    @pytest.mark.parametrize(
+        ("arguments", "last", "weights"),
+        [
+            ([], 3, None),
+            (["--weights", "1-sqrt"], 3, checkpoints.merge_weights(3, "1-sqrt")),
+            (["--weights", "1,2,3"], 3, [1, 2, 3]),
+            (["--last", "2"], 2, None),
+            (["--last", "2", "--weights", "cosine"], 2, checkpoints.merge_weights(2, "cosine")),
+        ],
+        ids=str,
+    )
+    def test_writes_the_mean(self, tmp_path, capsys, arguments, last, weights):
+        files, out = written(tmp_path), str(tmp_path / "soup.keras")
+        assert main(["average", *files, "--out", out, *arguments]) == 0
+        small.assert_same_bits(values_in(out), mean(files[-last:], weights))
+        printed = capsys.readouterr()
+        assert f"the mean of {last} files" in printed.out
+        assert printed.err == ""
+
+    def test_writes_weights_alone(self, tmp_path):
+        files, out = written(tmp_path), str(tmp_path / "soup.weights.h5")
+        files += written(tmp_path / "..", 1, "weights.h5")
+        assert main(["average", *files, "--out", out]) == 0
+        small.assert_same_bits(mean([out]), mean(files))
+
+    def test_needs_nothing_of_the_optimizer(self, tmp_path):
+        model = small.fit(small.model(SWA(MovingAverage("adam"), 0, 2)))
+        model.save(tmp_path / "a.keras")
+        out = str(tmp_path / "soup.keras")
+        assert main(["average", str(tmp_path / "a.keras"), "--out", out]) == 0
+        small.assert_same_bits(values_in(out), [small.numpy(v) for v in model.variables])
+
+    def test_warns_of_files_that_are_sorted_as_text(self, tmp_path, capsys):
+        files = written(tmp_path, 11)
+        files.sort()  # 0, 1, 10, 2
+        out = str(tmp_path / "soup.keras")
+        assert main(["average", *files, "--out", out]) == 0  # the order does not matter
+        assert capsys.readouterr().err == ""
+        assert main(["average", *files, "--out", out, "--last", "3"]) == 0
+        assert "not in the order of the numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["average", "0.keras", "none.keras", "--out", "soup.keras"], "none.keras"),
+        (["average", "0.keras", "bad.keras", "--out", "soup.keras"], "bad.keras"),
+        (["average", "0.keras", "--out", "soup.txt"], "soup.txt"),
+        (["average", "0.keras", "--out", "0.keras"], "must not be one of the files"),
+        (["average", "0.keras", "--out", "none/soup.keras"], "no directory"),
+        (["average", "0.keras", "--out", "soup.keras", "--weights", "sqrt"], "--weights"),
+        (["average", "0.keras", "--out", "soup.keras", "--weights", "1,2"], "one number for each"),
+        (["average", "0.keras", "--out", "soup.keras", "--weights", "0"], "must not be 0"),
+        (["average", "0.keras", "--out", "soup.keras", "--last", "2"], "--last 2 of 1"),
+        (["average", "0.keras", "--out", "soup.keras", "--last", "x"], "--last"),
+        (["average", "0.weights.h5", "--out", "soup.keras"], ".keras file"),
+        (["average", "0.keras"], "--out"),
+        (["average", "--out", "soup.keras"], "FILE"),
+        (["info", "none.keras"], "none.keras"),
+        (["info", "bad.keras"], "bad.keras"),
+        (["info", "bad.weights.h5"], "bad.weights.h5"),
+        (["info", "bad.txt"], "must end in"),
+        (["mean"], "mean"),
+        ([], "COMMAND"),
+    ],
+    ids=" ".join,
+)
+def test_an_error_is_one_line_and_the_status_2(tmp_path, monkeypatch, capsys, arguments, match):
+    monkeypatch.chdir(tmp_path)
+    small.model().save("0.keras")
+    small.model().save_weights("0.weights.h5")
+    for name in ("bad.keras", "bad.weights.h5", "bad.txt"):
+        (tmp_path / name).write_text("no file of Keras")
+    try:
+        status = main(arguments)
+    except SystemExit as leaves:
+        status = leaves.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("keras_avg: error: ")
+    assert match in error
+    assert not (tmp_path / "soup.keras").exists()
+
+
+class TestInfo:
+    @pytest.mark.parametrize("kind", ["keras", "weights.h5", "weights.json"])
+    @pytest.mark.parametrize("swapped", [False, True])
+    def test_says_what_is_in_a_file(self, tmp_path, capsys, kind, swapped):
+        inner = MovingAverage("adam", average_decay=PowerFunction(0.1))
+        model = small.fit(small.model(SWA(inner, 0, 4)))
+        file = str(tmp_path / f"m.{kind}")
+        arguments = {"max_shard_size": 2e-7} if kind == "weights.json" else {}
+        save = model.save if kind == "keras" else model.save_weights
+        if swapped:
+            with average_weights(model):
+                save(file, **arguments)
+        else:
+            save(file)
+        assert main(["info", file]) == 0
+        printed = capsys.readouterr().out
+        outer, inner = printed.partition("optimizer/inner_optimizer:")[::2]
+        if kind == "keras":
+            assert "SWA(start_averaging=0, average_period=4)" in " ".join(outer.split())
+            assert "MovingAverage(" in inner
+            assert "average_decay=PowerFunction(sigma_rel=0.1)" in inner
+        else:
+            assert "unknown rule" in outer
+        assert "updates: 12\n  snapshots: 3\n" in outer
+        assert "updates: 12\n  snapshots: 12\n" in inner
+        assert "average: 6 arrays, 55 numbers" in outer
+        held = "the averages of optimizer" if swapped else "the raw weights"
+        assert printed.splitlines()[-1] == f"in the model: {held}"
+
+    def test_says_that_there_are_no_averages(self, tmp_path, capsys):
+        small.model("adam").save(tmp_path / "m.keras")
+        assert main(["info", str(tmp_path / "m.keras")]) == 0
+        assert "averages: none\nin the model: the raw weights\n" in capsys.readouterr().out
+
+
+def test_it_is_a_command_of_python(tmp_path):
+    program = [sys.executable, "-m", "keras_avg", "info", str(tmp_path / "none.keras")]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "none.keras" in done.stderr.splitlines()[-1]

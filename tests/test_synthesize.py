@@ -1,0 +1,267 @@
+"""Averages of a length that is chosen after training, from snapshots of others."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import small_training as small
+
+from keras_avg import SWA, MovingAverage, averaging_optimizers, checkpoints, swap_weights
+from keras_avg.callbacks import SaveAverages
+from keras_avg.checkpoints._profiles import Profile, combine
+from keras_avg.decays import PowerFunction
+
+KEPT = (0.05, 0.10)
+TARGETS = (0.05, 0.06, 0.075, 0.10, 0.125, 0.15)
+STORED = 1e-3  # relative: twice the rounding of float16
+PROFILE = 3e-3  # relative: of what 32 snapshots of two lengths make up
+
+
+def optimizer(sigmas=KEPT, **arguments):
+    nested = keras.optimizers.Adam(0.01)
+    for sigma in sigmas:
+        nested = MovingAverage(nested, average_decay=PowerFunction(sigma), **arguments)
+    return nested
+
+
+def trained(folder, epochs=8, every_steps=None, dtype="float16", **arguments):
+    model = small.model(optimizer(**arguments))
+    saved = SaveAverages(folder, every_steps, dtype)
+    return small.fit(model, epochs=epochs, callbacks=[saved])
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def flat(values):
+    return np.concatenate([small.numpy(value).astype("float64").ravel() for value in values])
+
+
+def values_of(model):
+    return [small.numpy(variable) for variable in model.variables]
+
+
+class TestProfiles:
+    def test_one_of_those_that_there_are_is_itself(self):
+        profiles = [Profile(7.0, 50), Profile(7.0, 100), Profile(17.0, 100)]
+        found = combine(profiles, Profile(7.0, 100))
+        np.testing.assert_allclose(found.weights, [0, 1, 0], atol=1e-9)
+        assert found.relative_error < 1e-6
+        assert found.sigma_rel == pytest.approx(PowerFunction(gamma=7.0).sigma_rel)
+
+    @pytest.mark.parametrize("sigma_rel", TARGETS)
+    def test_the_error_is_that_of_the_sum_on_a_fine_grid(self, sigma_rel):
+        gammas = [PowerFunction(sigma).gamma for sigma in KEPT]
+        profiles = [Profile(gamma, time) for time in (250, 500, 750, 1000) for gamma in gammas]
+        target = Profile(PowerFunction(sigma_rel).gamma, 1000)
+        tau = (np.arange(200_000) + 0.5) / 200
+
+        def density(profile):
+            values = (profile.gamma + 1) * (tau / profile.time) ** profile.gamma / profile.time
+            return np.where(tau <= profile.time, values, 0)
+
+        found = combine(profiles, target)
+        assert found.weights.sum() == pytest.approx(1)
+        total = sum(w * density(p) for w, p in zip(found.weights, profiles, strict=True))
+        error = np.linalg.norm(total - density(target)) / np.linalg.norm(density(target))
+        assert found.relative_error == pytest.approx(error, abs=1e-4)
+        spread = np.sqrt(np.mean(total * tau**2) * 1000 - (np.mean(total * tau) * 1000) ** 2)
+        assert found.sigma_rel == pytest.approx(spread / 1000, rel=1e-3)
+
+    def test_more_snapshots_make_it_better(self):
+        gammas = [PowerFunction(sigma).gamma for sigma in KEPT]
+        target = Profile(PowerFunction(0.07).gamma, 1.0)
+        errors = [
+            combine([Profile(g, t / n) for t in range(1, n + 1) for g in gammas], target)[1]
+            for n in (1, 4, 16, 64)
+        ]
+        assert errors == sorted(errors, reverse=True)
+        assert errors[-1] < 3e-4 < 3e-2 < errors[0]
+
+
+def test_it_is_the_average_that_would_have_been_kept(tmp_path):
+    trained(tmp_path, epochs=32)
+    exact = small.fit(small.model(optimizer(TARGETS)), epochs=32)
+    model = small.model("sgd")
+    for sigma, wrapper in zip(TARGETS, reversed(averaging_optimizers(exact)), strict=True):
+        row = checkpoints.synthesize(model, tmp_path, sigma, verbose=0)
+        wanted, reached = flat(wrapper.averages()), flat(model.trainable_variables)
+        assert np.linalg.norm(reached - wanted) < STORED * np.linalg.norm(wanted)
+        assert row["relative_error"] < PROFILE
+        assert row["sigma_rel"] == sigma
+        assert row["reached_sigma_rel"] == pytest.approx(sigma, rel=PROFILE)
+        assert row["snapshots"] == 64
+        raw = flat(exact.trainable_variables)
+        assert np.linalg.norm(raw - wanted) > 4 * STORED * np.linalg.norm(wanted)
+    small.assert_same_bits(
+        [small.numpy(v) for v in model.non_trainable_variables],
+        [small.numpy(v) for v in exact.non_trainable_variables],
+    )
+
+
+def test_averages_that_begin_late_and_come_in_periods(tmp_path):
+    arguments = {"start_step": 6, "average_period": 3}
+    trained(tmp_path, epochs=12, every_steps=2, dtype="float32", **arguments)
+    exact = small.fit(small.model(optimizer((0.07,), **arguments)), epochs=12)
+    model = small.model()
+    checkpoints.synthesize(model, tmp_path, 0.07, verbose=0)
+    wanted, reached = flat(exact.optimizer.averages()), flat(model.trainable_variables)
+    assert np.linalg.norm(reached - wanted) < PROFILE * np.linalg.norm(wanted)
+
+
+class TestSaveAverages:
+    def test_each_epoch(self, tmp_path):
+        trained(tmp_path / "run" / "averages", epochs=3)
+        expected = [f"averages-{6 * epoch:010d}.h5" for epoch in (1, 2, 3)]
+        assert names(tmp_path / "run" / "averages") == expected
+
+    def test_every_few_steps_over_epochs_and_runs(self, tmp_path):
+        model = trained(tmp_path, epochs=2, every_steps=4)
+        assert names(tmp_path) == [f"averages-{n:010d}.h5" for n in (4, 8, 12)]
+        small.fit(model, callbacks=[SaveAverages(tmp_path, 4)])
+        assert names(tmp_path) == [f"averages-{n:010d}.h5" for n in range(4, 25, 4)]
+
+    def test_counts_real_updates(self, tmp_path):
+        inner = keras.optimizers.SGD(0.01, gradient_accumulation_steps=2)
+        model = small.model(MovingAverage(inner, average_decay=PowerFunction(0.1)))
+        small.fit(model, epochs=4, callbacks=[SaveAverages(tmp_path, every_steps=5)])
+        assert names(tmp_path) == [f"averages-{n:010d}.h5" for n in (5, 10)]
+
+    def test_training_is_not_disturbed(self, tmp_path):
+        with_it = trained(tmp_path, epochs=2, every_steps=1)
+        without = small.fit(small.model(optimizer()), epochs=2)
+        small.assert_same_bits(values_of(with_it), values_of(without))
+
+    def test_numbers_too_large_for_float16(self, tmp_path):
+        model = small.model(optimizer())
+        bias = model.layers[0].bias
+        bias.assign(np.full(bias.shape, 1e6))
+        small.fit(model, callbacks=[SaveAverages(tmp_path)])
+        other = small.model()
+        checkpoints.synthesize(other, tmp_path, 0.1, verbose=0)
+        np.testing.assert_allclose(small.numpy(other.layers[0].bias), 1e6, rtol=1e-3)
+
+    def test_an_error_while_writing_leaves_no_file(self, tmp_path, monkeypatch):
+        def fails(*_):
+            raise OSError("no space left")
+
+        monkeypatch.setattr(os, "fsync", fails)
+        with pytest.raises(OSError, match="no space"):
+            trained(tmp_path)
+        assert names(tmp_path) == []
+
+    @pytest.mark.parametrize("wrap", [lambda o: o, SWA, MovingAverage])
+    def test_other_averages_are_refused(self, tmp_path, wrap):
+        model = small.model(wrap(keras.optimizers.Adam()))
+        with pytest.raises(ValueError, match=r"PowerFunction.*Received: optimizer="):
+            small.fit(model, callbacks=[SaveAverages(tmp_path)])
+
+    @pytest.mark.parametrize(
+        ("arguments", "match"),
+        [
+            ({"directory": None}, "directory"),
+            ({"every_steps": 0}, "every_steps"),
+            ({"every_steps": 0.5}, "every_steps"),
+            ({"dtype": "int8"}, "dtype"),
+            ({"dtype": None}, "dtype"),
+        ],
+    )
+    def test_arguments_out_of_range_are_refused(self, tmp_path, arguments, match):
+        with pytest.raises(ValueError, match=match):
+            SaveAverages(**{"directory": tmp_path} | arguments)
+
+
+KILLED = """
+import os, pathlib, signal, sys
+sys.path.insert(0, sys.argv[2])
+import h5py, test_synthesize as tests
+from keras_avg.checkpoints import _snapshot_files
+fill, written = _snapshot_files._fill, []
+
+def dies(*arguments):
+    fill(*arguments)
+    written.append(1)
+    if len(written) == 3:
+        arguments[0].flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+_snapshot_files._fill = dies
+tests.trained(pathlib.Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_a_kill_while_writing_leaves_the_earlier_files_and_nothing_that_is_read(tmp_path):
+    here = os.path.dirname(__file__)
+    program = [sys.executable, "-c", KILLED, str(tmp_path), here]
+    done = subprocess.run(program, timeout=600, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    whole = [f"averages-{n:010d}.h5" for n in (6, 12)]
+    assert names(tmp_path) == [*whole, "averages-0000000018.h5.part"]
+    row = checkpoints.synthesize(small.model(), tmp_path, 0.1, verbose=0)
+    assert row["snapshots"] == 4
+    trained(tmp_path, epochs=3)
+    assert names(tmp_path) == [*whole, "averages-0000000018.h5"]
+
+
+class TestRefused:
+    def expect(self, model, directory, sigma_rel, match):
+        before = values_of(model)
+        with pytest.raises(ValueError, match=match):
+            checkpoints.synthesize(model, directory, sigma_rel, verbose=0)
+        small.assert_same_bits(values_of(model), before)
+
+    def test_no_directory_and_no_snapshot(self, tmp_path):
+        self.expect(small.model(), tmp_path / "none", 0.1, "no averages in.*none")
+        self.expect(small.model(), tmp_path, 0.1, "SaveAverages")
+
+    @pytest.mark.parametrize("sigma_rel", [0, 0.3, -0.1, np.nan, "0.1", None])
+    def test_a_target_out_of_range(self, tmp_path, sigma_rel):
+        self.expect(small.model(), tmp_path, sigma_rel, "sigma_rel|exactly one")
+
+    def test_a_file_cut_short_a_foreign_one_and_another_model(self, tmp_path):
+        trained(tmp_path, epochs=3)
+        layers = [keras.Input((5,)), keras.layers.Dense(3), keras.layers.Dense(1)]
+        self.expect(keras.Sequential(layers), tmp_path, 0.1, r"averages-0000000006\.h5")
+        second = tmp_path / "averages-0000000012.h5"
+        whole = second.read_bytes()
+        second.write_bytes(whole[:-1000])
+        self.expect(small.model(), tmp_path, 0.1, r"averages-0000000012\.h5")
+        small.model().save_weights(tmp_path / "m.weights.h5")
+        os.replace(tmp_path / "m.weights.h5", second)
+        self.expect(small.model(), tmp_path, 0.1, r"averages-0000000012\.h5.*not written by")
+
+    def test_averages_that_began_at_different_steps(self, tmp_path):
+        trained(tmp_path, epochs=1)
+        trained(tmp_path, epochs=2, start_step=3)
+        os.replace(tmp_path / "averages-0000000012.h5", tmp_path / "averages-0000000018.h5")
+        trained(tmp_path, epochs=2)
+        self.expect(small.model(), tmp_path, 0.1, r"different steps.*\[0, 3\]")
+
+    def test_a_model_that_holds_averages(self, tmp_path):
+        model = trained(tmp_path, epochs=2)
+        swap_weights(model)
+        with pytest.raises(RuntimeError, match="holds the averages"):
+            checkpoints.synthesize(model, tmp_path, 0.1, verbose=0)
+
+
+def test_a_target_that_is_out_of_reach_is_warned_of(tmp_path):
+    trained(tmp_path, epochs=3)
+    with pytest.warns(UserWarning, match=r"sigma_rel=0\.25 is made up with a relative error of"):
+        row = checkpoints.synthesize(small.model(), tmp_path, 0.25, verbose=0)
+    assert row["relative_error"] > 0.05
+
+
+def test_a_table_is_printed(tmp_path, capsys):
+    trained(tmp_path, epochs=2)
+    checkpoints.synthesize(small.model(), tmp_path, 0.1, verbose=2)
+    printed = capsys.readouterr().out
+    assert "reached_sigma_rel" in printed
+    assert "relative_error" in printed
+    checkpoints.synthesize(small.model(), tmp_path, 0.1, verbose=0)
+    assert capsys.readouterr().out == ""
