@@ -270,6 +270,11 @@ def validates_on_generator(model: Any) -> bool:
     return isinstance(adapter, data_adapters.GeneratorDataAdapter)
 
 
+def set_initial_epoch(model: Any, epoch: int) -> None:
+    """Let the `fit` under way begin with this epoch, as Keras' own `BackupAndRestore` does."""
+    model._initial_epoch = epoch
+
+
 def clip_gradients(optimizer: Any, grads: list[Any]) -> list[Any]:
     """Clip as `optimizer`'s `clipnorm`, `clipvalue` or `global_clipnorm` say (sparse ones too)."""
     return list(optimizer._clip_gradients(grads))

@@ -63,7 +63,7 @@ def callbacks(options, communicator):
         yield keras_avg.callbacks.SwapAverageWeights()
     folder = options["folder"] and pathlib.Path(options["folder"])
     if folder:
-        yield keras.callbacks.BackupAndRestore(str(folder / f"backup_{communicator.rank}"))
+        yield keras_avg.callbacks.BackupAndRestore(folder / f"backup_{communicator.rank}")
     if options["failing"] and options["failing"][0] == communicator.rank:
         yield Fails(*options["failing"][1:], folder / "failed")
 

@@ -57,6 +57,9 @@ Each file defines the same names with the same signatures, in the same order:
 * `eager_inference(function)`: `function`, run without gradients and without the compiled copies
   of what it calls, nor leaving any. Torch checks by itself that a copy still fits; JAX has no
   such switch but one that takes the kernels of `jax.numpy` apart, too.
+* `pass_over(arguments, batches, result)`: in the place of a train function that was called with
+  these arguments, reads so many batches, takes no step, and returns `result` for the metrics. The
+  train function of torch is handed a batch; those of JAX and TensorFlow read from an iterator.
 """
 
 import keras
@@ -91,6 +94,7 @@ __all__ = [
     "loss_gradients",
     "outside_trace",
     "part_of_sum",
+    "pass_over",
     "put_if",
     "random_state_kept",
     "run_if",
