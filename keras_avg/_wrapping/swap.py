@@ -10,12 +10,13 @@ from keras import ops
 from keras_avg import _backend, _keras_internals
 from keras_avg._wrapping import bindings, nesting, train_function
 from keras_avg._wrapping.raw_values import RawValues
+from keras_avg._wrapping.weak import WeakList
 
 Values = Callable[[], Sequence[Any]]  # what to show, as tensors
 
 # Swaps whose averages are in a model. They are not kept alive: a model whose optimizer is gone
 # simply holds averages.
-_under_way: "weakref.WeakSet[Swap]" = weakref.WeakSet()
+_under_way = WeakList()
 
 
 class Swap:
@@ -261,11 +262,11 @@ def _refusing(swap: Swap) -> Callable[[], contextlib.AbstractContextManager]:
 
 def holding(variables: Sequence[Any]) -> list[Swap]:
     """The swaps whose averages are in some of the variables."""
-    for swap in list(_under_way):
+    for swap in _under_way:
         swap.notice_restored_state()
     return [
         swap
-        for swap in list(_under_way)
+        for swap in _under_way
         if any(_keras_internals.variable_index(swap._owner, v) is not None for v in variables)
     ]
 
@@ -295,7 +296,7 @@ def _holding_for(statistics: Sequence[Any]) -> list[Swap]:
     ours = {id(variable) for variable in statistics}
     return [
         swap
-        for swap in list(_under_way)
+        for swap in _under_way
         for model in bindings.models_of([swap._owner])
         if any(id(variable) in ours for variable in model.variables)
     ]
