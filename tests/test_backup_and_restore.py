@@ -78,6 +78,14 @@ def test_the_epoch_that_was_broken_off_has_the_metrics_of_all_its_batches(tmp_pa
         assert went_on.history.history[name] == values[1:], name
 
 
+def test_the_next_training_begins_with_the_first_epoch(tmp_path):
+    went_on = resumed(tmp_path, (2, 2))
+    updates = went_on.optimizer.updates_so_far()
+    fit(went_on, SwapAverageWeights())
+    assert went_on.history.epoch == [0, 1, 2, 3]
+    assert went_on.optimizer.updates_so_far() == updates + EPOCHS * small.BATCHES
+
+
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch runs one step at a time")
 def test_several_steps_per_execution(tmp_path):
     make = lambda: model(steps_per_execution=2)  # noqa: E731

@@ -128,7 +128,11 @@ def patterns(argument: str, value: Any) -> list[str] | None:
 
 
 def excluded(
-    exclude: list[str] | None, variables: list[Any], name: str, models: list[str]
+    exclude: list[str] | None,
+    variables: list[Any],
+    name: str,
+    models: list[str],
+    is_loaded: bool = False,
 ) -> set[int]:
     """The numbers of the variables that have no average, because a pattern matches their path.
 
@@ -138,6 +142,8 @@ def excluded(
         name: The optimizer's, for messages.
         models: Names of the models that may be the variables'. The path of one variable begins
             with its model's name or not: it depends on who built the layer, or loaded it.
+        is_loaded: Bool. Whether the model comes out of a file. Then variables that a pattern is
+            about may be gone: layers that were frozen or quantized do not train them any more.
     """
     if not exclude or not variables:
         return set()
@@ -145,13 +151,13 @@ def excluded(
     found: set[int] = set()
     for pattern in exclude:
         matches = {i for i, path in enumerate(paths) if _is_found(pattern, path, models)}
-        if not matches:
+        if not matches and not is_loaded:
             raise ValueError(
                 f"A pattern of `exclude` matches no variable of '{name}'. Received: {pattern!r}, "
                 f"and the variables {paths}."
             )
         found |= matches
-    if len(found) == len(variables):
+    if len(found) == len(variables) and not is_loaded:
         raise ValueError(
             f"`exclude` leaves '{name}' no variable to average. Received: exclude={exclude!r}, and "
             f"the variables {paths}."

@@ -13,7 +13,7 @@ from keras_avg._wrapping import nesting
 
 SLOT, WEIGHT, VARIABLE = "slot_", "weight_", "variable_"  # what names of added ones begin with
 RESERVED = (SLOT, WEIGHT, VARIABLE, "raw_", "swapped_")
-SLOT_NAME = re.compile(rf"{SLOT}(.+)_(\d+)")
+SLOT_NAME = re.compile(rf"{SLOT}(.+)_(0|[1-9][0-9]{{0,8}})")
 # What a file may add by itself: so many copies of the model's variables, or so many numbers.
 COPIES, FEW = 8, 2**16
 
@@ -148,6 +148,21 @@ class OwnVariables:
                 "own variables was changed. If they are yours, call `add_weight` or `add_slot` "
                 "before loading."
             )
+
+    def refuse_dtypes(self, dtypes: Mapping[str, Any]) -> None:
+        """Refuse a file that would add a weight of a dtype that this backend does not have."""
+        for name in dtypes.keys() - self.by_name.keys():
+            if not name.startswith(WEIGHT):
+                continue
+            try:
+                keras.ops.zeros((), _dtype_here(dtypes[name]))
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"The state does not fit optimizer '{self._optimizer.name}': it would add a "
+                    f"weight {name!r} of dtype {dtypes[name]}, which the backend "
+                    f"{keras.backend.backend()} does not have. None of its own variables was "
+                    "changed."
+                ) from error
 
     def add_what_is_stored(self, stored: Mapping[str, Any]) -> None:
         """Make the added variables that came with a file; warn of those that it does not have."""

@@ -97,6 +97,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Go on in the middle of the epoch, if the backup is from there."""
         self._epoch, self._done = epoch, 0
+        self._begin_elsewhere_no_more()
         restored, self._restored = self._restored, None
         if restored is not None and restored.epoch == epoch and restored.batches:
             self._pass_over(self.model, restored)
@@ -121,6 +122,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Delete the backups, if that is asked for."""
+        self._begin_elsewhere_no_more()
         if not self.delete_checkpoint:
             return
         for path in self._candidates():
@@ -129,6 +131,10 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         _metadata_of_keras(self._latest).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # something else is in it
             self._folder.rmdir()
+
+    def _begin_elsewhere_no_more(self) -> None:
+        """Let the next `fit` begin where it is told: Keras does not forget the epoch by itself."""
+        _keras_internals.set_initial_epoch(self.model, None)
 
     def _save(self) -> None:
         with _atomic.written_aside(self._latest) as path:
