@@ -449,6 +449,8 @@ class Walk(RuleBasedStateMachine):
 
     @rule(stack=stacks.stacks(), freeze=st.booleans())
     def compile_anew(self, stack, freeze):
+        # A pattern that matches no variable that is trained is refused.
+        hypothesis.assume(not freeze or "hidden/kernel" not in stack.outermost.get("exclude", []))
         model = self.model
         model.layers[0].trainable = not freeze
 
@@ -477,6 +479,7 @@ class Walk(RuleBasedStateMachine):
         if keras_avg.averaging_optimizers(copied)[0].averages_in_model:
             keras_avg.assign_average_vars(copied)
         if change == "lora":
+            hypothesis.assume("hidden/kernel" not in self.stack.outermost.get("exclude", []))
             copied.layers[0].enable_lora(2)
             copied.compile(self.stack.wrapped(), "mse")
             copied.fit(X, Y, batch_size=BATCH, verbose=0)

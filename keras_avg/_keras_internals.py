@@ -292,6 +292,14 @@ def set_initial_epoch(model: Any, epoch: int | None) -> None:
     model._initial_epoch = epoch
 
 
+def build_metrics(model: Any, batch: Any) -> None:
+    """Make the metrics of a model that is to be trained on such batches, if they are not made.
+
+    On TensorFlow `fit` leaves that to the first trace of the train step.
+    """
+    model._symbolic_build(data_batch=batch)
+
+
 def clip_gradients(optimizer: Any, grads: list[Any]) -> list[Any]:
     """Clip as `optimizer`'s `clipnorm`, `clipvalue` or `global_clipnorm` say (sparse ones too)."""
     return list(optimizer._clip_gradients(grads))

@@ -58,8 +58,9 @@ Each file defines the same names with the same signatures, in the same order:
   of what it calls, nor leaving any. Torch checks by itself that a copy still fits; JAX has no
   such switch but one that takes the kernels of `jax.numpy` apart, too.
 * `pass_over(arguments, batches, result)`: in the place of a train function that was called with
-  these arguments, reads so many batches, takes no step, and returns `result` for the metrics. The
-  train function of torch is handed a batch; those of JAX and TensorFlow read from an iterator.
+  these arguments, reads so many batches, takes no step, and returns `result(first batch)` for the
+  metrics. The train function of torch is handed a batch; those of JAX and TensorFlow read from an
+  iterator.
 """
 
 import keras

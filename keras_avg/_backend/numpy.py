@@ -144,8 +144,8 @@ def eager_inference(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def pass_over(arguments: Sequence[Any], batches: int, result: Any) -> Any:
-    return result
+def pass_over(arguments: Sequence[Any], batches: int, result: Callable[..., Any]) -> Any:
+    return result(arguments[0][0])
 
 
 def _array(tensor: Any) -> np.ndarray:

@@ -276,9 +276,9 @@ def eager_inference(function: Callable[..., Any]) -> Callable[..., Any]:
     return eager
 
 
-def pass_over(arguments: Sequence[Any], batches: int, result: Any) -> Any:
+def pass_over(arguments: Sequence[Any], batches: int, result: Callable[..., Any]) -> Any:
     (iterator,) = arguments
-    next(iterator)  # the end of the data ends the epoch, if there is no batch at all
+    batch = next(iterator)  # the end of the data ends the epoch, if there is no batch at all
     for _ in range(batches - 1):
         next(iterator, None)
-    return result
+    return result(batch)

@@ -224,8 +224,8 @@ def eager_inference(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.no_grad()(function)
 
 
-def pass_over(arguments: Sequence[Any], batches: int, result: Any) -> Any:
-    return result
+def pass_over(arguments: Sequence[Any], batches: int, result: Callable[..., Any]) -> Any:
+    return result(arguments[0][0])
 
 
 def _torch_dtype(dtype: Any) -> torch.dtype:

@@ -159,18 +159,31 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             ) from error
 
     def _pass_over(self, model: Any, position: "_backup_file.Position") -> None:
-        variables = model.metrics_variables
-        if [v.shape for v in variables] == [a.shape for a in position.metrics]:
-            for variable, array in zip(variables, position.metrics, strict=True):
-                variable.assign(array)
-        result, batches = model.get_metrics_result(), model.steps_per_execution
+        result, batches = _restore_metrics(model, position), model.steps_per_execution
+
+        def result_now(batch: Any) -> Any:
+            nonlocal result
+            if result is None:
+                _keras_internals.build_metrics(model, batch)
+                result = _restore_metrics(model, position) or {}
+            return result
 
         def step(function: Callable[..., Any], *arguments: Any) -> Any:
             if self._first < position.batches:
-                return _backend.pass_over(arguments, batches, result)
+                return _backend.pass_over(arguments, batches, result_now)
             return function(*arguments)
 
         train_function.replace(model, id(self), step)
+
+
+def _restore_metrics(model: Any, position: "_backup_file.Position") -> Any:
+    """What they come to; None if they are not made yet, or are others."""
+    variables = model.metrics_variables
+    if [tuple(v.shape) for v in variables] != [a.shape for a in position.metrics]:
+        return None
+    for variable, array in zip(variables, position.metrics, strict=True):
+        variable.assign(array)
+    return model.get_metrics_result()
 
 
 def _check(backup_dir: str, save_freq: Any) -> None:
