@@ -90,6 +90,24 @@ def across(session):
 
 @nox.session
 @each_backend
+def campaign(session, backend):
+    """Everything under attack, for hours: see docs/campaign.md. A short mode is in the tests."""
+    prepare(session, backend)
+    env = environment(backend) | (compiled_once(session) if backend == "jax" else {})
+    walks = "10000" if backend == "torch" else "1000"
+    for program, *arguments in [
+        ("walks.py", "--walks", walks),
+        ("hostile.py", "--files", "5000"),
+        ("kills.py", "--kills", "200"),
+        ("long_runs.py", "--steps", "100000"),
+        ("threads.py", "--times", "20"),
+        ("jobs.py", "--sizes", "4", "8"),
+    ]:
+        session.run("python", f"campaign/{program}", *arguments, env=env)
+
+
+@nox.session
+@each_backend
 def next(session, backend):
     """Runs the quick tests on the next Keras. A failure here does not fail CI."""
     prepare(session, backend, "keras-nightly")

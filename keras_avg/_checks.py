@@ -19,15 +19,18 @@ def number(value: Any) -> float:
         return math.nan
 
 
-def whole_number(argument: str, value: Any, minimum: int, unit: str = "steps") -> int:
+def whole_number(
+    argument: str, value: Any, minimum: int, unit: str = "steps", below: int = 2**31
+) -> int:
     """An integer in int32, because most backends count steps in int32."""
     try:
         found = operator.index(value)
     except TypeError:
         found = None
-    if found is None or isinstance(value, bool) or not minimum <= found < 2**31:
+    limit = "2**31" if below == 2**31 else below
+    if found is None or isinstance(value, bool) or not minimum <= found < below:
         raise ValueError(
-            f"`{argument}` must be an integer >= {minimum} and < 2**31, in {unit}. "
+            f"`{argument}` must be an integer >= {minimum} and < {limit}, in {unit}. "
             f"Received: {argument}={value!r}.{_in_steps(value) if unit == 'steps' else ''}"
         )
     return found

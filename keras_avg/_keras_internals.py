@@ -271,6 +271,20 @@ def models_among_callers(name: str) -> Iterator[Any]:
         frame = frame.f_back
 
 
+def is_loading_model() -> bool:
+    """Whether Keras builds an optimizer for a model out of a file at the moment.
+
+    The model may have fewer trainable variables than when the optimizer was first built: layers
+    were frozen or quantized meanwhile. The optimizer is not told.
+    """
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "compile_from_config" and _is_of_keras(frame):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _is_of_keras(frame: types.FrameType) -> bool:
     return str(frame.f_globals.get("__name__")).startswith("keras.")
 
@@ -284,6 +298,22 @@ def validates_on_generator(model: Any) -> bool:
     """Whether the validation data of the current `fit` comes from a Python generator."""
     adapter = getattr(getattr(model, "_eval_epoch_iterator", None), "data_adapter", None)
     return isinstance(adapter, data_adapters.GeneratorDataAdapter)
+
+
+def set_initial_epoch(model: Any, epoch: int | None) -> None:
+    """Let the `fit` under way, and all later ones, begin with this epoch; None: as they are told.
+
+    `fit` reads it when training has begun, and leaves it as it is.
+    """
+    model._initial_epoch = epoch
+
+
+def build_metrics(model: Any, batch: Any) -> None:
+    """Make the metrics of a model that is to be trained on such batches, if they are not made.
+
+    On TensorFlow `fit` leaves that to the first trace of the train step.
+    """
+    model._symbolic_build(data_batch=batch)
 
 
 def clip_gradients(optimizer: Any, grads: list[Any]) -> list[Any]:
@@ -312,11 +342,17 @@ def _with_public_names(config: Any) -> Any:
 
 
 class Entry(NamedTuple):
-    """The entry of an array in a file's index. The array itself is not read."""
+    """The entry of an array in a file's index. The array itself is not read.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype. It is text if Keras stores another dtype, or if this is no array.
+        attributes: Those that are text.
+    """
 
     shape: tuple[int, ...]
     dtype: Any
-    attributes: dict[str, Any]
+    attributes: dict[str, str]
 
 
 def index_of(store: Any) -> dict[str, Entry]:
@@ -346,9 +382,22 @@ def _entries(group: Any) -> dict[str, Entry]:
 
 
 def _entry(array: Any) -> Entry:
-    attributes = dict(getattr(array, "attrs", {}))
-    shape = tuple(array.shape if hasattr(array, "shape") else np.shape(array))
-    return Entry(shape, attributes.get("dtype", getattr(array, "dtype", None)), attributes)
+    if not isinstance(array, h5py.HLObject):
+        array = array if hasattr(array, "dtype") else np.asarray(array)
+        return Entry(tuple(array.shape), array.dtype, {})
+    if not isinstance(array, h5py.Dataset) or array.shape is None:
+        return Entry((), "of no array", {})
+    attributes = {name: text for name in array.attrs if (text := _text(array.attrs, name))}
+    is_bfloat16 = attributes.get("dtype") == "bfloat16"
+    return Entry(array.shape, "bfloat16" if is_bfloat16 else array.dtype, attributes)
+
+
+def _text(attributes: Any, name: str) -> str:
+    try:
+        value = attributes[name]
+    except (OSError, TypeError, ValueError, RuntimeError):  # of a kind that cannot be read
+        return ""
+    return value if isinstance(value, str) else ""
 
 
 def set_attributes(store: Any, name: str, attributes: dict[str, str]) -> None:

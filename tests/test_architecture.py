@@ -114,6 +114,7 @@ ORDER = [
     "distributed",
     "_registered_functions",
     "_checks",
+    "_atomic",
     "_backend",
     "_keras_internals",
 ]

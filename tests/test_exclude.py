@@ -1,5 +1,7 @@
 """Variables can be excluded from averaging, and averages can be read without a swap."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -193,3 +195,19 @@ class TestReadingAverages:
         with model.optimizer.reading_averages():
             pass
         keras_avg.swap_weights(model)
+
+
+@pytest.mark.parametrize("change", ["freeze", "quantize"])
+@pytest.mark.parametrize("exclude", [["hidden/kernel"], ["hidden/kernel", "bias|norm"]], ids=str)
+def test_a_model_loads_though_excluded_variables_are_no_longer_trained(tmp_path, change, exclude):
+    model = small.fit(small.model(SWA("sgd", 0, 1, exclude=exclude)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers that are not quantized, averages that are gone
+        if change == "quantize":  # the kernels are trained no more: all that is left is excluded
+            model.quantize("int8")
+        else:
+            model.layers[0].trainable = False
+        model.save(tmp_path / "m.keras")
+        loaded = keras.saving.load_model(tmp_path / "m.keras")
+    found, expected = (m.predict(small.X, verbose=0) for m in (loaded, model))
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)

@@ -14,7 +14,7 @@ import pytest
 import small_training as small
 from keras import optimizers
 
-from keras_avg import SWA, MovingAverage
+from keras_avg import LAWA, SWA, SWAG, MovingAverage
 
 
 def trained(optimizer=None):
@@ -84,6 +84,31 @@ def drop(name):
     return lambda arrays: arrays.pop(name)
 
 
+def put_new(name, value=1.0):
+    return lambda arrays: arrays.create_dataset(name, data=value)
+
+
+def retype(name, dtype):
+    def change(arrays):
+        shape = arrays[name].shape
+        del arrays[name]
+        arrays.create_dataset(name, shape=shape, dtype=dtype)
+
+    return change
+
+
+def group(name):
+    def change(arrays):
+        del arrays[name]
+        arrays.create_group(name)
+
+    return change
+
+
+def rename(name, new_name):
+    return lambda arrays: arrays.move(name, new_name)
+
+
 TAMPERED = {
     "an average of another shape": (put("average_0", np.zeros((5, 7))), r"\(5, 6\).*\(5, 7\)"),
     "an average of text": (put("average_0", np.full((5, 6), b"text")), "float32.*Received: dtype"),
@@ -99,6 +124,15 @@ TAMPERED = {
     "a step of the swap that is NaN": (put("swapped_after", np.nan), "counts. Received: nan"),
     "a raw value of another shape": (put("raw_0", np.zeros((1, 6))), r"\(5, 6\).*\(1, 6\)"),
     "a raw value of text": (put("raw_0", np.full((5, 6), b"text")), "float32.*Received: dtype"),
+    "an average of arrays": (retype("average_0", "(3,)f4"), r"Received: dtype .*\(3,\)"),
+    "updates of arrays": (retype("updates", "(9,)i8"), r"Received: dtype .*\(9,\)"),
+    "updates of a kilobyte": (retype("updates", "V1000"), r"Received: dtype \|V1000"),
+    "updates of nothing": (put("updates", h5py.Empty("f4")), "Received: dtype of no array"),
+    "a group in the place of updates": (group("updates"), "Received: dtype of no array"),
+    "a raw value of arrays": (retype("raw_0", "(3,)f4"), r"Received: dtype .*\(3,\)"),
+    "an average numbered otherwise": (rename("average_1", "average_01"), "'average_1'. Received"),
+    "a statistic without a number": (put_new("raw_statistic_x"), "has 7 variables. Received: 8"),
+    "a weight of wide numbers": (put_new("weight_w", np.longdouble(1)), "Received: dtype float128"),
     "a raw value missing": (drop("raw_3"), "has 7 variables. Received: 6 variables"),
 }
 
@@ -110,6 +144,38 @@ def test_arrays_that_do_not_fit_are_refused(swapped_file, kind):
         change(file["optimizer/vars"])
     model = trained()
     expect_own_state_kept(model, lambda: model.load_weights(swapped_file), ValueError, match)
+
+
+def test_an_array_of_arrays_inside_is_refused_before_anything_is_taken(swapped_file):
+    with h5py.File(swapped_file, "r+") as file:
+        retype("5", "(3,)f4")(file["optimizer/inner_optimizer/inner_optimizer/vars"])
+    model = trained()
+    load = lambda: model.load_weights(swapped_file)  # noqa: E731
+    expect_own_state_kept(model, load, ValueError, r"Received: dtype .*\(3,\)")
+
+
+@pytest.mark.parametrize("label", ["gone", "may_not_fit", "why_none", "path"])
+@pytest.mark.parametrize("value", [7, np.zeros(3), h5py.Empty("f4")], ids=["7", "zeros", "empty"])
+def test_labels_that_are_no_text_say_nothing(swapped_file, label, value):
+    with h5py.File(swapped_file, "r+") as file:
+        file["optimizer/vars/updates"].attrs[label] = value
+        if label == "path":
+            file["optimizer/vars/average_0"].attrs[label] = value
+    model, expected = trained(), trained()
+    model.load_weights(swapped_file)
+    expected.optimizer.swap_weights()
+    small.assert_same_bits(model.optimizer.get_weights(), expected.optimizer.get_weights())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "argument"),
+    [(LAWA("sgd"), "window"), (SWAG("sgd"), "rank")],
+    ids=["LAWA", "SWAG"],
+)
+def test_a_config_cannot_ask_for_any_number_of_copies(optimizer, argument):
+    config = optimizer.get_config() | {argument: 10**9}
+    with pytest.raises(ValueError, match=f"< 1001.*Received: {argument}=1000000000"):
+        type(optimizer).from_config(config)
 
 
 def test_a_model_is_not_returned_when_an_array_does_not_fit(tmp_path):

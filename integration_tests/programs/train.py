@@ -27,7 +27,9 @@ DEFAULTS = {
     "num_worker": None,
     "timeout": 60,
     "folder": None,  # the folder for backups and files
-    "failing": None,  # [rank, "kill" or "stall", number of batches before]
+    "failing": None,  # [rank or ranks, "kill" or "stall", number of batches before]
+    "slow": None,  # [rank, seconds that each batch takes longer]
+    "save_freq": "epoch",
     "swap": False,
 }
 FEATURES, BATCH = 4, 8
@@ -56,6 +58,15 @@ class Fails(keras.callbacks.Callback):
             time.sleep(600)
 
 
+class IsSlow(keras.callbacks.Callback):
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+
+    def on_train_batch_end(self, batch, logs=None):
+        time.sleep(self.seconds)
+
+
 def callbacks(options, communicator):
     if options["callback"]:
         yield keras_avg.callbacks.SynchronizeWorkers()
@@ -63,9 +74,13 @@ def callbacks(options, communicator):
         yield keras_avg.callbacks.SwapAverageWeights()
     folder = options["folder"] and pathlib.Path(options["folder"])
     if folder:
-        yield keras.callbacks.BackupAndRestore(str(folder / f"backup_{communicator.rank}"))
-    if options["failing"] and options["failing"][0] == communicator.rank:
-        yield Fails(*options["failing"][1:], folder / "failed")
+        yield keras_avg.callbacks.BackupAndRestore(
+            folder / f"backup_{communicator.rank}", options["save_freq"]
+        )
+    if options["slow"] and options["slow"][0] == communicator.rank:
+        yield IsSlow(options["slow"][1])
+    if options["failing"] and communicator.rank in np.ravel(options["failing"][0]):
+        yield Fails(*options["failing"][1:], folder / f"failed_{communicator.rank}")
 
 
 def main(options):

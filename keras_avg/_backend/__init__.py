@@ -66,6 +66,10 @@ Each file defines the same names with the same signatures, in the same order:
 * `eager_inference(function)`: runs `function` without gradients. It does not use compiled copies of
   the functions that it calls, and makes none. Torch itself checks that a compiled copy still fits.
   JAX has no such switch, except one that would also disable the compiled kernels of `jax.numpy`.
+* `pass_over(arguments, batches, result)`: is called instead of a train function, with the same
+  arguments. It reads this many batches, takes no step, and returns `result(first batch)` for the
+  metrics. The train function of torch gets a batch. Those of JAX and TensorFlow read from an
+  iterator.
 """
 
 import keras
@@ -100,6 +104,7 @@ __all__ = [
     "loss_gradients",
     "outside_trace",
     "part_of_sum",
+    "pass_over",
     "put_if",
     "random_state_kept",
     "run_if",

@@ -152,5 +152,9 @@ def eager_inference(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def pass_over(arguments: Sequence[Any], batches: int, result: Callable[..., Any]) -> Any:
+    return result(arguments[0][0])
+
+
 def _array(tensor: Any) -> np.ndarray:
     return np.asarray(keras.ops.convert_to_numpy(tensor))

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_avg import _checks
 from keras_avg._optimizers.snapshots_at_intervals import SnapshotsAtIntervals
-from keras_avg._wrapping.store import Ring
+from keras_avg._wrapping.store import LONGEST_RING, Ring
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
@@ -30,7 +30,7 @@ class LAWA(SnapshotsAtIntervals):
 
     Args:
         optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
-        window: Integer >= 1, in snapshots. Default 5.
+        window: Integer in [1, 1000], in snapshots. Default 5.
         start_averaging: Integer in [0, 2**31), in steps, not epochs. The first snapshot is taken
             after this update. Update 0 is the first. Default 0.
         average_period: Integer in [1, 2**31), in steps, between snapshots. Default 100.
@@ -69,7 +69,9 @@ class LAWA(SnapshotsAtIntervals):
         name: str | None = "LAWA",
         **kwargs: Any,
     ) -> None:
-        window = _checks.whole_number("window", window, minimum=1, unit="snapshots")
+        window = _checks.whole_number(
+            "window", window, minimum=1, unit="snapshots", below=LONGEST_RING
+        )
         super().__init__(optimizer, start_averaging, average_period, name, **kwargs)
         self.window = window
 

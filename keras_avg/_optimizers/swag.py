@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_avg import _backend, _checks
 from keras_avg._optimizers.snapshots_at_intervals import SnapshotsAtIntervals
-from keras_avg._wrapping.store import Ring
+from keras_avg._wrapping.store import LONGEST_RING, Ring
 
 SMALLEST_VARIANCE = 1e-30
 
@@ -46,7 +46,7 @@ class SWAG(SnapshotsAtIntervals):
         start_averaging: Integer in [0, 2**31), in steps, not epochs. The first snapshot is taken
             after this update. Update 0 is the first. Default 0.
         average_period: Integer in [1, 2**31), in steps, between snapshots. Default 10.
-        rank: Integer >= 0. How many columns are kept. Default 20.
+        rank: Integer in [0, 1000]. How many columns are kept. Default 20.
         name: String. Default `"SWAG"`.
         **kwargs: `sequential_update`, `average_dtype`, `skip_nonfinite`, `exclude`,
             `gradient_transformers`, `gradient_aggregator`, `clipnorm`, `clipvalue`,
@@ -88,7 +88,7 @@ class SWAG(SnapshotsAtIntervals):
         name: str | None = "SWAG",
         **kwargs: Any,
     ) -> None:
-        rank = _checks.whole_number("rank", rank, minimum=0, unit="columns")
+        rank = _checks.whole_number("rank", rank, minimum=0, unit="columns", below=LONGEST_RING)
         super().__init__(optimizer, start_averaging, average_period, name, **kwargs)
         self.rank = rank
 

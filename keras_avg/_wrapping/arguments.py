@@ -134,7 +134,11 @@ def patterns(argument: str, value: Any) -> list[str] | None:
 
 
 def excluded(
-    exclude: list[str] | None, variables: list[Any], name: str, models: list[str]
+    exclude: list[str] | None,
+    variables: list[Any],
+    name: str,
+    models: list[str],
+    is_loaded: bool = False,
 ) -> set[int]:
     """The numbers of the variables that have no average because a pattern matches their path.
 
@@ -144,6 +148,8 @@ def excluded(
         name: The optimizer's name, for messages.
         models: Names of the models to which the variables may belong. A path may begin with the
             model's name. Whether it does depends on how the layer was built or loaded.
+        is_loaded: Bool. Whether the model was loaded from a file. Then the variables of a pattern
+            may be gone: layers that were frozen or quantized do not train them any more.
     """
     if not exclude or not variables:
         return set()
@@ -151,13 +157,13 @@ def excluded(
     found: set[int] = set()
     for pattern in exclude:
         matches = {i for i, path in enumerate(paths) if _is_found(pattern, path, models)}
-        if not matches:
+        if not matches and not is_loaded:
             raise ValueError(
                 f"A pattern of `exclude` matches no variable of '{name}'. Received: {pattern!r}, "
                 f"and the variables {paths}."
             )
         found |= matches
-    if len(found) == len(variables):
+    if len(found) == len(variables) and not is_loaded:
         raise ValueError(
             f"`exclude` leaves '{name}' no variable to average. Received: exclude={exclude!r}, and "
             f"the variables {paths}."

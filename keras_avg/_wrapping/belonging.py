@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from keras_avg import _keras_internals
 
 COUNTERS = ("updates", "snapshots", "averages_in_model")
-RAW = re.compile(r"raw_(\d+)")
+NUMBER = "0|[1-9][0-9]{0,8}"  # The package writes numbers so: each number has one name.
+RAW = re.compile(rf"raw_({NUMBER})")
 LISTED = 8  # the largest number of paths in a message
 
 # Why a file may have no averages. The text is part of the error when somebody asks for them.
@@ -77,9 +78,9 @@ def read(index: Mapping[str, Any]) -> Labels:
     said = index[COUNTERS[0]].attributes if COUNTERS[0] in index else {}
     why = said.get("why_none", "")
     return Labels(
-        tuple(filter(None, str(said.get("gone", "")).split("\n")))[:LISTED],
+        tuple(filter(None, said.get("gone", "").split("\n")))[:LISTED],
         bool(said.get("may_not_fit", "")),
-        why if isinstance(why, str) and why in WHY else "",
+        why if why in WHY else "",
     )
 
 
@@ -130,7 +131,7 @@ def names_here(
     """
     if not stores:
         return {name: name for name in index}
-    first = re.compile(rf"{re.escape(stores[0])}_(\d+)")
+    first = re.compile(rf"{re.escape(stores[0])}_({NUMBER})")
     theirs = sorted(int(found[1]) for name in index if (found := first.fullmatch(name)))
     if len(averaged) != len(theirs):
         return None
@@ -149,7 +150,7 @@ def names_here(
 def numbered(name: str, stores: tuple[str, ...]) -> tuple[str, int] | None:
     """The beginning and the number in the name of a store's variable or an added slot."""
     kinds = "|".join([*map(re.escape, stores), "slot_.+"])
-    found = re.fullmatch(rf"((?:{kinds})_)(\d+)", name)
+    found = re.fullmatch(rf"((?:{kinds})_)({NUMBER})", name)
     return (found[1], int(found[2])) if found else None
 
 

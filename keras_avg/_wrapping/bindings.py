@@ -12,14 +12,16 @@ import keras
 
 from keras_avg import _keras_internals
 from keras_avg._wrapping import nesting
+from keras_avg._wrapping.weak import WeakList
 
 # Every wrapper that has been built, and its models. The references are weak.
-_models: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
+_built = WeakList()
+_models: weakref.WeakKeyDictionary[Any, WeakList] = weakref.WeakKeyDictionary()
 
 
 def note_built(wrapper: Any) -> None:
     """Remember a wrapper that was just built, and the model whose training has built it."""
-    _models.setdefault(wrapper, weakref.WeakSet())
+    _built.add(wrapper)
     note_training_model(wrapper)
 
 
@@ -30,7 +32,8 @@ def note_model(wrapper: Any, model: Any) -> None:
         ValueError: If the wrapper was built for variables that this model does not have.
     """
     refuse_foreign(wrapper, model)
-    _models.setdefault(wrapper, weakref.WeakSet()).add(model)
+    _built.add(wrapper)
+    _models_of(wrapper).add(model)
 
 
 def note_training_model(wrapper: Any) -> None:
@@ -51,7 +54,11 @@ def note_training_model(wrapper: Any) -> None:
 
 def models_of(wrappers: Iterable[Any]) -> list[Any]:
     """The models that some wrappers are known to work for."""
-    return [model for wrapper in wrappers for model in _models.get(wrapper, ())]
+    return [model for wrapper in wrappers for model in _models_of(wrapper)]
+
+
+def _models_of(wrapper: Any) -> WeakList:
+    return _models.setdefault(wrapper, WeakList())
 
 
 def names_of_models(wrapper: Any) -> list[str]:
@@ -76,7 +83,7 @@ def wrappers_over(variables: Iterable[Any]) -> list[Any]:
     variables = list(variables)
     return [
         wrapper
-        for wrapper in list(_models)
+        for wrapper in _built
         if any(_keras_internals.variable_index(wrapper, v) is not None for v in variables)
     ]
 

@@ -7,7 +7,7 @@ from typing import Any
 from keras_avg import _keras_internals
 from keras_avg._wrapping import belonging, bindings, fitting, nesting
 from keras_avg._wrapping.own_variables import OwnVariables
-from keras_avg._wrapping.raw_values import RAW, STATISTIC, SWAPPED, RawValues
+from keras_avg._wrapping.raw_values import RAW, STATISTIC, STATISTIC_NAME, SWAPPED, RawValues
 from keras_avg._wrapping.swap import Swap
 
 
@@ -145,7 +145,10 @@ class StateFile:
         here = {names[name]: entry for name, entry in index.items()}
         raw = {name: here.pop(name) for name in list(here) if name.startswith((RAW, SWAPPED))}
         self._own.refuse_growth({name: entry.shape for name, entry in here.items()})
-        fitting.check_fit(self._optimizer.name, self._own.expected_in(here), here)
+        expected = self._own.expected_in(here)
+        fitting.check_fit(self._optimizer.name, expected, here)
+        fitting.check_dtypes(self._optimizer.name, expected, here)
+        self._own.refuse_dtypes({name: entry.dtype for name, entry in here.items()})
         if raw:
             self._check_raw_values(raw, swap)
         return names
@@ -156,6 +159,7 @@ class StateFile:
         """Load only the counters. The averages then are as before the first snapshot."""
         counters = {name: self._own.by_name[name] for name in belonging.COUNTERS}
         fitting.check_fit(self._optimizer.name, counters, index)
+        fitting.check_dtypes(self._optimizer.name, counters, index)
         stored = {name: store[name][...] for name in counters}
         fitting.check_numbers(self._optimizer.name, counters, stored)
         fitting.assign(counters, stored)
@@ -196,7 +200,8 @@ class StateFile:
 
     def _check_raw_values(self, index: Mapping[str, Any], swap: Swap) -> None:
         name, variables = self._optimizer.name, self._raw_variables(swap)
-        statistics = {n: entry for n, entry in index.items() if n.startswith(STATISTIC)}
+        fitting.check_dtypes(name, variables, index)
+        statistics = {n: entry for n, entry in index.items() if STATISTIC_NAME.fullmatch(n)}
         fitting.check_fit(name, variables, _without(index, statistics))
         model = bindings.model_on_file(self._optimizer)
         if model is None:
@@ -212,7 +217,7 @@ class StateFile:
         return raw | {SWAPPED: self._own.by_name["updates"]}
 
     def _raw_values_from(self, stored: dict[str, Any], swap: Swap) -> RawValues:
-        statistics = {n: value for n, value in stored.items() if n.startswith(STATISTIC)}
+        statistics = {n: value for n, value in stored.items() if STATISTIC_NAME.fullmatch(n)}
         variables, values = self._raw_variables(swap), _without(stored, statistics)
         fitting.check_numbers(self._optimizer.name, variables, values)
         del variables[SWAPPED]
@@ -238,7 +243,9 @@ class StateFile:
             variables = part.variables if part is not None else []
             numbered = {str(i): variable for i, variable in enumerate(variables)}
             name = getattr(part, "name", self._optimizer.name)
-            fitting.check_fit(name, numbered, _keras_internals.index_of(store))
+            index = _keras_internals.index_of(store)
+            fitting.check_fit(name, numbered, index)
+            fitting.check_dtypes(name, numbered, index)
 
     def _averaged(self) -> list[int]:
         """The numbers of the variables that have an average."""

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_avg import _backend
 
+LARGEST = 8  # bytes of a number
 LOW_PRECISION = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -27,6 +28,29 @@ def check_fit(name: str, variables: dict[str, Any], values: Mapping[str, Any]) -
                 f"its variable {_named(variable, key)} has shape {tuple(variable.shape)}. "
                 f"Received: shape {shape}.",
             )
+
+
+def check_dtypes(name: str, variables: Mapping[str, Any], entries: Mapping[str, Any]) -> None:
+    """Refuse by a file's index what holds no plain numbers, before it is read.
+
+    One element of another kind may be of any size: an array, a text, a record.
+    """
+    for key, entry in entries.items():
+        if not _is_of_numbers(entry.dtype):
+            variable = variables.get(key)
+            dtype = getattr(variable, "dtype", "float32")
+            _refuse(
+                name,
+                f"its variable {_named(variable, key)} has dtype {dtype}. "
+                f"Received: dtype {entry.dtype}.",
+            )
+
+
+def _is_of_numbers(dtype: Any) -> bool:
+    if isinstance(dtype, str):
+        return dtype in LOW_PRECISION
+    found = np.dtype(dtype)
+    return found.name in LOW_PRECISION or (found.kind in "biuf" and found.itemsize <= LARGEST)
 
 
 def check_numbers(name: str, variables: dict[str, Any], values: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from keras_avg._wrapping import nesting
 
 SLOT, WEIGHT, VARIABLE = "slot_", "weight_", "variable_"  # the names of added variables begin so
 RESERVED = (SLOT, WEIGHT, VARIABLE, "raw_", "swapped_")
-SLOT_NAME = re.compile(rf"{SLOT}(.+)_(\d+)")
+SLOT_NAME = re.compile(rf"{SLOT}(.+)_(0|[1-9][0-9]{{0,8}})")
 # A file may add variables by itself. Together they may be as large as COPIES copies of the model's
 # variables, or have FEW elements.
 COPIES, FEW = 8, 2**16
@@ -155,6 +155,21 @@ class OwnVariables:
                 "own variables was changed. If they are yours, call `add_weight` or `add_slot` "
                 "before loading."
             )
+
+    def refuse_dtypes(self, dtypes: Mapping[str, Any]) -> None:
+        """Refuse a file that would add a weight of a dtype that this backend does not have."""
+        for name in dtypes.keys() - self.by_name.keys():
+            if not name.startswith(WEIGHT):
+                continue
+            try:
+                keras.ops.zeros((), _dtype_here(dtypes[name]))
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"The state does not fit optimizer '{self._optimizer.name}': it would add a "
+                    f"weight {name!r} of dtype {dtypes[name]}, which the backend "
+                    f"{keras.backend.backend()} does not have. None of its own variables was "
+                    "changed."
+                ) from error
 
     def add_what_is_stored(self, stored: Mapping[str, Any]) -> None:
         """Make the added variables that are only in the file. Warn of those that are only here."""

@@ -1,5 +1,6 @@
 """Keeps the raw values while a model holds averages."""
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -11,6 +12,7 @@ from keras_avg import _backend
 # The beginnings of names in a file.
 RAW = "raw_"
 STATISTIC = "raw_statistic_"
+STATISTIC_NAME = re.compile(rf"{STATISTIC}[0-9]{{5,9}}")
 SWAPPED = "swapped_after"
 
 

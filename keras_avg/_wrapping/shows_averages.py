@@ -475,7 +475,11 @@ class ShowsAverages(OptimizerWrapper):
         updates, snapshots, flag = map(self._own_variables.counter, names)
         self._updates, self._snapshots = _backend.Counter(updates), _backend.Counter(snapshots)
         excluded = arguments.excluded(
-            self.exclude, variables, self.name, bindings.names_of_models(self)
+            self.exclude,
+            variables,
+            self.name,
+            bindings.names_of_models(self),
+            _keras_internals.is_loading_model(),
         )
         averaged = {
             i: v

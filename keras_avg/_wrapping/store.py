@@ -5,6 +5,9 @@ from typing import Any
 
 from keras_avg import _backend
 
+# One more than the copies of the model in a ring: a config of a few bytes could ask for billions.
+LONGEST_RING = 1001
+
 
 class Store:
     """One kept variable beside each averaged variable of the model.

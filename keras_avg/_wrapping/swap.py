@@ -10,12 +10,13 @@ from keras import ops
 from keras_avg import _backend, _keras_internals
 from keras_avg._wrapping import bindings, nesting, train_function
 from keras_avg._wrapping.raw_values import RawValues
+from keras_avg._wrapping.weak import WeakList
 
 Values = Callable[[], Sequence[Any]]  # returns the values to show, as tensors
 
 # Swaps whose averages are in a model. The references are weak: if the optimizer is deleted, the
 # model just keeps the averages.
-_under_way: "weakref.WeakSet[Swap]" = weakref.WeakSet()
+_under_way = WeakList()
 
 
 class Swap:
@@ -265,11 +266,11 @@ def _refusing(swap: Swap) -> Callable[[], contextlib.AbstractContextManager]:
 
 def holding(variables: Sequence[Any]) -> list[Swap]:
     """The swaps whose averages are in at least one of the variables."""
-    for swap in list(_under_way):
+    for swap in _under_way:
         swap.notice_restored_state()
     return [
         swap
-        for swap in list(_under_way)
+        for swap in _under_way
         if any(_keras_internals.variable_index(swap._owner, v) is not None for v in variables)
     ]
 
@@ -306,7 +307,7 @@ def _holding_for(statistics: Sequence[Any]) -> list[Swap]:
     ours = {id(variable) for variable in statistics}
     return [
         swap
-        for swap in list(_under_way)
+        for swap in _under_way
         for model in bindings.models_of([swap._owner])
         if any(id(variable) in ours for variable in model.variables)
     ]

@@ -6,6 +6,7 @@ traced again.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,12 +23,16 @@ class WatchedFunction:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.contexts: dict[Any, Context] = {}  # by the key that was passed to `watch`
+        self.instead: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as stack:
             for context in list(self.contexts.values()):
                 stack.enter_context(context())
-            return self.function(*args, **kwargs)
+            function = self.function
+            for instead in self.instead.values():
+                function = functools.partial(instead, function)
+            return function(*args, **kwargs)
 
 
 def watch(model: Any, key: Any, context: Context) -> bool:
@@ -51,11 +56,24 @@ def watch(model: Any, key: Any, context: Context) -> bool:
     return True
 
 
+def replace(model: Any, key: Any, instead: Callable[..., Any]) -> None:
+    """Let something else take the place of each train step of a model in `fit`.
+
+    Args:
+        model: A Keras model that has a train function.
+        key: Hashable. Says whose it is.
+        instead: Function of the train function, and of what that is called with.
+    """
+    watch(model, key, contextlib.nullcontext)
+    model.train_function.instead[key] = instead
+
+
 def leave(model: Any, key: Any) -> None:
     """Remove a context. After the last one, the model has its own train function again."""
     function = getattr(model, "train_function", None)
     if isinstance(function, WatchedFunction):
         function.contexts.pop(key, None)
+        function.instead.pop(key, None)
         if not function.contexts:
             model.train_function = function.function
 

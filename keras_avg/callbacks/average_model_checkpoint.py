@@ -2,10 +2,12 @@
 
 import contextlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
+from keras_avg import _atomic
 from keras_avg._wrapping import finding
 
 
@@ -19,6 +21,9 @@ class AverageModelCheckpoint(keras.callbacks.ModelCheckpoint):
     The saved batch-normalization statistics belong to the raw weights. To save the statistics of
     the averages, pass `batch_norm_data` and `swap_on_epoch=True` to `SwapAverageWeights`. Before
     the first snapshot, the raw model is saved, with one warning.
+
+    A local file is written aside, flushed to disk and renamed: a process that is killed meanwhile
+    leaves the file that was there before. Keras' own `ModelCheckpoint` overwrites it in place.
 
     Args:
         update_weights: Bool. True: when a file is written, the averages are assigned to the model
@@ -70,13 +75,18 @@ class _SavesAverages:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def save(self, *args: Any, **kwargs: Any) -> None:
-        with self._averages():
-            self._model.save(*args, **kwargs)
+    def save(self, filepath: Any, **kwargs: Any) -> None:
+        self._write(self._model.save, filepath, **kwargs)
 
-    def save_weights(self, *args: Any, **kwargs: Any) -> None:
-        with self._averages():
-            self._model.save_weights(*args, **kwargs)
+    def save_weights(self, filepath: Any, **kwargs: Any) -> None:
+        self._write(self._model.save_weights, filepath, **kwargs)
+
+    def _write(self, save: Callable[..., None], filepath: Any, **kwargs: Any) -> None:
+        with contextlib.ExitStack() as stack:
+            if _atomic.is_local(filepath):
+                filepath = str(stack.enter_context(_atomic.written_aside(filepath)))
+            with self._averages():
+                save(filepath, **kwargs)
 
     def _averages(self) -> contextlib.ExitStack:
         """Context in which the model holds the averages."""

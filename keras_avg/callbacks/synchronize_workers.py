@@ -51,7 +51,7 @@ class SynchronizeWorkers(keras.callbacks.Callback):
     model.compile(optimizer=keras_avg.ModelAverage("adam", interval_steps=100), loss="mse")
     callbacks = [
         keras_avg.callbacks.SynchronizeWorkers(),
-        keras.callbacks.BackupAndRestore(f"backup_{communicator.rank}"),
+        keras_avg.callbacks.BackupAndRestore(f"backup_{communicator.rank}"),
     ]
     model.fit(my_shard, epochs=10, callbacks=callbacks)
     ```

@@ -35,7 +35,7 @@ def main(folder, result, *when):
     model = small.model(keras_avg.SWA(inner, start_averaging=3, average_period=2))
     callbacks = [
         keras_avg.callbacks.SwapAverageWeights(batch_norm_data=small.X),
-        keras.callbacks.BackupAndRestore(os.path.join(folder, "backup")),
+        keras_avg.callbacks.BackupAndRestore(os.path.join(folder, "backup")),
     ]
     if when:
         callbacks.append(Kills(*map(int, when)))

@@ -1,0 +1,101 @@
+"""Jobs of several workers on this machine, in which something goes wrong.
+
+python campaign/jobs.py [--sizes 4 8] [--only NAME] [--timeout 20]
+
+A worker that is dead or stalled is an error on all others within the timeout; nothing is lost but
+the steps since the last backup; a job that is started again ends where an undisturbed one ends.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import tempfile
+import time
+
+import keras
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "integration_tests"))
+import workers
+
+EPOCHS, BATCHES, INTERVAL = 3, 9, 3
+LONGEST = 600  # seconds for a whole job
+CHIEF_DIES_WITH_ALL = keras.backend.backend() == "jax"  # its coordination service is in the chief
+
+
+def run(size, absent=(), **options):
+    options = {"epochs": EPOCHS, "interval": INTERVAL, "batches": [BATCHES] * size} | options
+    began = time.perf_counter()
+    processes = workers.start("train.py", size, json.dumps(options), absent=absent)
+    failing = set(np.ravel(options["failing"][0])) if options.get("failing") else set()
+    others = [p for rank, p in enumerate(processes) if rank not in failing]
+    found = workers.finish(others, LONGEST)
+    for rank in failing:
+        processes[rank].kill()
+        processes[rank].communicate()
+    return found, time.perf_counter() - began
+
+
+def fails(size, timeout, ranks, fault):
+    """Some workers fail in the second epoch; then the job is started again."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"folder": folder, "timeout": timeout, "failing": [ranks, fault, BATCHES + 4]}
+        found, _ = run(size, **options)
+        if not (CHIEF_DIES_WITH_ALL and 0 in ranks):
+            for code, result, err in found:
+                assert code == 0, err
+                assert result["error"].startswith("RuntimeError"), result
+                assert result["steps"] >= BATCHES + INTERVAL, result
+        seconds = [result["seconds"] for _, result, _ in found if "seconds" in result]
+        lost = [result["steps"] - BATCHES for _, result, _ in found if "steps" in result]
+        named = sum(any(f"{rank}" in r.get("error", "") for rank in ranks) for _, r, _ in found)
+        again, _ = run(size, **{k: v for k, v in options.items() if k != "failing"})
+        expected, _ = run(size, timeout=timeout)
+        for (code, result, err), (_, right, _) in zip(again, expected, strict=True):
+            assert code == 0, err
+            assert result["error"] is None, result
+            assert result["weights"] == right["weights"]
+            assert result["center"] == right["center"]
+            assert result["steps"] == EPOCHS * BATCHES
+    return {"seconds until all others knew": round(max(seconds, default=0.0), 1),
+        "errors that name the worker": named, "steps lost": max(lost, default=4)}  # fmt: skip
+
+
+def goes_on(size, timeout, **options):
+    """Nothing fails: all end with the same center."""
+    found, seconds = run(size, timeout=timeout, **options)
+    for code, result, err in found:
+        assert code == 0, err
+        assert result["error"] is None, result
+    centers = [result["center"] for _, result, _ in found]
+    assert all(center == centers[0] for center in centers)
+    return {"seconds": round(seconds, 1), "rounds": found[0][1]["rounds"]}
+
+
+SCENARIOS = {
+    "one is killed": lambda n, t: fails(n, t, [1], "kill"),
+    "one stalls": lambda n, t: fails(n, t, [1], "stall"),
+    "two are killed": lambda n, t: fails(n, t, [1, n - 1], "kill"),
+    "the chief is killed": lambda n, t: fails(n, t, [0], "kill"),
+    "one is slow": lambda n, t: goes_on(n, t, slow=[1, 0.1]),
+    "uneven shards": lambda n, t: goes_on(n, t, batches=[3 + 2 * i for i in range(n)]),
+}
+
+
+def main():
+    options = argparse.ArgumentParser()
+    options.add_argument("--sizes", type=int, nargs="+", default=[4, 8])
+    options.add_argument("--only", default="")
+    options.add_argument("--timeout", type=float, default=20)
+    chosen = options.parse_args()
+    for size in chosen.sizes:
+        for name, scenario in SCENARIOS.items():
+            if chosen.only in name:
+                figures = scenario(size, chosen.timeout)
+                job = {"backend": keras.backend.backend(), "workers": size, "what": name}
+                print(json.dumps(job | figures), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""Backups: whole at any moment, and training ends where it would have ended undisturbed."""
+
+import os
+
+import h5py
+import keras
+import pytest
+import small_training as small
+
+import keras_avg
+from keras_avg import SWA, MovingAverage
+from keras_avg.callbacks import AverageModelCheckpoint, BackupAndRestore, SwapAverageWeights
+
+EPOCHS = 4
+
+
+def model(**compile_arguments):
+    """With Dropout, whose seed Keras does not save."""
+    keras.utils.set_random_seed(3)
+    layers = [
+        keras.Input((5,)),
+        keras.layers.Dense(6, activation="tanh"),
+        keras.layers.BatchNormalization(),
+        keras.layers.Dropout(0.3, seed=1),
+        keras.layers.Dense(1),
+    ]
+    new = keras.Sequential(layers)
+    optimizer = SWA(MovingAverage(keras.optimizers.Adam(0.02)), 3, 2)
+    new.compile(optimizer, "mse", metrics=["mae"], **compile_arguments)
+    return new
+
+
+class Dies(keras.callbacks.Callback):
+    def __init__(self, epoch, batch):
+        super().__init__()
+        self.at, self.epoch = (epoch, batch), None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.epoch, batch) == self.at:
+            raise KeyboardInterrupt
+
+
+def fit(trained, *callbacks, **arguments):
+    return small.fit(trained, EPOCHS, callbacks=list(callbacks), **arguments)
+
+
+def state(trained):
+    keras_avg.swap_weights(trained)
+    arrays = [*trained.get_weights(), *trained.optimizer.get_weights()]
+    return arrays + [small.numpy(v) for v in trained.variables]
+
+
+def resumed(tmp_path, at, make=model, **arguments):
+    """A model whose training was broken off, and a new one that went on with it."""
+    backup = lambda: BackupAndRestore(tmp_path / "backup", **arguments)  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        fit(make(), SwapAverageWeights(), backup(), Dies(*at))
+    return fit(make(), SwapAverageWeights(), backup())
+
+
+@pytest.mark.parametrize("save_freq", ["epoch", 1, 4, 6])
+@pytest.mark.parametrize("at", [(1, 0), (1, 5), (2, 2)])
+def test_training_broken_off_ends_where_it_would_have_ended(tmp_path, save_freq, at):
+    undisturbed = fit(model(), SwapAverageWeights())
+    went_on = resumed(tmp_path, at, save_freq=save_freq)
+    small.assert_same_bits(state(went_on), state(undisturbed))
+    assert not (tmp_path / "backup").exists()
+
+
+def test_the_epoch_that_was_broken_off_has_the_metrics_of_all_its_batches(tmp_path):
+    undisturbed = fit(model(), SwapAverageWeights())
+    went_on = resumed(tmp_path, (1, 3), save_freq=2)
+    assert went_on.history.epoch == [1, 2, 3]
+    for name, values in undisturbed.history.history.items():
+        assert went_on.history.history[name] == values[1:], name
+
+
+def test_the_next_training_begins_with_the_first_epoch(tmp_path):
+    went_on = resumed(tmp_path, (2, 2))
+    updates = went_on.optimizer.updates_so_far()
+    fit(went_on, SwapAverageWeights())
+    assert went_on.history.epoch == [0, 1, 2, 3]
+    assert went_on.optimizer.updates_so_far() == updates + EPOCHS * small.BATCHES
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch runs one step at a time")
+def test_several_steps_per_execution(tmp_path):
+    make = lambda: model(steps_per_execution=2)  # noqa: E731
+    undisturbed = fit(make(), SwapAverageWeights())
+    went_on = resumed(tmp_path, (1, 3), make, save_freq=2)
+    small.assert_same_bits(state(went_on), state(undisturbed))
+
+
+def test_a_generator_is_read_up_to_the_batch_where_training_goes_on(tmp_path):
+    def batches():
+        while True:
+            for i in range(0, len(small.X), small.BATCH_SIZE):
+                yield small.X[i : i + small.BATCH_SIZE], small.Y[i : i + small.BATCH_SIZE]
+
+    def train(*callbacks):
+        trained = model()
+        how = {"epochs": EPOCHS, "steps_per_epoch": small.BATCHES, "shuffle": False, "verbose": 0}
+        trained.fit(batches(), callbacks=list(callbacks), **how)
+        return trained
+
+    undisturbed = train(SwapAverageWeights())
+    with pytest.raises(KeyboardInterrupt):
+        train(SwapAverageWeights(), BackupAndRestore(tmp_path, save_freq=2), Dies(1, 3))
+    went_on = train(SwapAverageWeights(), BackupAndRestore(tmp_path, save_freq=2))
+    small.assert_same_bits(state(went_on), state(undisturbed))
+
+
+class StopsWhileWriting:
+    """Lets `save_weights` of a model write half a file, as a process that is killed does."""
+
+    def __init__(self, trained, monkeypatch):
+        def half(path, **arguments):
+            with open(path, "wb") as file:
+                file.write(b"half")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(trained, "save_weights", half)
+        monkeypatch.setattr(trained, "save", half)
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_the_backup_before_stays_until_the_new_one_is_whole(tmp_path, monkeypatch, double):
+    trained = model()
+    backup = BackupAndRestore(tmp_path, double_checkpoint=double, delete_checkpoint=False)
+    fit(trained, backup)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"latest.weights.h5"} | ({"previous.weights.h5"} if double else set())
+    with monkeypatch.context() as patch:
+        StopsWhileWriting(trained, patch)
+        with pytest.raises(KeyboardInterrupt):
+            backup.on_epoch_end(0)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    left = tmp_path / ".aside-latest.weights.h5-abc"
+    left.mkdir()
+    (left / "latest.weights.h5").write_bytes(b"half")
+    fit(model(), BackupAndRestore(tmp_path, delete_checkpoint=False))
+    assert [path.name for path in tmp_path.iterdir()] == ["latest.weights.h5"]
+
+
+def test_if_the_disk_damaged_the_last_backup_the_one_before_is_taken(tmp_path):
+    backup = lambda: BackupAndRestore(tmp_path, 2, double_checkpoint=True)  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        fit(model(), SwapAverageWeights(), backup(), Dies(1, 4))
+    (tmp_path / "latest.weights.h5").write_bytes(b"half")
+    went_on = fit(model(), SwapAverageWeights(), backup())
+    small.assert_same_bits(state(went_on), state(fit(model(), SwapAverageWeights())))
+
+
+def test_a_damaged_backup_with_none_before_it_is_an_error(tmp_path):
+    (tmp_path / "latest.weights.h5").write_bytes(b"half")
+    with pytest.raises(OSError, match=r"cannot be read. Received: .*latest.* Delete the folder"):
+        fit(model(), BackupAndRestore(tmp_path))
+
+
+def test_a_backup_of_keras_own_callback_is_read(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(small.model("adam"), keras.callbacks.BackupAndRestore(str(tmp_path)), Dies(2, 1))
+    went_on = fit(small.model("adam"), BackupAndRestore(tmp_path))
+    undisturbed = fit(small.model("adam"))
+    assert went_on.history.epoch == [2, 3]
+    small.assert_same_bits(went_on.get_weights(), undisturbed.get_weights())
+
+
+@pytest.mark.parametrize("save_freq", [0, -1, 0.5, "batch", None])
+def test_when_to_save_is_checked(tmp_path, save_freq):
+    with pytest.raises(ValueError, match="save_freq"):
+        BackupAndRestore(tmp_path, save_freq)
+
+
+def test_a_folder_that_is_not_local_is_refused():
+    with pytest.raises(ValueError, match=r"takes a local folder. Received: backup_dir='gs://a/b'"):
+        BackupAndRestore("gs://a/b")
+
+
+def test_never_is_never(tmp_path):
+    fit(model(), BackupAndRestore(tmp_path / "backup", False, delete_checkpoint=False))
+    assert not (tmp_path / "backup").exists()
+
+
+class TestAverageModelCheckpoint:
+    @pytest.mark.parametrize("name", ["m.keras", "m.weights.h5"])
+    def test_the_file_before_stays_until_the_new_one_is_whole(self, tmp_path, monkeypatch, name):
+        trained = model()
+        weights_only = name.endswith(".weights.h5")
+        callback = AverageModelCheckpoint(False, tmp_path / name, save_weights_only=weights_only)
+        fit(trained, callback)
+        before, weights = (tmp_path / name).read_bytes(), trained.get_weights()
+        with monkeypatch.context() as patch:
+            StopsWhileWriting(trained, patch)
+            with pytest.raises(KeyboardInterrupt):
+                callback.on_epoch_end(9, {})
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        assert (tmp_path / name).read_bytes() == before
+        small.assert_same_bits(trained.get_weights(), weights)
+
+    def test_a_link_stays_a_link(self, tmp_path):
+        os.symlink(tmp_path / "m.keras", tmp_path / "best.keras")
+        fit(model(), AverageModelCheckpoint(False, tmp_path / "best.keras"))
+        assert (tmp_path / "best.keras").is_symlink()
+        keras.saving.load_model(tmp_path / "m.keras")
+
+
+def test_the_step_of_training_is_in_the_file(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(model(), BackupAndRestore(tmp_path, 2), Dies(1, 4))
+    with h5py.File(tmp_path / "latest.weights.h5") as file:
+        position = file["keras_avg_backup"].attrs["position"]
+        assert position == '{"epoch": 1, "batches": 4}'
+        assert len(file["keras_avg_backup/integers"]) == 1  # the seed of Dropout

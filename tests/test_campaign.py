@@ -1,0 +1,48 @@
+"""A short mode of the campaign: see docs/campaign.md. `nox -s campaign` is the long one."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+CAMPAIGN = pathlib.Path(__file__).parents[1] / "campaign"
+
+
+def run(program, *arguments):
+    """The figures that a program of the campaign ends with."""
+    command = [sys.executable, CAMPAIGN / program, *map(str, arguments)]
+    done = subprocess.run(command, timeout=900, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout[done.stdout.index("{") :])
+
+
+@pytest.mark.thorough
+def test_every_law_holds_on_random_walks():
+    assert run("walks.py", "--walks", 60, "--steps", 8)["broken"] == 0
+
+
+@pytest.mark.thorough
+def test_hostile_files_are_refused_or_harmless():
+    assert run("hostile.py", "--files", 150)["faults"] == 0
+
+
+@pytest.mark.thorough
+def test_what_was_written_whole_survives_kills():
+    outcomes = run("kills.py", "--kills", 8)["outcomes"]
+    for kind, found in outcomes.items():
+        if not kind.startswith("Keras"):
+            assert not {"cannot be opened", "ends elsewhere", "hangs"} & set(found), kind
+
+
+@pytest.mark.thorough
+def test_nothing_grows_in_long_runs():
+    figures = run("long_runs.py", "--steps", 2000)
+    assert figures["arrays more"] <= 0
+    assert figures["files more"] <= 0
+
+
+@pytest.mark.thorough
+def test_threads_do_not_disturb_each_other():
+    assert run("threads.py", "--times", 1)["times"] == 1
