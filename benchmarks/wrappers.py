@@ -128,7 +128,7 @@ def memory(parameters, tensors):
 
 
 def nothing_due(parameters, tensors, rounds):
-    """For each wrapper: a step in units of SWA's."""
+    """For each wrapper: a step in units of SWA's, and its microseconds."""
     steps = {
         name: stepper(optimizer, parameters, tensors)
         for name, optimizer in with_nothing_due().items()
@@ -141,7 +141,10 @@ def nothing_due(parameters, tensors, rounds):
             if number >= 3:
                 seconds[name].append(time.process_time() - began)
     return {
-        name: statistics.median(a / b for a, b in zip(found, seconds["SWA"], strict=True))
+        name: {
+            "ratio": statistics.median(a / b for a, b in zip(found, seconds["SWA"], strict=True)),
+            "microseconds": 1e6 * statistics.median(found),
+        }
         for name, found in seconds.items()
     }
 
@@ -160,8 +163,9 @@ def main():
             for number in (arguments.parameters // 100, arguments.parameters // 10)
         },
     }
-    for size, ratios in found["nothing_due_beside_SWA"].items():
-        print(size, {name: round(ratio, 3) for name, ratio in ratios.items()})
+    for size, steps in found["nothing_due_beside_SWA"].items():
+        for name, step in steps.items():
+            print(f"{size} {name:<16}{step['ratio']:>7.2f}{step['microseconds']:>9.0f} us")
     keep(arguments.out, found | {"parameters": arguments.parameters, "rounds": arguments.rounds})
 
 

@@ -9,8 +9,8 @@ The script learns from 320 handwritten digits, and compares three predictions on
 writers: of the raw weights, of their mean (SWA), and of thirty samples (SWAG). Batch-normalization
 statistics are recomputed for each copy. It prints accuracy, negative log-likelihood and calibration
 error, and draws how often a prediction of each confidence is right. With more data the mean alone
-is as good, and the samples add nothing: `docs/studies/swag_on_digits.py` has
-both cases, ten times. It takes about a minute:
+is as good, and the samples add nothing: `docs/studies/swag_on_digits.py` has both cases, ten times.
+It takes about a minute:
 
     KERAS_BACKEND=jax python examples/swag_uncertainty.py
 """

@@ -2,8 +2,9 @@
 
 Every copy of the weights has the rate that is best for it on pictures that are not in the test, by
 five networks of other seeds: an average likes a higher rate than the weights it is made of. The
-averages of the training whose raw weights are in the first row are there too. SGD with a cosine is there as what one would use without any average. The cost is the time of `fit` for
-one network, in units of that with the bare optimizer: medians of ratios within a round.
+averages of the training whose raw weights are in the first row are there too. SGD with a cosine is
+there as what one would use without any average. The cost is the time of `fit` for one network, in
+units of that with the bare optimizer: medians of ratios within a round.
 
     KERAS_BACKEND=jax python docs/studies/averages_on_digits.py --seeds 20
 """
