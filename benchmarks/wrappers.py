@@ -101,7 +101,7 @@ def resident():
 
 
 def return_freed_memory_at_once():
-    """Tell the C library to take each array from the system, so that the process shrinks with it."""
+    """Have the C library take each array from the system, so that the process shrinks with it."""
     smallest_array_of_its_own = -3  # M_MMAP_THRESHOLD of glibc
     ctypes.CDLL(None).mallopt(smallest_array_of_its_own, 2**16)
 

@@ -98,9 +98,9 @@ def masks(bins):
 def scores(found, y):
     number, confidence, right = reliability(found, y)
     return {
-        "accuracy": 100 * float(np.mean(found.argmax(axis=1) == y)),
+        "accuracy (%)": 100 * float(np.mean(found.argmax(axis=1) == y)),
         "negative log-likelihood": float(-np.mean(np.log(found[np.arange(len(y)), y] + 1e-12))),
-        "calibration error": 100 * float(np.sum(number * abs(confidence - right)) / len(y)),
+        "calibration error (%)": 100 * float(np.sum(number * abs(confidence - right)) / len(y)),
     }
 
 
