@@ -3,13 +3,14 @@
     KERAS_BACKEND=torch python benchmarks/wrappers.py
 
 Memory is counted in copies of the parameters, twice: the bytes of the wrapper's own variables, and
-how much larger the process becomes by them than by the bare optimizer. A step on which nothing is
-due is timed beside that of `SWA` before its start: all take turns, round after round, so that a
-busy machine slows all of them alike, and what is reported are medians of ratios within a round.
-`ScheduleFree` and `PrimalAverage` are not there: each of their steps is due.
+how much more the process grows by them than by the bare optimizer. A step on which nothing is due
+is timed beside that of `SWA` before its start: all take turns, round after round, and what is
+reported are medians of ratios within a round, of processor time, which others on the machine do not
+take part in. `ScheduleFree` and `PrimalAverage` are not there: each of their steps is due.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -99,25 +100,35 @@ def resident():
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def return_freed_memory_at_once():
+    """Have the C library take each array from the system, so that the process shrinks with it."""
+    smallest_array_of_its_own = -3  # M_MMAP_THRESHOLD of glibc
+    ctypes.CDLL(None).mallopt(smallest_array_of_its_own, 2**16)
+
+
 def memory(parameters, tensors):
     """For each wrapper: copies of the parameters by its variables, and by the process' growth."""
-    unit, found, bare = 4 * parameters, {}, None
-    for name, optimizer in to_measure_memory().items():
-        step = stepper(optimizer, parameters, tensors)  # the variables are all there
+    return_freed_memory_at_once()
+    stepper(sgd(), parameters, tensors)()  # what is loaded once is not the first wrapper's
+    unit, found = 4 * parameters, {}
+    optimizers = to_measure_memory()
+    for name in list(optimizers):
+        before, optimizer = resident(), optimizers.pop(name)
+        step = stepper(optimizer, parameters, tensors)
         step()
-        after = resident()
+        grown = (resident() - before) / unit
         own = sum(np.prod(v.shape, dtype="int64") * 4 for v in optimizer.variables if v.shape)
-        found[name] = {"variables": int(own) / unit}
+        found[name] = {"variables": int(own) / unit, "process": grown}
         del step, optimizer
-        grown = (after - resident()) / unit
-        bare = grown if bare is None else bare
-        found[name]["process"] = grown - bare
-        print(name, found[name], flush=True)
+    bare = found["bare"]["process"]
+    for name, copies in found.items():
+        copies["process"] -= bare
+        print(f"{name:<26}{copies['variables']:>8.2f}{copies['process']:>8.2f}", flush=True)
     return found
 
 
 def nothing_due(parameters, tensors, rounds):
-    """For each wrapper: a step in units of SWA's."""
+    """For each wrapper: a step in units of SWA's, and its microseconds."""
     steps = {
         name: stepper(optimizer, parameters, tensors)
         for name, optimizer in with_nothing_due().items()
@@ -125,12 +136,15 @@ def nothing_due(parameters, tensors, rounds):
     seconds = {name: [] for name in steps}
     for number in range(rounds + 3):  # three to compile and to warm up
         for name, step in steps.items():
-            began = time.perf_counter()
+            began = time.process_time()
             step()
             if number >= 3:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(time.process_time() - began)
     return {
-        name: statistics.median(a / b for a, b in zip(found, seconds["SWA"], strict=True))
+        name: {
+            "ratio": statistics.median(a / b for a, b in zip(found, seconds["SWA"], strict=True)),
+            "microseconds": 1e6 * statistics.median(found),
+        }
         for name, found in seconds.items()
     }
 
@@ -149,8 +163,9 @@ def main():
             for number in (arguments.parameters // 100, arguments.parameters // 10)
         },
     }
-    for size, ratios in found["nothing_due_beside_SWA"].items():
-        print(size, {name: round(ratio, 3) for name, ratio in ratios.items()})
+    for size, steps in found["nothing_due_beside_SWA"].items():
+        for name, step in steps.items():
+            print(f"{size} {name:<16}{step['ratio']:>7.2f}{step['microseconds']:>9.0f} us")
     keep(arguments.out, found | {"parameters": arguments.parameters, "rounds": arguments.rounds})
 
 

@@ -18,9 +18,9 @@ def interval(values):
     return float(values.mean()), float(error * scipy.stats.t.ppf(0.975, len(values) - 1))
 
 
-def cell(values):
+def cell(score, values):
     mean, half = interval(values)
-    digits = 3 if abs(mean) < 2 and half < 0.5 else 2
+    digits = 3 if "likelihood" in score else 2
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
@@ -40,12 +40,13 @@ def table(found, compared_with):
         compared_with: The method to take the differences from.
     """
     scores = list(found[compared_with])
-    difference = f"{scores[0]}, less {compared_with}"
-    lines = ["| " + " | ".join(["", *scores, difference]) + " |", "|---" * (len(scores) + 2) + "|"]
+    heading = f"{scores[0]}, less {compared_with}"
+    lines = ["| " + " | ".join(["", *scores, heading]) + " |", "|---" * (len(scores) + 2) + "|"]
     base = np.asarray(found[compared_with][scores[0]])
     for method, values in found.items():
-        cells = [cell(values[score]) for score in scores]
-        cells.append("" if method == compared_with else cell(np.asarray(values[scores[0]]) - base))
+        cells = [cell(score, values[score]) for score in scores]
+        difference = np.asarray(values[scores[0]]) - base
+        cells.append("" if method == compared_with else cell(scores[0], difference))
         lines.append("| " + " | ".join([method, *cells]) + " |")
     return "\n".join(lines)
 

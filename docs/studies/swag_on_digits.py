@@ -3,8 +3,9 @@
 Two trainings of the network of `examples/swag_uncertainty.py`, tested on the same pictures, by
 writers that no training saw:
 
-* `few`: 320 pictures at a high rate, as in the example;
-* `all`: 1280 pictures with more weight decay, where the raw network is well calibrated by itself.
+* 320 pictures at a high rate, as in the example;
+* 1280 pictures with more weight decay, where the raw network is too sure of itself only now and
+  then.
 
     KERAS_BACKEND=jax python docs/studies/swag_on_digits.py --seeds 10
 """
