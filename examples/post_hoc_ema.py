@@ -1,8 +1,8 @@
 """Choose the length of an exponential average after training.
 
-A small network learns scikit-learn's handwritten digits once, at a constant rate. Two power-function
-averages are kept, and saved after each epoch. Any other length is made from the files afterwards.
-The script draws the test loss over the length. It needs keras, one of jax, tensorflow and torch,
+A small network learns scikit-learn's handwritten digits once, at a constant rate. Two averages are
+kept, and saved after each epoch. From the files any other length is made up afterwards. The script
+draws test loss and accuracy over the length. It needs keras, one of jax, tensorflow and torch,
 scikit-learn and matplotlib:
 
     python examples/post_hoc_ema.py --out post_hoc_output

@@ -14,6 +14,8 @@ from keras_avg.checkpoints._averages_in_file import averages_in
 from keras_avg.checkpoints._contents import KINDS, opened
 from keras_avg.checkpoints._merge_weights import CURVES
 
+UNSAID = ("name", "sequential_update")  # arguments that say nothing of the rule
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -159,7 +161,7 @@ def _rule(config: Any) -> str:
     shown = {
         name: value
         for name, value in config["config"].items()
-        if isinstance(value, str | int | float) and name not in ("name", "sequential_update")
+        if isinstance(value, str | int | float) and value is not False and name not in UNSAID
     }
     decay = config["config"].get("average_decay")
     if isinstance(decay, dict):

@@ -58,7 +58,8 @@ class TestAverage:
 
     def test_writes_weights_alone(self, tmp_path):
         files, out = written(tmp_path), str(tmp_path / "soup.weights.h5")
-        files += written(tmp_path / "..", 1, "weights.h5")
+        (tmp_path / "more").mkdir()
+        files += written(tmp_path / "more", 1, "weights.h5")
         assert main(["average", *files, "--out", out]) == 0
         small.assert_same_bits(mean([out]), mean(files))
 
