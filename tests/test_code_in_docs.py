@@ -94,7 +94,7 @@ def make_model(optimizer="sgd"):
 
 def names_of_examples():
     """What the examples take for granted: a model that was trained with averages, and data."""
-    model = make_model(keras_avg.SWA("sgd", average_period=1))
+    model = make_model(keras_avg.SWAG("sgd", average_period=1, rank=2))
     model.fit(X[:64], Y[:64])
     return {
         **{"keras": keras, "keras_avg": keras_avg, "ops": keras.ops},
