@@ -99,7 +99,7 @@ def names_of_examples(name):
     model = make_model(kind("sgd", average_period=1))
     files = files_of_a_run(model)
     return {
-        **{"keras": keras, "keras_avg": keras_avg, "ops": keras.ops},
+        **{"keras": keras, "keras_avg": keras_avg, "numpy": np, "ops": keras.ops},
         **{"model": model, "optimizer": model.optimizer, "make_model": make_model},
         **{"x": X, "y": Y, "x_val": X[:64], "y_val": Y[:64], "x_new": X[:64], "my_shard": Shard()},
         **{"files": files, "v": keras.Variable(1.0), "w": keras.Variable(2.0)},
