@@ -71,7 +71,7 @@ def variables(parameters, tensors):
 def stepper(optimizer, parameters, tensors):
     """Function that takes a step on variables of its own, compiled where the backend compiles."""
     owned = variables(parameters, tensors)
-    gradients = [keras.ops.ones_like(v) for v in owned]
+    gradients = [keras.ops.ones(v.shape) for v in owned]
     optimizer.build(owned)
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
