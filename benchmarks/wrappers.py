@@ -121,7 +121,7 @@ def memory(parameters, tensors):
         step = stepper(optimizer, parameters, tensors)
         step()
         grown = (resident() - before) / unit
-        own = sum(np.prod(v.shape, dtype="int64") * 4 for v in optimizer.variables if v.shape)
+        own = sum(np.prod(v.shape, dtype="int64") * 4 for v in optimizer.variables if len(v.shape))
         found[name] = {"variables": int(own) / unit}
         if keras.backend.backend() == "torch":
             bare = grown if name == "bare" else bare
