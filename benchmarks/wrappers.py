@@ -2,11 +2,15 @@
 
     KERAS_BACKEND=torch python benchmarks/wrappers.py
 
-Memory is counted in copies of the parameters, twice: the bytes of the wrapper's own variables, and
-how much more the process grows by them than by the bare optimizer. A step on which nothing is due
-is timed beside that of `SWA` before its start: all take turns, round after round, and what is
-reported are medians of ratios within a round, of processor time, which others on the machine do not
-take part in. `ScheduleFree` and `PrimalAverage` are not there: each of their steps is due.
+Memory is counted in copies of the parameters: the bytes of the wrapper's own variables, and on
+PyTorch, where nothing is compiled meanwhile, also how much more the process grows by them than by
+the bare optimizer.
+
+A step on which nothing is due is timed beside that of `SWA` before its start: all take turns, round
+after round, and what is reported are medians of ratios within a round, of processor time, in which
+others on the machine have no part. `ScheduleFree` and `PrimalAverage` are not there: each of their
+steps is due. On JAX a compiled step takes and gives back every array of the state, so that it costs
+more the more arrays a wrapper keeps, due or not.
 """
 
 import argparse
@@ -71,7 +75,7 @@ def variables(parameters, tensors):
 def stepper(optimizer, parameters, tensors):
     """Function that takes a step on variables of its own, compiled where the backend compiles."""
     owned = variables(parameters, tensors)
-    gradients = [keras.ops.ones_like(v) for v in owned]
+    gradients = [keras.ops.ones(v.shape) for v in owned]
     optimizer.build(owned)
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -107,23 +111,23 @@ def return_freed_memory_at_once():
 
 
 def memory(parameters, tensors):
-    """For each wrapper: copies of the parameters by its variables, and by the process' growth."""
+    """Copies of the parameters by a wrapper's variables, and by what the process grows."""
     return_freed_memory_at_once()
     stepper(sgd(), parameters, tensors)()  # what is loaded once is not the first wrapper's
-    unit, found = 4 * parameters, {}
+    unit, found, bare = 4 * parameters, {}, 0.0
     optimizers = to_measure_memory()
     for name in list(optimizers):
         before, optimizer = resident(), optimizers.pop(name)
         step = stepper(optimizer, parameters, tensors)
         step()
         grown = (resident() - before) / unit
-        own = sum(np.prod(v.shape, dtype="int64") * 4 for v in optimizer.variables if v.shape)
-        found[name] = {"variables": int(own) / unit, "process": grown}
+        own = sum(np.prod(v.shape, dtype="int64") * 4 for v in optimizer.variables if len(v.shape))
+        found[name] = {"variables": int(own) / unit}
+        if keras.backend.backend() == "torch":
+            bare = grown if name == "bare" else bare
+            found[name]["process"] = grown - bare
+        print(f"{name:<26}", found[name], flush=True)
         del step, optimizer
-    bare = found["bare"]["process"]
-    for name, copies in found.items():
-        copies["process"] -= bare
-        print(f"{name:<26}{copies['variables']:>8.2f}{copies['process']:>8.2f}", flush=True)
     return found
 
 

@@ -58,8 +58,8 @@ random = np.random.default_rng(0)
 """
 ## Prepare the data
 
-The first 1280 pictures are for training. Five of each digit keep their labels, the others lose
-them. The remaining 517 pictures, by other writers, are for the test.
+The first 1280 pictures are for training. Five of each digit, drawn by lot, keep their labels, the
+others lose them. The remaining 517 pictures, by other writers, are for the test.
 """
 
 x, y = sklearn.datasets.load_digits(return_X_y=True)
@@ -68,7 +68,9 @@ y = np.eye(10, dtype="float32")[y]
 x_test, y_test = x[1280:], y[1280:]
 x, y = x[:1280], y[:1280]
 
-labelled = np.concatenate([np.flatnonzero(digit)[: LABELS // 10] for digit in y.T])
+labelled = np.concatenate(
+    [random.choice(np.flatnonzero(digit), LABELS // 10, replace=False) for digit in y.T]
+)
 x_labelled, y_labelled = x[labelled], y[labelled]
 print(f"{len(x)} pictures, {len(x_labelled)} of them with a label")
 

@@ -1,10 +1,5 @@
-"""Each example runs in a small setting, and leaves one picture where it is told to.
+"""Each example runs in a small setting, and leaves one picture where it is told to."""
 
-So does each study, and leaves its results.
-"""
-
-import importlib
-import json
 import pathlib
 import runpy
 import sys
@@ -22,21 +17,11 @@ SMALL = {
 }
 pytestmark = pytest.mark.thorough
 
-STUDIES = FOLDER.parent / "docs" / "studies"
-FEW = ["--seeds", "2"]
-SMALL_STUDIES = {
-    "averages_on_digits.py": [*FEW, "--epochs", "1", "--rounds", "1"],
-    "schedule_free_beside_cosine.py": [*FEW, "--lengths", "1", "2"],
-    "swag_on_digits.py": [*FEW, "--epochs", "2", "--samples", "2"],
-}
-
-
 def run(path, arguments, monkeypatch):
     """As `python path` does, in this process."""
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib").use("Agg")
     monkeypatch.setattr(sys, "argv", [path.name, *map(str, arguments)])
-    monkeypatch.syspath_prepend(path.parent)
     runpy.run_path(str(path), run_name="__main__")
 
 
@@ -52,34 +37,6 @@ def test_the_example_in_the_form_of_keras_io_draws_its_picture(tmp_path, monkeyp
     monkeypatch.setenv("EPOCHS", "1")
     run(FOLDER / "mean_teacher.py", [tmp_path / "picture.png"], monkeypatch)
     assert (tmp_path / "picture.png").read_bytes().startswith(PNG)
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("name", SMALL_STUDIES)
-def test_a_study_writes_a_value_for_each_seed(name, tmp_path, monkeypatch):
-    results = tmp_path / "results.json"
-    run(STUDIES / name, [*SMALL_STUDIES[name], "--out", results], monkeypatch)
-    found = json.loads(results.read_text())
-    assert found["seeds"] == 2
-    lists = list(lists_in(found["values"]))
-    assert lists
-    assert all(len(values) == 2 for values in lists)
-
-
-def test_the_interval_of_a_study_is_that_of_a_table_of_students_t(monkeypatch):
-    pytest.importorskip("scipy")
-    monkeypatch.syspath_prepend(STUDIES)
-    mean, half = importlib.import_module("report").interval([1.0, 2.0, 3.0])
-    assert mean == 2.0
-    assert half == pytest.approx(4.303 / 3**0.5, rel=1e-4)  # 4.303: of 2 degrees of freedom
-
-
-def lists_in(values):
-    if isinstance(values, list):
-        yield values
-        return
-    for each in values.values():
-        yield from lists_in(each)
 
 
 def test_every_example_is_run_here_or_elsewhere():

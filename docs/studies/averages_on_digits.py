@@ -3,8 +3,8 @@
 Every copy of the weights has the rate that is best for it on pictures that are not in the test, by
 five networks of other seeds: an average likes a higher rate than the weights it is made of. The
 averages of the training whose raw weights are in the first row are there too. SGD with a cosine is
-there as what one would use without any average. The cost is the time of `fit` for one network, in
-units of that with the bare optimizer: medians of ratios within a round.
+there as what one would use without any average. The cost is the processor time of `fit` for one
+network, in units of that with the bare optimizer: medians of ratios within a round.
 
     KERAS_BACKEND=jax python docs/studies/averages_on_digits.py --seeds 20
 """
@@ -92,7 +92,7 @@ def on_the_test(rates, epochs, seeds):
 
 
 def cost(rounds):
-    """Seconds of an epoch of one network in units of the bare optimizer's: medians over rounds."""
+    """Processor time of an epoch of one network, in units of the bare optimizer's: medians."""
     known, _ = digits.to_train_on_all()
     bare = "bare"
     contenders = {
@@ -106,9 +106,9 @@ def cost(rounds):
     seconds = {name: [] for name in models}
     for _ in range(rounds + 2):  # two to compile and to warm up
         for name, model in models.items():
-            began = time.perf_counter()
+            began = time.process_time()
             model.fit(x, y, batch_size=digits.BATCH_SIZE, verbose=0)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(time.process_time() - began)
     return {
         name: statistics.median(a / b for a, b in zip(found[2:], seconds[bare][2:], strict=True))
         for name, found in seconds.items()
@@ -126,7 +126,7 @@ def main():
     print(f"Rates: {rates}", flush=True)
     found = on_the_test(rates, arguments.epochs, arguments.seeds)
     keras.backend.clear_session()
-    costs = {"Time of an epoch, in units of the bare optimizer's": cost(arguments.rounds)}
+    costs = {"Processor time of an epoch, in units of the bare optimizer's": cost(arguments.rounds)}
     settings = {"rates": rates, "search": searches, "epochs": arguments.epochs}
     values = {f"After {arguments.epochs} epochs": found}
     report.save(arguments.out, __doc__, settings, arguments.seeds, values, RAW, **costs)
