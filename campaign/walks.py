@@ -135,6 +135,11 @@ class Walk(RuleBasedStateMachine):
         rows = np.concatenate([np.arange(BATCH * b, BATCH * (b + 1)) for b in chosen])
         return X[rows], Y[rows]
 
+    def build_optimizer(self):
+        """Keras does so at the first training or evaluation."""
+        if not self.model.optimizer.built:
+            self.model.optimizer.build(self.model.trainable_variables)
+
     # Training.
 
     def train_twin(self, x, y):
@@ -251,6 +256,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(kind=st.sampled_from(["evaluate", "predict", "call"]), with_averages=st.booleans())
     def look(self, kind, with_averages):
+        self.build_optimizer()
         before = everything(self.model)
         callbacks = [SwapAverageWeights()] if with_averages else []
         if kind == "evaluate":
@@ -304,7 +310,8 @@ class Walk(RuleBasedStateMachine):
                 wrapper.swap_weights()
                 self.is_swapped = False
             else:
-                self.refused(RuntimeError, "holds the averages", wrapper.swap_weights)
+                why = "holds the averages" if wrapper.has_average else "no snapshot"
+                self.refused((RuntimeError, ValueError), why, wrapper.swap_weights)
             return
         if not wrapper.has_average:
             self.refused(ValueError, "no snapshot", wrapper.swap_weights)
@@ -361,8 +368,7 @@ class Walk(RuleBasedStateMachine):
         )
     )
     def go_on_with_a_copy(self, route):
-        if not self.model.optimizer.built:
-            self.model.optimizer.build(self.model.trainable_variables)
+        self.build_optimizer()
         before = everything(self.model)
         copied = self.copy_by(route)
         same(everything(self.model), before, f"saving as {route} disturbs")
@@ -410,8 +416,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(what=st.sampled_from(["optimizer", "model", "tree"]))
     def set_what_was_got(self, what):
-        if not self.model.optimizer.built:
-            self.model.optimizer.build(self.model.trainable_variables)
+        self.build_optimizer()
         before = everything(self.model)
         if what == "model":
             self.model.set_weights(self.model.get_weights())
@@ -437,8 +442,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(where=st.floats(0.0, 0.98))
     def load_a_file_that_is_cut_short(self, where):
-        if not self.model.optimizer.built:
-            self.model.optimizer.build(self.model.trainable_variables)
+        self.build_optimizer()
         path = self.path("cut.weights.h5")
         self.model.save_weights(path)
         whole = path.read_bytes()
@@ -472,8 +476,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(change=st.sampled_from(["lora", "quantize"]))
     def change_the_layers_of_a_copy(self, change):
-        if not self.model.optimizer.built:
-            self.model.optimizer.build(self.model.trainable_variables)
+        self.build_optimizer()
         before = everything(self.model)
         copied = self.copy_by("deepcopy")
         if keras_avg.averaging_optimizers(copied)[0].averages_in_model:
@@ -493,6 +496,7 @@ class Walk(RuleBasedStateMachine):
 
     def refused(self, error, match, operation):
         """Refuses, with a message that says why, and changes nothing."""
+        self.build_optimizer()
         before = everything(self.model)
         with pytest.raises(error, match=match):
             operation()
