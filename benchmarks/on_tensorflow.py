@@ -33,7 +33,7 @@ class Steps:
     def of(self, optimizer: Any, update: Callable[[], Any] = lambda: None) -> Callable[[], None]:
         optimizer.build(self.variables)
 
-        @tf.function(jit_compile=self._by_xla)
+        @tf.function(jit_compile=self._by_xla, autograph=False)
         def step() -> None:
             gradients = [tf.convert_to_tensor(gradient) for gradient in self.gradients]
             optimizer.apply(gradients, self.variables)

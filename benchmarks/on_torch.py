@@ -56,7 +56,7 @@ class Steps:
         found = {
             "AveragedModel, multi_avg_fn": self._averaged_model_of_lists,
             "AveragedModel, avg_fn": self._averaged_model_of_tensors,
-            "AveragedModel, use default (SWA)": lambda: self._averaged_model(),
+            "AveragedModel, default (SWA)": lambda: self._averaged_model(),
         }
         if importlib.util.find_spec("timm"):
             found["timm ModelEmaV3"] = self._timm

@@ -28,7 +28,7 @@ def draw(results: dict[str, Any], file: pathlib.Path) -> None:
 def _panels(count: int, height: float) -> Any:
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, count, figsize=(5 * count, height), squeeze=False)
+    figure, axes = pyplot.subplots(1, count, figsize=(6 * count, height), squeeze=False)
     return figure, axes[0]
 
 
@@ -45,7 +45,7 @@ def _bars(found: dict[str, Rows], title: str, file: pathlib.Path) -> None:
             panel.plot([cost["low"], cost["high"]], [place, place], color="black", linewidth=1)
         panel.axvline(1, color=LIMIT, linestyle="--", linewidth=1)
         panel.set_title(f"{TITLES[backend]}: {rows[0]['parameters'] / 1e6:g} M parameters")
-        panel.set_xlabel("cost above the bare step; 1 is add(a, b, out=c)")
+        panel.set_xlabel("above the bare step; 1: add(a, b, out=c)")
         panel.set_xlim(0, max(1.2, 1.1 * max(medians)))
         panel.spines[["top", "right"]].set_visible(False)
     _save(figure, title, file)

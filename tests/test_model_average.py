@@ -353,7 +353,7 @@ def test_means_are_rounded_once(workers):
     np.testing.assert_array_equal(variable, small.numpy(low).astype("float32"))
 
 
-@pytest.mark.parametrize("size", [0, 1, 2**16, 2**16 + 1, 3 * 2**16 - 1])
+@pytest.mark.parametrize("size", [0, 1, 2**13 - 1, 2**16, 2**16 + 1, 3 * 2**16 - 1])
 @pytest.mark.parametrize("workers", [2, 3])
 def test_means_are_exact_for_arrays_of_any_size(size, workers):
     sums = np.random.default_rng(size).normal(size=(1, size)).astype("float32")
@@ -365,6 +365,20 @@ def test_means_are_exact_for_arrays_of_any_size(size, workers):
         np.testing.assert_array_equal(small.numpy(each), sums / np.float32(workers))
     variable.assign(np.zeros_like(sums))  # The center does not change with the variable.
     np.testing.assert_array_equal(small.numpy(center), sums / np.float32(workers))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_means_of_many_small_arrays_are_those_of_each(workers):
+    random = np.random.default_rng(workers)
+    sums = [random.normal(size=(size,)).astype("float32") for size in range(1, 200, 7)]
+    sums.insert(5, random.normal(size=(2**14,)).astype("float32"))
+    centers, variables = ([keras.Variable(np.zeros_like(a)) for a in sums] for _ in range(2))
+
+    _backend.assign_quotients(sums, float(workers), centers, variables)
+
+    for array, center, variable in zip(sums, centers, variables, strict=True):
+        np.testing.assert_array_equal(small.numpy(center), array / np.float32(workers))
+        np.testing.assert_array_equal(small.numpy(variable), array / np.float32(workers))
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="buffers are donated on JAX")

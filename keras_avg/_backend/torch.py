@@ -19,6 +19,7 @@ from keras_avg import _keras_internals
 
 IN_CACHE = 2**16  # elements. So many stay in the processor's cache until they are read again.
 ON_GPU = 2**24  # elements. So many need few kernels, and little memory beside the averages.
+SMALL = 2**13  # elements: less, and several tensors together fit into the cache
 
 outside_graph = torch.compiler.disable
 
@@ -52,19 +53,36 @@ def value(variable: Any, dtype: Any = None) -> Any:
 @outside_graph
 @torch.no_grad()
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
+    small: list[list[torch.Tensor]] = []
     for source, *chain in zip(sources, *targets, strict=True):
         value, *memories = map(detached, (source, *chain))
         if all(map(_is_plain, (value, *memories))):
-            _divide_on_host(value, divisor, memories)
+            if value.numel() < SMALL:
+                small.append([value, *memories])
+            else:
+                _divide_on_host(value, divisor, memories)
             continue
         rest = divisor
         for memory in memories:
             memory.copy_(value if rest == 1 else value / rest)
             value, rest = memory, 1.0
+    for start in range(0, len(small), IN_CACHE // SMALL):
+        _divide_together(small[start : start + IN_CACHE // SMALL], divisor)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous()
+
+
+def _divide_together(rows: list[list[torch.Tensor]], divisor: float) -> None:
+    # For small tensors, Python takes longer than the memory. As many as fit into the cache go
+    # together.
+    values, quotients, *others = [list(column) for column in zip(*rows, strict=True)]
+    torch._foreach_copy_(quotients, values)
+    if divisor != 1:
+        torch._foreach_div_(quotients, divisor)
+    for memories in others:
+        torch._foreach_copy_(memories, quotients)
 
 
 def _divide_on_host(value: torch.Tensor, divisor: float, memories: list[torch.Tensor]) -> None:
@@ -291,5 +309,5 @@ def _torch_dtype(dtype: Any) -> torch.dtype:
 
 def _tensor(variable: Any) -> torch.Tensor:
     if isinstance(variable, keras.Variable):
-        return variable.value
+        return _keras_internals.values_of([variable])[0]
     return variable if torch.is_tensor(variable) else keras.ops.convert_to_tensor(variable)

@@ -47,7 +47,9 @@ def weighted_sum(
 
 
 def _weighted(array: Any, weight: float) -> Any:
-    dtype = keras.backend.standardize_dtype(array.dtype)
+    dtype = array.dtype
+    if dtype != "float32":  # most are, and the name of another takes its time
+        dtype = keras.backend.standardize_dtype(dtype)
     wide = "float64" if dtype == "float64" else "float32"
     if weight in (0, PRESENT):
         return np.zeros(tuple(array.shape), wide)
