@@ -93,7 +93,9 @@ def across(session):
 def campaign(session, backend):
     """Everything under attack, for hours: see docs/campaign.md. A short mode is in the tests."""
     prepare(session, backend)
-    env = environment(backend) | (compiled_once(session) if backend == "jax" else {})
+    # Two processes run the tests. If torch took all cores in each, they would wait for each other.
+    env = environment(backend) | {"OMP_NUM_THREADS": "1"}
+    env |= compiled_once(session) if backend == "jax" else {}
     walks = "10000" if backend == "torch" else "1000"
     for program, *arguments in [
         ("walks.py", "--walks", walks),
@@ -173,7 +175,9 @@ def prepare(session, backend, keras=f"keras=={KERAS}", package="."):
 
 def run_tests(session, backend, *what):
     """Runs the tests on the wheel. `pytest` does not put the working folder on the path."""
-    env = environment(backend) | (compiled_once(session) if backend == "jax" else {})
+    # Two processes run the tests. If torch took all cores in each, they would wait for each other.
+    env = environment(backend) | {"OMP_NUM_THREADS": "1"}
+    env |= compiled_once(session) if backend == "jax" else {}
     session.run("pytest", "-n", "2", "--dist", "worksteal", *what, *session.posargs, env=env)
 
 
