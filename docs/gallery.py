@@ -51,7 +51,7 @@ def opening(path):
     if docstring.startswith("Title:"):
         return fields["Title"], fields["Description"]
     first, _, text = docstring.partition("\n")
-    text = re.sub(r"(?<![<(])https?://[^\s),]+", r"<\g<0>>", text)  # a link in Markdown
+    text = re.sub(r"(?<!\]\()(?<!<)https?://[^\s),]+", r"<\g<0>>", text)  # a link in Markdown
     return first.removesuffix("."), text.strip()
 
 
