@@ -102,7 +102,7 @@ def frechet_distance(ones, others):
 
 def draw(drawn, path):
     """Rows of the digits 0 to 9, of each copy of the weights."""
-    figure, axes = plt.subplots(1, len(drawn), figsize=(9, 5), layout="constrained")
+    figure, axes = plt.subplots(1, len(drawn), figsize=(9, 4.2), layout="constrained")
     for each, (name, pictures) in zip(axes, drawn.items(), strict=True):
         rows = [np.hstack([np.pad(p, 1, constant_values=-1) for p in r]) for r in rows_of(pictures)]
         each.imshow(np.vstack(rows), cmap="gray_r", vmin=-1, vmax=1)
