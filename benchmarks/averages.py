@@ -40,6 +40,14 @@ def optimizers(kind: Factory) -> dict[str, Callable[[], Any]]:
     }
 
 
+def let_fit_again(optimizer: Any) -> None:
+    """Leave out the end of Keras' average in `fit`.
+
+    It lends the averages' buffers to the variables, and on JAX the next `fit` fails.
+    """
+    optimizer.finalize_variable_values = lambda variables: None
+
+
 def of_keras_avg(name: str) -> bool:
     """Whether a name is of an average of keras_avg."""
     return name.startswith(("EMA", "SWA")) and not name.startswith("SwapEMA")

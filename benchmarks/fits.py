@@ -35,8 +35,7 @@ def _rows(name: str, rounds: int) -> Iterator[dict[str, Any]]:
     x, y = data(steps * batch_size)
     ways = averages.optimizers(keras.optimizers.Adam)
     fitted = {way: models.compiled(name, ways[way]()) for way in NAMES}
-    # At its end Keras' average lends its buffers to the variables, and JAX fails at the next `fit`.
-    fitted[averages.USE_EMA].optimizer.finalize_variable_values = lambda variables: None
+    averages.let_fit_again(fitted[averages.USE_EMA].optimizer)
     calls = {way: _fit(model, x, y, batch_size) for way, model in fitted.items()}
     count = sum(math.prod(v.shape) for v in fitted[averages.BARE].trainable_variables)
     framework = importlib.import_module(f"benchmarks.on_{averages.backend()}")
