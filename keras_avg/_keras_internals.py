@@ -387,6 +387,8 @@ def _entry(array: Any) -> Entry:
         return Entry(tuple(array.shape), array.dtype, {})
     if not isinstance(array, h5py.Dataset) or array.shape is None:
         return Entry((), "of no array", {})
+    if array.external or array.is_virtual:  # Keras refuses to read it: too late for what is around
+        return Entry(array.shape, "of another file", {})
     attributes = {name: text for name in array.attrs if (text := _text(array.attrs, name))}
     is_bfloat16 = attributes.get("dtype") == "bfloat16"
     return Entry(array.shape, "bfloat16" if is_bfloat16 else array.dtype, attributes)

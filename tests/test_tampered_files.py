@@ -154,6 +154,20 @@ def test_an_array_of_arrays_inside_is_refused_before_anything_is_taken(swapped_f
     expect_own_state_kept(model, load, ValueError, r"Received: dtype .*\(3,\)")
 
 
+def test_an_array_inside_whose_values_are_in_another_file_is_refused_before_anything_is_taken(
+    tmp_path, swapped_file
+):
+    (tmp_path / "other").write_bytes(bytes(4000))
+    with h5py.File(swapped_file, "r+") as file:
+        inner = file["optimizer/inner_optimizer/inner_optimizer/vars"]
+        shape = inner["5"].shape
+        del inner["5"]
+        inner.create_dataset("5", shape, "f4", external=[(str(tmp_path / "other"), 0, 4000)])
+    model = trained()
+    load = lambda: model.load_weights(swapped_file)  # noqa: E731
+    expect_own_state_kept(model, load, ValueError, "Received: dtype of another file")
+
+
 @pytest.mark.parametrize("label", ["gone", "may_not_fit", "why_none", "path"])
 @pytest.mark.parametrize("value", [7, np.zeros(3), h5py.Empty("f4")], ids=["7", "zeros", "empty"])
 def test_labels_that_are_no_text_say_nothing(swapped_file, label, value):
