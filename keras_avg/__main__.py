@@ -73,7 +73,7 @@ def _average(options: Any) -> None:
     files = _last(options.files, options.last)
     weights = _weights(options.weights, len(files))
     _refuse_output(options.out, files)
-    _warn_of_order(files, options.last is not None or len(set(weights)) > 1)
+    _warn_of_order(options.files, options.last is not None or len(set(weights)) > 1)
     model = _model(files)
     checkpoints.average(model, files, weights)
     (model.save if options.out.endswith(".keras") else model.save_weights)(options.out)

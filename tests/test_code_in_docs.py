@@ -114,6 +114,12 @@ def files_of_a_run(model):
         model.fit(X[:64], Y[:64])
         model.save(f"run/{epoch}.keras")
     model.save_weights("run/11.weights.h5")
+    optimizer = "sgd"
+    for sigma_rel in (0.05, 0.10):
+        decay = keras_avg.decays.PowerFunction(sigma_rel)
+        optimizer = keras_avg.MovingAverage(optimizer, average_decay=decay)
+    averages = keras_avg.callbacks.SaveAverages("run/averages", every_steps=1)
+    make_model(optimizer).fit(X[:64], Y[:64], epochs=16, callbacks=[averages])
     files = [f"run/{epoch}.weights.h5" for epoch in range(11, 21)]
     for file in files[1:]:
         shutil.copy(files[0], file)

@@ -136,7 +136,7 @@ class TestInfo:
             with average_weights(model):
                 save(file, **arguments)
         else:
-            save(file)
+            save(file, **arguments)
         assert main(["info", file]) == 0
         printed = capsys.readouterr().out
         outer, inner = printed.partition("optimizer/inner_optimizer:")[::2]

@@ -15,7 +15,9 @@ SMALL = {
     "noisy_quadratic.py": ["--coordinates", "50"],
     "swag_uncertainty.py": ["--epochs", "2", "--samples", "2"],
 }
+WITH_FILES = {"merge_checkpoints.py": "loss.png", "post_hoc_ema.py": "lengths.png"}
 pytestmark = pytest.mark.thorough
+
 
 def run(path, arguments, monkeypatch):
     """As `python path` does, in this process."""
@@ -39,9 +41,16 @@ def test_the_example_in_the_form_of_keras_io_draws_its_picture(tmp_path, monkeyp
     assert (tmp_path / "picture.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.parametrize(("name", "picture"), WITH_FILES.items())
+def test_an_example_with_files_draws_its_picture(name, picture, tmp_path, monkeypatch, capsys):
+    run(FOLDER / name, ["--out", tmp_path], monkeypatch)
+    assert (tmp_path / picture).read_bytes().startswith(PNG)
+    assert f"Picture: {tmp_path / picture}" in capsys.readouterr().out
+
+
 def test_every_example_is_run_here_or_elsewhere():
     elsewhere = {"quickstart.py", "model_average.py", "mean_teacher.py"}
-    assert {path.name for path in FOLDER.glob("*.py")} == set(SMALL) | elsewhere
+    assert {path.name for path in FOLDER.glob("*.py")} == {*SMALL, *WITH_FILES, *elsewhere}
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -109,14 +109,14 @@ class Counter:
 
     @outside_graph
     def read(self) -> int:
-        tensor = self._value()
+        tensor = self._read_tensor()
         if tensor is not self._tensor or tensor._version != self._version:
             self._remember(tensor, int(tensor))
         return self._count
 
     @outside_graph
     def read_after_step(self) -> int:
-        tensor = self._value()
+        tensor = self._read_tensor()
         if tensor is self._tensor and tensor._version == self._version + 1:
             self._remember(tensor, self._count + 1)
         return self.read()
@@ -130,10 +130,10 @@ class Counter:
         if _keras_internals.in_stateless_scope():
             self._variable.assign_add(amount)
         else:  # the same in a fifth of the time
-            self._value().add_(amount)
-        self._remember(self._value(), count)
+            self._read_tensor().add_(amount)
+        self._remember(self._read_tensor(), count)
 
-    def _value(self) -> torch.Tensor:
+    def _read_tensor(self) -> torch.Tensor:
         return _keras_internals.values_of([self._variable])[0]
 
     def _remember(self, tensor: Any, count: int) -> None:
