@@ -68,6 +68,13 @@ class StateFile:
 
     def load(self, store: Mapping[str, Any], swap: Swap | None) -> None:
         """Read the state; `swap` is None if the wrapper is not built."""
+        try:
+            self._load_if_there(store, swap)
+        except Exception:
+            self._leave_parts_as_they_are(store)
+            raise
+
+    def _load_if_there(self, store: Mapping[str, Any], swap: Swap | None) -> None:
         index = _keras_internals.index_of(store)
         if not index:  # written before the optimizer was built; or Keras' second visit
             self._refuse_again(store)
@@ -166,9 +173,14 @@ class StateFile:
         if why == "replaced":
             self._warn_of_dropped("All averages")
 
+    def _leave_parts_as_they_are(self, store: Any) -> None:
+        """Keras goes on to what is inside, whatever this refuses: half a state would arrive."""
+        for part in self._parts().values():
+            for each in nesting.walk(part) if part is not None else ():
+                _keras_internals.skip_next_load(each, store)
+
     def _skip(self, store: Any, number: int) -> None:
-        for part in nesting.walk(self._optimizer.inner_optimizer):  # or half a state would arrive
-            _keras_internals.skip_next_load(part, store)
+        self._leave_parts_as_they_are(store)
         warnings.warn(
             f"Skipping variable loading for optimizer '{self._optimizer.name}', because it has not "
             f"been built yet, whereas the saved one has {number} variables of its own. Call "

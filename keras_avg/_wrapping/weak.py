@@ -15,24 +15,24 @@ class WeakList:
 
     def __init__(self) -> None:
         self._references: dict[int, Any] = {}
-        self._lock = threading.RLock()  # again in one thread, when garbage is collected meanwhile
+        self._guard = threading.RLock()  # again in one thread, when garbage is collected meanwhile
 
     def add(self, thing: Any) -> None:
         """Remember an object, once."""
         key = id(thing)
 
         def forget(reference: Any) -> None:
-            with self._lock:
+            with self._guard:
                 if self._references.get(key) is reference:
                     del self._references[key]
 
-        with self._lock:
+        with self._guard:
             if thing not in self:
                 self._references[key] = weakref.ref(thing, forget)
 
     def discard(self, thing: Any) -> None:
         """Forget an object, if it is there."""
-        with self._lock:
+        with self._guard:
             if thing in self:
                 del self._references[id(thing)]
 
@@ -44,6 +44,6 @@ class WeakList:
         return bool(self._references)
 
     def __iter__(self) -> Iterator[Any]:
-        with self._lock:
+        with self._guard:
             references = list(self._references.values())
         return iter([thing for r in references if (thing := r()) is not None])
