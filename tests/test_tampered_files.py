@@ -14,7 +14,7 @@ import pytest
 import small_training as small
 from keras import optimizers
 
-from keras_avg import LAWA, SWA, SWAG, MovingAverage
+from keras_avg import LAWA, SWA, SWAG, ModelAverage, MovingAverage
 
 
 def trained(optimizer=None):
@@ -135,6 +135,29 @@ TAMPERED = {
     "a weight of wide numbers": (put_new("weight_w", np.longdouble(1)), "Received: dtype float128"),
     "a raw value missing": (drop("raw_3"), "has 7 variables. Received: 6 variables"),
 }
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: SWA(MovingAverage("adam"), 0, 2),
+        lambda: LAWA("adam", 2, 0, 1),
+        lambda: ModelAverage("adam", interval_steps=1, outer_optimizer="adam"),
+    ],
+    ids=["nested", "alone", "with an outer optimizer"],
+)
+def test_what_is_inside_takes_nothing_of_a_file_that_was_refused(tmp_path, build):
+    saved, model = trained(build()), small.fit(small.model(build()))  # of other steps
+    saved.save_weights(tmp_path / "m.weights.h5")
+    with h5py.File(tmp_path / "m.weights.h5", "r+") as file:
+        put("updates", np.nan)(file["optimizer/vars"])
+    before = model.optimizer.get_weights()
+    with pytest.raises(ValueError, match="counts"):
+        model.load_weights(tmp_path / "m.weights.h5")
+    small.assert_same_bits(model.optimizer.get_weights(), before)
+    saved.save_weights(tmp_path / "m.weights.h5")
+    model.load_weights(tmp_path / "m.weights.h5")  # the next file is loaded whole
+    small.assert_same_bits(model.optimizer.get_weights(), saved.optimizer.get_weights())
 
 
 @pytest.mark.parametrize("kind", TAMPERED)

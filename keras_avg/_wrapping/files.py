@@ -69,6 +69,13 @@ class StateFile:
 
     def load(self, store: Mapping[str, Any], swap: Swap | None) -> None:
         """Read the state. `swap` is None if the wrapper is not built."""
+        try:
+            self._load_if_there(store, swap)
+        except Exception:
+            self._leave_parts_as_they_are(store)
+            raise
+
+    def _load_if_there(self, store: Mapping[str, Any], swap: Swap | None) -> None:
         index = _keras_internals.index_of(store)
         # A file is empty if the optimizer was not built when it was saved. A store is also empty
         # when Keras loads the same file a second time.
@@ -169,10 +176,15 @@ class StateFile:
         if why == "replaced":
             self._warn_of_dropped("All averages")
 
+    def _leave_parts_as_they_are(self, store: Any) -> None:
+        """Make Keras skip the optimizers inside. It would load them although this was refused."""
+        for part in self._parts().values():
+            for each in nesting.walk(part) if part is not None else ():
+                _keras_internals.skip_next_load(each, store)
+
     def _skip(self, store: Any, number: int) -> None:
         # Otherwise the inner optimizer would load its state, and the wrapper would have none.
-        for part in nesting.walk(self._optimizer.inner_optimizer):
-            _keras_internals.skip_next_load(part, store)
+        self._leave_parts_as_they_are(store)
         warnings.warn(
             f"Skipping variable loading for optimizer '{self._optimizer.name}', because it has not "
             f"been built yet, whereas the saved one has {number} variables of its own. Call "
