@@ -61,6 +61,7 @@ def resumed(tmp_path, at, make=model, **arguments):
     return fit(make(), SwapAverageWeights(), backup())
 
 
+@pytest.mark.sample(12, jax=4, tensorflow=2)
 @pytest.mark.parametrize("save_freq", ["epoch", 1, 4, 6])
 @pytest.mark.parametrize("at", [(1, 0), (1, 5), (2, 2)])
 def test_training_broken_off_ends_where_it_would_have_ended(tmp_path, save_freq, at):
@@ -70,6 +71,7 @@ def test_training_broken_off_ends_where_it_would_have_ended(tmp_path, save_freq,
     assert not (tmp_path / "backup").exists()
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_the_epoch_that_was_broken_off_has_the_metrics_of_all_its_batches(tmp_path):
     undisturbed = fit(model(), SwapAverageWeights())
     went_on = resumed(tmp_path, (1, 3), save_freq=2)
@@ -78,6 +80,7 @@ def test_the_epoch_that_was_broken_off_has_the_metrics_of_all_its_batches(tmp_pa
         assert went_on.history.history[name] == values[1:], name
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_the_next_training_begins_with_the_first_epoch(tmp_path):
     went_on = resumed(tmp_path, (2, 2))
     updates = went_on.optimizer.updates_so_far()
@@ -86,6 +89,7 @@ def test_the_next_training_begins_with_the_first_epoch(tmp_path):
     assert went_on.optimizer.updates_so_far() == updates + EPOCHS * small.BATCHES
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch runs one step at a time")
 def test_several_steps_per_execution(tmp_path):
     make = lambda: model(steps_per_execution=2)  # noqa: E731
@@ -94,6 +98,7 @@ def test_several_steps_per_execution(tmp_path):
     small.assert_same_bits(state(went_on), state(undisturbed))
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_a_generator_is_read_up_to_the_batch_where_training_goes_on(tmp_path):
     def batches():
         while True:
@@ -140,6 +145,7 @@ def test_the_backup_before_stays_until_the_new_one_is_whole(tmp_path, monkeypatc
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_what_a_killed_process_left_is_removed(tmp_path):
     left = tmp_path / ".aside-latest.weights.h5-abc"
     left.mkdir()
@@ -148,6 +154,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["latest.weights.h5"]
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_if_the_disk_damaged_the_last_backup_the_one_before_is_taken(tmp_path):
     backup = lambda: BackupAndRestore(tmp_path, 2, double_checkpoint=True)  # noqa: E731
     with pytest.raises(KeyboardInterrupt):
@@ -157,12 +164,14 @@ def test_if_the_disk_damaged_the_last_backup_the_one_before_is_taken(tmp_path):
     small.assert_same_bits(state(went_on), state(fit(model(), SwapAverageWeights())))
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_a_damaged_backup_with_none_before_it_is_an_error(tmp_path):
     (tmp_path / "latest.weights.h5").write_bytes(b"half")
     with pytest.raises(OSError, match=r"cannot be read. Received: .*latest.* Delete the folder"):
         fit(model(), BackupAndRestore(tmp_path))
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_a_backup_of_keras_own_callback_is_read(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(small.model("adam"), keras.callbacks.BackupAndRestore(str(tmp_path)), Dies(2, 1))
@@ -183,12 +192,14 @@ def test_a_folder_that_is_not_local_is_refused():
         BackupAndRestore("gs://a/b")
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_never_is_never(tmp_path):
     fit(model(), BackupAndRestore(tmp_path / "backup", False, delete_checkpoint=False))
     assert not (tmp_path / "backup").exists()
 
 
 class TestAverageModelCheckpoint:
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.parametrize("name", ["m.keras", "m.weights.h5"])
     def test_the_file_before_stays_until_the_new_one_is_whole(self, tmp_path, monkeypatch, name):
         trained = model()
@@ -204,6 +215,7 @@ class TestAverageModelCheckpoint:
         assert (tmp_path / name).read_bytes() == before
         small.assert_same_bits(trained.get_weights(), weights)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_a_link_stays_a_link(self, tmp_path):
         os.symlink(tmp_path / "m.keras", tmp_path / "best.keras")
         fit(model(), AverageModelCheckpoint(False, tmp_path / "best.keras"))
@@ -211,6 +223,7 @@ class TestAverageModelCheckpoint:
         keras.saving.load_model(tmp_path / "m.keras")
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_the_step_of_training_is_in_the_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(model(), BackupAndRestore(tmp_path, 2), Dies(1, 4))

@@ -63,7 +63,7 @@ def test_bema_with_other_exponents_equals_the_oracle():
         np.testing.assert_allclose(small.numpy(average), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-@pytest.mark.slow_on("jax")
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_bema_shows_the_variable_before_the_start_step():
     model = small.model(BEMA(optimizers.Adam(0.05), start_step=4, average_period=1))
     small.trajectories(model, 3)

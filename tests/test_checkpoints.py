@@ -57,6 +57,7 @@ def test_the_mean_of_three_files_is_that_of_numpy_rounded_once(tmp_path, kind):
     small.assert_same_bits(values_of(model), expected)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_the_mean_of_1_2_and_6_with_weights(tmp_path):
     files = []
     for value in (1.0, 2.0, 6.0):
@@ -71,6 +72,7 @@ def test_the_mean_of_1_2_and_6_with_weights(tmp_path):
     small.assert_same_bits(values_of(model), [np.zeros(v.shape) for v in model.variables])
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_weights_are_divided_by_their_sum(tmp_path):
     files, weights = written(tmp_path, 3)
     model = randomized(9)
@@ -98,6 +100,7 @@ def test_files_of_several_kinds_and_optimizers_are_averaged_together(tmp_path):
     small.fit(model)  # in buffers of its own: on JAX a train step donates them
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_the_copy_in_the_model_goes_in(tmp_path):
     model = small.fit(small.model(SWA("adam", 0, 2)))
     raw = save(model, tmp_path / "raw.keras")
@@ -112,6 +115,7 @@ def test_the_copy_in_the_model_goes_in(tmp_path):
     small.assert_same_bits(values_of(other), expected)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_a_model_that_holds_averages_is_refused(tmp_path):
     files, _ = written(tmp_path, 2)
     model = small.fit(small.model(SWA("adam", 0, 2)))
@@ -214,6 +218,7 @@ def missing(folder, kind):
     return folder / f"bad.{kind}"
 
 
+@pytest.mark.sample(15, jax=8, tensorflow=4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("spoil", [cut_short, text, of_other_shapes, of_other_layers, missing])
 def test_a_file_that_cannot_be_read_is_named_and_nothing_changes(tmp_path, kind, spoil):
@@ -231,6 +236,7 @@ def test_a_file_that_cannot_be_read_is_named_and_nothing_changes(tmp_path, kind,
     small.assert_same_bits(values_of(model), before)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_a_model_is_as_before_if_it_cannot_take_the_mean(tmp_path, monkeypatch):
     files, _ = written(tmp_path, 2)
     model = randomized(9)
@@ -251,6 +257,7 @@ def test_a_model_is_as_before_if_it_cannot_take_the_mean(tmp_path, monkeypatch):
     small.assert_same_bits(values_of(model), before)
 
 
+@pytest.mark.slow_on("tensorflow")
 @pytest.mark.parametrize(
     ("weights", "match"),
     [
@@ -274,6 +281,7 @@ def test_weights_that_give_no_mean_are_refused(tmp_path, weights, match):
     small.assert_same_bits(values_of(model), before)
 
 
+@pytest.mark.slow_on("tensorflow")
 @pytest.mark.parametrize(
     ("filepaths", "match"),
     [
@@ -290,6 +298,7 @@ def test_what_is_no_list_of_files_is_refused(filepaths, match):
         checkpoints.average(small.model(), filepaths, verbose=0)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_what_is_no_built_model_is_refused(tmp_path):
     files, _ = written(tmp_path, 1)
     with pytest.raises(ValueError, match="not built"):
@@ -300,6 +309,7 @@ def test_what_is_no_built_model_is_refused(tmp_path):
         checkpoints.average(small.model(), files, verbose=3)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_a_bar_shows_how_many_files_were_read(tmp_path, capsys):
     files, _ = written(tmp_path, 3)
     model = randomized(9)
@@ -311,6 +321,7 @@ def test_a_bar_shows_how_many_files_were_read(tmp_path, capsys):
     assert "3/3" in capsys.readouterr().out
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_a_legacy_h5_file_is_read(tmp_path):
     model = randomized(3)
     model.save(tmp_path / "m.h5")

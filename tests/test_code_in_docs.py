@@ -45,7 +45,7 @@ def title(page):
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(6, jax=3, tensorflow=2)
 @pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=title)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, dtype_policy):
     monkeypatch.chdir(tmp_path)
@@ -149,7 +149,7 @@ if BACKEND == "tensorflow":  # where Keras has no `stateless_apply`
     del EXAMPLES["ShowsAverages.stateless_average"]
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(12, jax=6, tensorflow=4)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_example_of_a_docstring_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -56,6 +56,7 @@ class TestAverage:
         assert f"the mean of {last} files" in printed.out
         assert printed.err == ""
 
+    @pytest.mark.slow_on("tensorflow")
     def test_writes_weights_alone(self, tmp_path):
         files, out = written(tmp_path), str(tmp_path / "soup.weights.h5")
         (tmp_path / "more").mkdir()
@@ -63,6 +64,7 @@ class TestAverage:
         assert main(["average", *files, "--out", out]) == 0
         small.assert_same_bits(mean([out]), mean(files))
 
+    @pytest.mark.slow_on("tensorflow")
     def test_needs_nothing_of_the_optimizer(self, tmp_path):
         model = small.fit(small.model(SWA(MovingAverage("adam"), 0, 2)))
         model.save(tmp_path / "a.keras")
@@ -70,6 +72,7 @@ class TestAverage:
         assert main(["average", str(tmp_path / "a.keras"), "--out", out]) == 0
         small.assert_same_bits(values_in(out), [small.numpy(v) for v in model.variables])
 
+    @pytest.mark.slow_on("tensorflow")
     def test_warns_of_files_that_are_sorted_as_text(self, tmp_path, capsys):
         files = written(tmp_path, 11)
         files.sort()  # 0, 1, 10, 2
@@ -80,6 +83,7 @@ class TestAverage:
         assert "not in the order of the numbers" in capsys.readouterr().err
 
 
+@pytest.mark.slow_on("tensorflow")
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -124,6 +128,7 @@ def test_an_error_is_one_line_and_the_status_2(tmp_path, monkeypatch, capsys, ar
 
 
 class TestInfo:
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize("kind", ["keras", "weights.h5", "weights.json"])
     @pytest.mark.parametrize("swapped", [False, True])
     def test_says_what_is_in_a_file(self, tmp_path, capsys, kind, swapped):
@@ -152,12 +157,14 @@ class TestInfo:
         held = "the averages of optimizer" if swapped else "the raw weights"
         assert printed.splitlines()[-1] == f"in the model: {held}"
 
+    @pytest.mark.slow_on("tensorflow")
     def test_says_that_there_are_no_averages(self, tmp_path, capsys):
         small.model("adam").save(tmp_path / "m.keras")
         assert main(["info", str(tmp_path / "m.keras")]) == 0
         assert "averages: none\nin the model: the raw weights\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_it_is_a_command_of_python(tmp_path):
     program = [sys.executable, "-m", "keras_avg", "info", str(tmp_path / "none.keras")]
     done = subprocess.run(program, capture_output=True, text=True, timeout=300)

@@ -197,6 +197,7 @@ class TestReadingAverages:
         keras_avg.swap_weights(model)
 
 
+@pytest.mark.sample(4, jax=2, tensorflow=1)
 @pytest.mark.parametrize("change", ["freeze", "quantize"])
 @pytest.mark.parametrize("exclude", [["hidden/kernel"], ["hidden/kernel", "bias|norm"]], ids=str)
 def test_a_model_loads_though_excluded_variables_are_no_longer_trained(tmp_path, change, exclude):

@@ -40,6 +40,7 @@ def near(target):
 
 
 class TestTheSoup:
+    @pytest.mark.slow_on("tensorflow")
     def test_of_numbers_near_2_and_a_half(self, files):
         # By themselves 2 and 3 are at 0.5, the first of them first; their mean is 2.5. With 4 it
         # would be 3, with 0 it would be 1.67, with 8 it would be 4.33: none of them joins.
@@ -48,17 +49,20 @@ class TestTheSoup:
         assert chosen == [files[2], files[4]]
         expect_all(model, 2.5)
 
+    @pytest.mark.slow_on("tensorflow")
     def test_a_file_that_does_no_harm_joins(self, files):
         model = small.model()
         chosen = checkpoints.greedy_soup(model, files, lambda model: 1.0, verbose=0)
         assert chosen == files
         expect_all(model, np.float32(17 / 5))
 
+    @pytest.mark.slow_on("tensorflow")
     def test_the_best_file_alone_if_none_helps(self, files):
         model = small.model()
         assert checkpoints.greedy_soup(model, files, first, verbose=0) == [files[3]]
         expect_all(model, 8)
 
+    @pytest.mark.slow_on("tensorflow")
     def test_of_a_loss(self, files):
         model = small.model()
         loss = lambda model: abs(first(model) - 2.5)  # noqa: E731
@@ -83,6 +87,7 @@ class TestTheSoup:
             assert reached <= loss(model)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_the_score_may_change_the_weights(files):
     model = small.model()
 
@@ -95,6 +100,7 @@ def test_the_score_may_change_the_weights(files):
     expect_all(model, 2.5)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_a_score_of_nan_keeps_a_file_out(files):
     model = small.model()
     score = lambda model: np.nan if first(model) > 3 else first(model)  # noqa: E731
@@ -106,6 +112,7 @@ def test_a_score_of_nan_keeps_a_file_out(files):
     expect_all(model, 3)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_an_error_in_the_score_leaves_the_weights_as_before(files):
     model = small.model()
     before, calls = values_of(model), []
@@ -121,6 +128,7 @@ def test_an_error_in_the_score_leaves_the_weights_as_before(files):
     small.assert_same_bits(values_of(model), before)
 
 
+@pytest.mark.slow_on("tensorflow")
 @pytest.mark.parametrize("score", [[1.0, 2.0], None, "best", {"loss": 1.0}, True])
 def test_a_score_that_is_no_number_is_refused(files, score):
     model = small.model()
@@ -130,6 +138,7 @@ def test_a_score_that_is_no_number_is_refused(files, score):
     small.assert_same_bits(values_of(model), before)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_arguments_out_of_range_are_refused(files):
     model = small.model()
     before = values_of(model)
@@ -146,6 +155,7 @@ def test_arguments_out_of_range_are_refused(files):
     small.assert_same_bits(values_of(model), before)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_a_file_cut_short_is_named_and_nothing_changes(files):
     model = small.model()
     before = values_of(model)
@@ -155,6 +165,7 @@ def test_a_file_cut_short_is_named_and_nothing_changes(files):
     small.assert_same_bits(values_of(model), before)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_a_model_that_holds_averages_is_refused(files):
     model = small.fit(small.model(SWA("adam", 0, 2)))
     swap_weights(model)

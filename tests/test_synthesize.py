@@ -104,6 +104,7 @@ def test_it_is_the_average_that_would_have_been_kept(tmp_path):
     )
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_averages_that_begin_late_and_come_in_periods(tmp_path):
     arguments = {"start_step": 6, "average_period": 3}
     trained(tmp_path, epochs=12, every_steps=2, dtype="float32", **arguments)
@@ -115,28 +116,33 @@ def test_averages_that_begin_late_and_come_in_periods(tmp_path):
 
 
 class TestSaveAverages:
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_each_epoch(self, tmp_path):
         trained(tmp_path / "run" / "averages", epochs=3)
         expected = [f"averages-{6 * epoch:010d}.h5" for epoch in (1, 2, 3)]
         assert names(tmp_path / "run" / "averages") == expected
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_every_few_steps_over_epochs_and_runs(self, tmp_path):
         model = trained(tmp_path, epochs=2, every_steps=4)
         assert names(tmp_path) == [f"averages-{n:010d}.h5" for n in (4, 8, 12)]
         small.fit(model, callbacks=[SaveAverages(tmp_path, 4)])
         assert names(tmp_path) == [f"averages-{n:010d}.h5" for n in range(4, 25, 4)]
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_counts_real_updates(self, tmp_path):
         inner = keras.optimizers.SGD(0.01, gradient_accumulation_steps=2)
         model = small.model(MovingAverage(inner, average_decay=PowerFunction(0.1)))
         small.fit(model, epochs=4, callbacks=[SaveAverages(tmp_path, every_steps=5)])
         assert names(tmp_path) == [f"averages-{n:010d}.h5" for n in (5, 10)]
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_training_is_not_disturbed(self, tmp_path):
         with_it = trained(tmp_path, epochs=2, every_steps=1)
         without = small.fit(small.model(optimizer()), epochs=2)
         small.assert_same_bits(values_of(with_it), values_of(without))
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_numbers_too_large_for_float16(self, tmp_path):
         model = small.model(optimizer())
         bias = model.layers[0].bias
@@ -146,6 +152,7 @@ class TestSaveAverages:
         checkpoints.synthesize(other, tmp_path, 0.1, verbose=0)
         np.testing.assert_allclose(small.numpy(other.layers[0].bias), 1e6, rtol=1e-3)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_an_error_while_writing_leaves_no_file(self, tmp_path, monkeypatch):
         def fails(*_):
             raise OSError("no space left")
@@ -155,6 +162,7 @@ class TestSaveAverages:
             trained(tmp_path)
         assert names(tmp_path) == []
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.parametrize("wrap", [lambda o: o, SWA, MovingAverage])
     def test_other_averages_are_refused(self, tmp_path, wrap):
         model = small.model(wrap(keras.optimizers.Adam()))
@@ -216,14 +224,17 @@ class TestRefused:
             checkpoints.synthesize(model, directory, sigma_rel, verbose=0)
         small.assert_same_bits(values_of(model), before)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_no_directory_and_no_snapshot(self, tmp_path):
         self.expect(small.model(), tmp_path / "none", 0.1, "no averages in.*none")
         self.expect(small.model(), tmp_path, 0.1, "SaveAverages")
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.parametrize("sigma_rel", [0, 0.3, -0.1, np.nan, "0.1", None])
     def test_a_target_out_of_range(self, tmp_path, sigma_rel):
         self.expect(small.model(), tmp_path, sigma_rel, "sigma_rel|exactly one")
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_a_file_cut_short_a_foreign_one_and_another_model(self, tmp_path):
         trained(tmp_path, epochs=3)
         layers = [keras.Input((5,)), keras.layers.Dense(3), keras.layers.Dense(1)]
@@ -236,6 +247,7 @@ class TestRefused:
         os.replace(tmp_path / "m.weights.h5", second)
         self.expect(small.model(), tmp_path, 0.1, r"averages-0000000012\.h5.*not written by")
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_averages_that_began_at_different_steps(self, tmp_path):
         trained(tmp_path, epochs=1)
         trained(tmp_path, epochs=2, start_step=3)
@@ -243,6 +255,7 @@ class TestRefused:
         trained(tmp_path, epochs=2)
         self.expect(small.model(), tmp_path, 0.1, r"different steps.*\[0, 3\]")
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_a_model_that_holds_averages(self, tmp_path):
         model = trained(tmp_path, epochs=2)
         swap_weights(model)
@@ -250,6 +263,7 @@ class TestRefused:
             checkpoints.synthesize(model, tmp_path, 0.1, verbose=0)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_a_target_that_is_out_of_reach_is_warned_of(tmp_path):
     trained(tmp_path, epochs=3)
     with pytest.warns(UserWarning, match=r"sigma_rel=0\.25 is made up with a relative error of"):
@@ -257,6 +271,7 @@ def test_a_target_that_is_out_of_reach_is_warned_of(tmp_path):
     assert row["relative_error"] > 0.05
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_a_table_is_printed(tmp_path, capsys):
     trained(tmp_path, epochs=2)
     checkpoints.synthesize(small.model(), tmp_path, 0.1, verbose=2)

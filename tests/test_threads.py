@@ -72,6 +72,7 @@ class TestAWeakList:
         together(add, look)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_models_are_swapped_in_two_threads_at_once(hurry):
     models = [small.fit(small.model(SWA("sgd", 0, 1)), epochs=1) for _ in range(6)]
     before = [[small.numpy(v) for v in m.variables] for m in models]

@@ -65,6 +65,7 @@ def test_it_is_the_mean_of_the_snapshots_in_between(tmp_path, kinds, swapped):
         expect_mean(model, far_off)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_statistics_come_from_the_later_file(tmp_path):
     files, _, trained = run(tmp_path)
     model = small.model()
@@ -75,6 +76,7 @@ def test_statistics_come_from_the_later_file(tmp_path):
     )
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_an_earlier_file_from_before_the_first_snapshot(tmp_path):
     files, snapshots, trained = run(tmp_path, start=20)
     model = small.model()
@@ -85,6 +87,7 @@ def test_an_earlier_file_from_before_the_first_snapshot(tmp_path):
     small.assert_same_bits([small.numpy(v) for v in model.trainable_variables], expected)
 
 
+@pytest.mark.slow_on("tensorflow")
 @pytest.mark.parametrize("kind", ["keras", "weights.h5"])
 @pytest.mark.parametrize(
     "wrap",
@@ -109,6 +112,7 @@ def test_it_finds_swa_among_others(tmp_path, kind, wrap):
         expect_mean(model, snapshots)
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_members_of_a_multi_optimizer(tmp_path):
     model = small.model()
     make = lambda: SWA(keras.optimizers.Adam(0.01), 2, 2)  # noqa: E731
@@ -124,6 +128,7 @@ def test_members_of_a_multi_optimizer(tmp_path):
     expect_mean(other, snapshots.taken[8:])
 
 
+@pytest.mark.slow_on("tensorflow")
 def test_excluded_variables_come_from_the_later_file(tmp_path):
     optimizer = SWA(keras.optimizers.Adam(0.01), 2, 2, exclude=["bias"])
     files, snapshots, trained = run(tmp_path, optimizer=optimizer)
@@ -143,26 +148,31 @@ class TestRefused:
             checkpoints.window(model, earlier, later)
         small.assert_same_bits([small.numpy(v) for v in model.variables], before)
 
+    @pytest.mark.slow_on("tensorflow")
     def test_files_in_the_wrong_order(self, tmp_path):
         files, _, _ = run(tmp_path)
         self.expect(small.model(), *reversed(files), r"more snapshots.*17 in .*later.* 8 in")
         self.expect(small.model(), files[0], files[0], r"more snapshots")
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize("wrap", [lambda o: o, MovingAverage, Lookahead])
     def test_files_without_swa(self, tmp_path, wrap):
         files, _, _ = run(tmp_path, optimizer=wrap(keras.optimizers.Adam()))
         self.expect(small.model(), *files, r"earlier\.keras.* has no averages of SWA")
 
+    @pytest.mark.slow_on("tensorflow")
     def test_a_file_of_which_nobody_knows_what_its_averages_are(self, tmp_path):
         make = lambda: SWA(MovingAverage("adam"), 2, 2)  # noqa: E731
         files, _, _ = run(tmp_path, ("weights.h5", "weights.h5"), optimizer=make())
         self.expect(small.model(), *files, "compile the model as it was trained")
 
+    @pytest.mark.slow_on("tensorflow")
     def test_a_file_of_another_model(self, tmp_path):
         files, _, _ = run(tmp_path)
         layers = [keras.Input((5,)), keras.layers.Dense(3), keras.layers.Dense(1)]
         self.expect(keras.Sequential(layers), *files, r"later\.keras")
 
+    @pytest.mark.slow_on("tensorflow")
     def test_a_file_cut_short_and_a_missing_one(self, tmp_path):
         files, _, _ = run(tmp_path)
         self.expect(small.model(), tmp_path / "none.keras", files[1], r"none\.keras")
@@ -170,6 +180,7 @@ class TestRefused:
         files[1].write_bytes(files[1].read_bytes()[:-500])
         self.expect(small.model(), *files, r"later\.keras")
 
+    @pytest.mark.slow_on("tensorflow")
     def test_a_model_that_holds_averages(self, tmp_path):
         files, _, trained = run(tmp_path)
         swap_weights(trained)

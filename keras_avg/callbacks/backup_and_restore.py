@@ -64,8 +64,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         delete_checkpoint: bool = True,
     ) -> None:
         backup_dir = os.fspath(backup_dir)
-        super().__init__(backup_dir, save_freq, double_checkpoint, delete_checkpoint)
         _check(backup_dir, save_freq)
+        super().__init__(backup_dir, save_freq, double_checkpoint, delete_checkpoint)
         self._folder = pathlib.Path(backup_dir)
         self._latest = self._folder / "latest.weights.h5"
         self._previous = self._folder / "previous.weights.h5"
