@@ -1,4 +1,4 @@
-"""Averages of files, for people who have files and no script: `python -m keras_avg --help`."""
+"""Averages files from the command line, without a script: `python -m keras_avg --help`."""
 
 import argparse
 import os
@@ -14,26 +14,26 @@ from keras_avg.checkpoints._averages_in_file import averages_in
 from keras_avg.checkpoints._contents import KINDS, opened
 from keras_avg.checkpoints._merge_weights import CURVES
 
-UNSAID = ("name", "sequential_update")  # arguments that say nothing of the rule
+UNSAID = ("name", "sequential_update")  # These arguments do not describe the rule.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0, or 2 after an error, which is printed in one line.
+        The exit status: 0, or 2 after an error. The error is printed in one line.
     """
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except Exception as error:  # of Keras, of a layer: whoever has no script wants no traceback
+    except Exception as error:  # Users of a command need a message and no traceback.
         print(f"keras_avg: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage before it."""
+    """Prints an error in one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"keras_avg: error: {message}\n")
@@ -126,7 +126,7 @@ def _warn_of_order(files: Sequence[str], does_order_matter: bool) -> None:
 def _model(files: Sequence[str]) -> Any:
     for file in reversed(files):
         if file.endswith(".keras"):
-            with opened(file):  # says what is wrong with it, if anything is
+            with opened(file):  # This raises a clear error if the file is damaged.
                 pass
             return keras.saving.load_model(file, compile=False)
     raise ValueError(

@@ -194,8 +194,8 @@ def stored_value(variable: Any) -> Any:
 def values_of(variables: Iterable[Any]) -> list[Any]:
     """The values of many variables.
 
-    The public `value` looks up the scope and the device for each variable. On torch this takes
-    longer than the averaging of a small tensor.
+    The public `value` looks up the scope and the device for each variable. On torch this takes more
+    time than the averaging of a small tensor.
     """
     read = operator.attrgetter("value") if in_stateless_scope() else stored_value
     return [read(variable) for variable in variables]
@@ -272,10 +272,11 @@ def models_among_callers(name: str) -> Iterator[Any]:
 
 
 def is_loading_model() -> bool:
-    """Whether Keras builds an optimizer for a model out of a file at the moment.
+    """Whether Keras now builds an optimizer for a model that it loads from a file.
 
-    The model may have fewer trainable variables than when the optimizer was first built: layers
-    were frozen or quantized meanwhile. The optimizer is not told.
+    The model may have fewer trainable variables than it had when the optimizer was first built.
+    Then layers were frozen or quantized before the model was saved. Keras does not tell the
+    optimizer that a file is loaded.
     """
     frame: types.FrameType | None = sys._getframe()
     while frame is not None:
@@ -301,17 +302,19 @@ def validates_on_generator(model: Any) -> bool:
 
 
 def set_initial_epoch(model: Any, epoch: int | None) -> None:
-    """Let the `fit` under way, and all later ones, begin with this epoch; None: as they are told.
+    """Let the current `fit` and all later ones begin with this epoch.
 
-    `fit` reads it when training has begun, and leaves it as it is.
+    For None, each `fit` begins with its own `initial_epoch`. `fit` reads the attribute after
+    `on_train_begin`, and never resets it. No public method sets it.
     """
     model._initial_epoch = epoch
 
 
 def build_metrics(model: Any, batch: Any) -> None:
-    """Make the metrics of a model that is to be trained on such batches, if they are not made.
+    """Make the metrics of a model before it is trained on batches like this one.
 
-    On TensorFlow `fit` leaves that to the first trace of the train step.
+    No public method makes them. On TensorFlow `fit` makes them in the first trace of the train
+    step, and this is too late to restore their values.
     """
     model._symbolic_build(data_batch=batch)
 
@@ -345,9 +348,9 @@ class Entry(NamedTuple):
     """The entry of an array in a file's index. The array itself is not read.
 
     Attributes:
-        shape: Its shape.
-        dtype: Its dtype. It is text if Keras stores another dtype, or if this is no array.
-        attributes: Those that are text.
+        shape: The shape of the array.
+        dtype: Its dtype. It is text if Keras stores another dtype, or if this is not an array.
+        attributes: Its attributes whose values are text.
     """
 
     shape: tuple[int, ...]
@@ -387,7 +390,7 @@ def _entry(array: Any) -> Entry:
         return Entry(tuple(array.shape), array.dtype, {})
     if not isinstance(array, h5py.Dataset) or array.shape is None:
         return Entry((), "of no array", {})
-    if array.external or array.is_virtual:  # Keras refuses to read it: too late for what is around
+    if array.external or array.is_virtual:  # Keras would refuse it, but after it has read others.
         return Entry(array.shape, "of another file", {})
     attributes = {name: text for name in array.attrs if (text := _text(array.attrs, name))}
     is_bfloat16 = attributes.get("dtype") == "bfloat16"
@@ -397,7 +400,7 @@ def _entry(array: Any) -> Entry:
 def _text(attributes: Any, name: str) -> str:
     try:
         value = attributes[name]
-    except (OSError, TypeError, ValueError, RuntimeError):  # of a kind that cannot be read
+    except (OSError, TypeError, ValueError, RuntimeError):  # h5py cannot read this kind.
         return ""
     return value if isinstance(value, str) else ""
 
@@ -414,8 +417,8 @@ def inside(store: Any, path: str) -> Iterator[Any]:
     """Context in which a store gives the part of a file for an object inside its own object.
 
     It yields None if this part cannot be read. Keras gives an object only its own part of a file,
-    and loads the objects inside afterwards. Then it is too late to refuse a file of which only the
-    first part fits.
+    and loads the objects inside afterwards. Then it is too late to refuse a file if only its first
+    part fits.
     """
     if not hasattr(store, "_h5_entry_path"):
         yield None
@@ -436,7 +439,7 @@ def weakly(store: Any) -> Callable[[], Any]:
 
 
 def skip_next_load(optimizer: Any, store: Any) -> None:
-    """Let an optimizer that is not built load nothing from this file, as its wrapper does.
+    """Let an optimizer load nothing from this file, because its wrapper loads nothing.
 
     Keras loads the optimizers inside a wrapper by itself. An optimizer that is not built would load
     its counter and its learning rate, and ignore the rest.
@@ -453,20 +456,21 @@ def skip_next_load(optimizer: Any, store: Any) -> None:
 
 
 def values_in_file(model: Any, path: str, without: list[Any]) -> list[Any]:
-    """What a file holds for a model's variables, as tensors, in order; None where it holds nothing.
+    """The values in a file for each of `model.variables`, as tensors. None if there is no value.
 
-    The model stays as it is. Public `load_weights` changes the first layers before it finds out
-    that the last do not fit, and cannot leave the optimizer of a `.keras` file alone.
+    The model does not change. The public `load_weights` changes the first layers before it finds
+    that the last ones do not fit. It also cannot skip the optimizer of a `.keras` file.
 
     Args:
         model: A model that is built.
         path: String. A file that `model.load_weights` takes.
-        without: List of what Keras saves with the model and is not wanted, as optimizers.
+        without: List of objects that Keras saves with the model and that are skipped here, such as
+            optimizers.
     """
     with keras.StatelessScope() as scope:
         if path.endswith((".keras", ".weights.h5", ".weights.json")):
             saving_lib.load_weights_only(model, path, objects_to_skip=without)
-        else:  # a legacy file, from which Keras takes weights alone; or none at all
+        else:  # From a legacy file Keras takes only weights. It refuses all other files.
             model.load_weights(path)
     return [scope.get_current_value(variable) for variable in model.variables]
 
@@ -474,7 +478,7 @@ def values_in_file(model: Any, path: str, without: list[Any]) -> list[Any]:
 def are_stored_as_they_are(model: Any, variables: list[Any]) -> bool:
     """Whether variables of a model have the same values after saving and loading.
 
-    A layer may store something else: a LoRA layer stores a merged kernel. No public method says so.
+    A layer may store other values: a LoRA layer stores a merged kernel. No public method says this.
     """
     wanted = {id(variable): variable for variable in variables}
     for layer in layers_at_any_depth(model):
@@ -513,7 +517,7 @@ def layers_at_any_depth(layer: Any) -> list[Any]:
 
 
 def weights_made_to_train(layer: Any) -> list[Any]:
-    """The weights of `layer` and of the layers inside that were made trainable. May be frozen now.
+    """The weights of `layer` and its inner layers that were made trainable. They may be frozen now.
 
     The public `non_trainable_variables` mixes weights of frozen layers with state that changes.
     """

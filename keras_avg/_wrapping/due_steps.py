@@ -1,19 +1,19 @@
-"""Finds the steps that are due. It asks the rule about many steps at once, outside of training."""
+"""Finds the steps that are due. It asks a rule about many steps at once, outside of training."""
 
 from typing import Any
 
 import numpy as np
 from keras import ops
 
-LOOK_AHEAD = 2**22  # the largest number of steps in one question to a rule
+LOOK_AHEAD = 2**22  # The largest number of steps in one question to a rule.
 
 
 def first_due(wrapper: Any, steps: np.ndarray) -> int | None:
-    """The first of some steps after which a wrapper averages.
+    """The first of the given steps after which a wrapper averages.
 
     Args:
         wrapper: An averaging wrapper.
-        steps: Array of steps, in order.
+        steps: Array of steps in ascending order.
 
     Returns:
         A step, or None if none of them is due.
@@ -29,7 +29,7 @@ def first_due(wrapper: Any, steps: np.ndarray) -> int | None:
 
 
 def next_due(wrapper: Any) -> int | None:
-    """The next step after which a wrapper averages, or None if its rule cannot say it."""
+    """The next step after which a wrapper averages. None if it is far away or cannot be found."""
     done = wrapper.updates_so_far()
     try:
         return first_due(wrapper, np.arange(done, done + LOOK_AHEAD, dtype="int32"))

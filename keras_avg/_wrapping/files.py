@@ -137,7 +137,7 @@ class StateFile:
         """The name here for each name in the file. The shapes are checked.
 
         Returns:
-            A dict. None if the averages do not fit, but the file itself says that they may not.
+            A dict. None if the averages do not fit and the file says that this may happen.
 
         Raises:
             ValueError: If the averages do not fit for another reason.
@@ -163,7 +163,7 @@ class StateFile:
     def _start_without_averages(
         self, why: str, store: Any, index: dict[str, Any], swap: Swap
     ) -> None:
-        """Load only the counters. The averages then are as before the first snapshot."""
+        """Load only the counters. Then the averages are as they were before the first snapshot."""
         counters = {name: self._own.by_name[name] for name in belonging.COUNTERS}
         fitting.check_fit(self._optimizer.name, counters, index)
         fitting.check_dtypes(self._optimizer.name, counters, index)
@@ -177,7 +177,7 @@ class StateFile:
             self._warn_of_dropped("All averages")
 
     def _leave_parts_as_they_are(self, store: Any) -> None:
-        """Make Keras skip the optimizers inside. It would load them although this was refused."""
+        """Make Keras skip the inner optimizers. Otherwise it loads them from the refused file."""
         for part in self._parts().values():
             for each in nesting.walk(part) if part is not None else ():
                 _keras_internals.skip_next_load(each, store)
@@ -241,14 +241,14 @@ class StateFile:
         )
 
     def _check_parts(self, store: Any) -> None:
-        """Refuse a file of other inner optimizers. This must come before any value is loaded."""
+        """Refuse a file of other inner optimizers. This must happen before a value is loaded."""
         for attribute, part in self._parts().items():
             with _keras_internals.inside(store, attribute) as stored:
                 if stored is not None:
                     self._check_part(part, stored)
 
     def _check_part(self, part: Any, store: Any) -> None:
-        check = getattr(part, "check_file", None)  # only wrappers have it
+        check = getattr(part, "check_file", None)  # Only wrappers have this method.
         if check is not None:
             check(store)
         elif part is None or _keras_internals.is_stored_by_number(part):

@@ -1,4 +1,4 @@
-"""Describes a model's averages as text, for people."""
+"""Describes a model's averages as text."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Collections of what others keep alive, which several threads may look through and change."""
+"""A list of weak references that several threads may read and change."""
 
 import threading
 import weakref
@@ -7,18 +7,18 @@ from typing import Any
 
 
 class WeakList:
-    """Objects, in any order, as long as somebody else keeps them alive.
+    """A collection of objects without an order. It does not keep the objects alive.
 
-    Looking through a `weakref.WeakSet` fails while another thread adds something to it. So each
-    look is at a copy.
+    A loop over a `weakref.WeakSet` fails if another thread adds an object meanwhile. So a loop over
+    this list uses a copy.
     """
 
     def __init__(self) -> None:
         self._references: dict[int, Any] = {}
-        self._guard = threading.RLock()  # again in one thread, when garbage is collected meanwhile
+        self._guard = threading.RLock()  # `forget` may run in the same thread while it is held.
 
     def add(self, thing: Any) -> None:
-        """Remember an object, once."""
+        """Add an object, if it is not in the list."""
         key = id(thing)
 
         def forget(reference: Any) -> None:
@@ -31,7 +31,7 @@ class WeakList:
                 self._references[key] = weakref.ref(thing, forget)
 
     def discard(self, thing: Any) -> None:
-        """Forget an object, if it is there."""
+        """Remove an object, if it is in the list."""
         with self._guard:
             if thing in self:
                 del self._references[id(thing)]

@@ -1,6 +1,6 @@
-"""A backup in one file: Keras' weights, and beside them how far training had come.
+"""Writes and reads a backup. It is one file with Keras' weights and the position in training.
 
-Two files could be of different moments after the process was killed between them.
+If there were two files and the process was killed between them, they would not fit together.
 """
 
 import json
@@ -11,17 +11,17 @@ import h5py
 import keras
 import numpy as np
 
-PART = "keras_avg_backup"  # of the file, which Keras does not look at
+PART = "keras_avg_backup"  # The part of the file with the position. Keras ignores it.
 INTEGERS, METRICS = "integers", "metrics"
 
 
 class Position(NamedTuple):
-    """How far training had come.
+    """A position in training.
 
     Attributes:
-        epoch: Integer. The epoch to go on in; the first is 0.
-        batches: Integer. How many of its batches are done.
-        metrics: List of arrays: the values of the model's metrics after those.
+        epoch: Integer. The epoch in which training goes on. The first epoch is 0.
+        batches: Integer. The number of finished batches of this epoch.
+        metrics: List of arrays, the values of the model's metrics after these batches.
     """
 
     epoch: int
@@ -30,7 +30,7 @@ class Position(NamedTuple):
 
 
 def save(model: Any, path: pathlib.Path, epoch: int, batches: int) -> None:
-    """Write a backup of a model that has done so many batches of an epoch."""
+    """Write a backup of a model, with the epoch and the number of finished batches in it."""
     model.save_weights(path, overwrite=True)
     with h5py.File(path, "r+") as file:
         part = file.create_group(PART)
@@ -40,7 +40,10 @@ def save(model: Any, path: pathlib.Path, epoch: int, batches: int) -> None:
 
 
 def load(model: Any, path: pathlib.Path) -> Position | None:
-    """Give a model the state of a backup; None if it does not say how far training had come.
+    """Give a model the state of a backup.
+
+    Returns:
+        The position in training. None if the file has no position.
 
     Raises:
         OSError: If the file is damaged.
@@ -59,7 +62,7 @@ def load(model: Any, path: pathlib.Path) -> Position | None:
 
 
 def _integers(model: Any) -> list[Any]:
-    """What Keras does not save everywhere: seeds, such as those of Dropout."""
+    """The integer variables, such as the seeds of Dropout. Keras does not save all of them."""
     return [v for v in model.variables if not keras.backend.is_float_dtype(v.dtype)]
 
 

@@ -1,4 +1,4 @@
-"""Two numbers for the logs that describe an average."""
+"""Computes two numbers for the logs that describe an average."""
 
 import math
 from typing import Any

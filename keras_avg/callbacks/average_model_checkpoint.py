@@ -22,8 +22,8 @@ class AverageModelCheckpoint(keras.callbacks.ModelCheckpoint):
     the averages, pass `batch_norm_data` and `swap_on_epoch=True` to `SwapAverageWeights`. Before
     the first snapshot, the raw model is saved, with one warning.
 
-    A local file is written aside, flushed to disk and renamed: a process that is killed meanwhile
-    leaves the file that was there before. Keras' own `ModelCheckpoint` overwrites it in place.
+    A local file is written under another name, flushed to disk and renamed. If the process is
+    killed meanwhile, the old file stays. Keras' own `ModelCheckpoint` overwrites the old file.
 
     Args:
         update_weights: Bool. True: when a file is written, the averages are assigned to the model

@@ -1,4 +1,4 @@
-"""Backups that are whole at any moment, and training that goes on from them to the batch."""
+"""Makes backups that are whole at any moment, and goes on with training at the exact batch."""
 
 import contextlib
 import json
@@ -15,35 +15,36 @@ from keras_avg.callbacks import _backup_file
 
 
 class BackupAndRestore(keras.callbacks.BackupAndRestore):
-    """Goes on with training that was killed at any moment, from the last backup.
+    """Goes on with training from the last backup. The process may be killed at any moment.
 
-    It takes the place of Keras' callback of this name, which overwrites its only file: killed
-    while it writes, it leaves nothing that could be loaded. Here a backup is written aside, flushed
-    to disk and renamed, so that the one before stays until the new one is whole. The step of
-    training is part of the same file.
+    It replaces Keras' callback of this name. Keras' callback overwrites its only file. If the
+    process is killed while it writes, no file is left that could be loaded. This callback writes a
+    backup under another name, flushes it to disk and renames it. So the previous backup stays until
+    the new one is whole. The position in training is part of the same file.
 
-    Training ends where it would have ended undisturbed, bit for bit, where the data come in the
-    same order again (no `shuffle`, or an order that depends on the epoch alone). With an integer
-    `save_freq` the batches of the epoch that are done are read again, and passed over: callbacks
-    hear of them, but no step is taken. (Keras' own trains on them twice.) Seeds of layers such as
-    Dropout and metrics of the epoch under way are part of the backup; the state of other callbacks
-    is not. A folder with a backup that Keras' own callback wrote is read too.
+    If the data come in the same order again, training ends bit for bit where it would have ended
+    without the interruption. So do not use `shuffle`, or let the order depend on the epoch alone.
+    With an integer `save_freq`, the finished batches of the epoch are read again and skipped:
+    callbacks are called for them, but no step is taken. (Keras' callback trains on them twice.) The
+    backup contains the seeds of layers such as Dropout, and the metrics of the current epoch. It
+    does not contain the state of other callbacks. The callback also reads a folder with a backup of
+    Keras' callback.
 
-    The folder belongs to one process: each of several workers has its own.
+    Only one process may use the folder. Each of several workers needs a folder of its own.
 
     Args:
-        backup_dir: String or path of a local folder, made if it is not there. Not to be used for
-            anything else.
-        save_freq: When to make a backup: `"epoch"`, at the end of each epoch; an integer, after
-            every so many batches, at least 1; or False, never. Default `"epoch"`.
-        double_checkpoint: Bool. Whether to keep the backup before the last too, and to go on from
-            that if the disk has damaged the last. Default False.
+        backup_dir: String or path of a local folder. It is made if it does not exist. Do not use it
+            for anything else.
+        save_freq: When to make a backup. `"epoch"`: at the end of each epoch. An integer >= 1:
+            after this number of batches. False: never. Default `"epoch"`.
+        double_checkpoint: Bool. Whether to also keep the backup before the last one. It is used if
+            the disk has damaged the last one. Default False.
         delete_checkpoint: Bool. Whether to delete the backups when training ends. Default True.
 
     Raises:
-        ValueError: If `backup_dir` is empty or not local, or `save_freq` is something else. When
-            training begins, if the model is not built, or the backup is of another model.
-        OSError: When training begins, if the backup is damaged, and there is none before it.
+        ValueError: If `backup_dir` is empty or not local, or if `save_freq` is something else. When
+            training begins, if the model is not built, or if the backup is of another model.
+        OSError: When training begins, if the backup is damaged and there is no earlier one.
 
     Example:
 
@@ -71,9 +72,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._previous = self._folder / "previous.weights.h5"
         self._restored: _backup_file.Position | None = None
         self._epoch = 0
-        self._first = 0  # batch of the execution under way
-        self._done = 0  # batches, in this epoch
-        self._unsaved = 0  # batches since the last backup
+        self._first = 0  # The first batch of the current execution.
+        self._done = 0  # The number of finished batches in this epoch.
+        self._unsaved = 0  # The number of batches since the last backup.
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Load the last backup, if there is one."""
@@ -95,7 +96,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             _keras_internals.set_initial_epoch(model, self._restored.epoch)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Go on in the middle of the epoch, if the backup is from there."""
+        """Skip the finished batches if the backup was made within this epoch."""
         self._epoch, self._done = epoch, 0
         self._begin_elsewhere_no_more()
         restored, self._restored = self._restored, None
@@ -103,25 +104,25 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             self._pass_over(self.model, restored)
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
-        """Note which batch comes."""
+        """Remember the batch that comes now."""
         self._first = batch
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Make a backup, if it is time."""
+        """Make a backup if it is due."""
         self._unsaved += batch + 1 - self._done
         self._done = batch + 1
         if _is_number(self.save_freq) and self._unsaved >= self.save_freq:
             self._save()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Make a backup, if it is time."""
+        """Make a backup if it is due."""
         train_function.leave(self.model, id(self))
         self._epoch, self._done = epoch + 1, 0
         if self.save_freq == "epoch":
             self._save()
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        """Delete the backups, if that is asked for."""
+        """Delete the backups if `delete_checkpoint` is True."""
         self._begin_elsewhere_no_more()
         if not self.delete_checkpoint:
             return
@@ -129,11 +130,11 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             _atomic.remove_unfinished(path)
             path.unlink(missing_ok=True)
         _metadata_of_keras(self._latest).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # something else is in it
+        with contextlib.suppress(OSError):  # The folder contains something else.
             self._folder.rmdir()
 
     def _begin_elsewhere_no_more(self) -> None:
-        """Let the next `fit` begin where it is told: Keras does not forget the epoch by itself."""
+        """Let the next `fit` begin at its own `initial_epoch`. Keras would keep the old epoch."""
         _keras_internals.set_initial_epoch(self.model, None)
 
     def _save(self) -> None:
@@ -177,7 +178,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
 
 def _restore_metrics(model: Any, position: "_backup_file.Position") -> Any:
-    """What they come to; None if they are not made yet, or are others."""
+    """Restore the metrics, and return their results. None if they are not made yet or differ."""
     variables = model.metrics_variables
     if [tuple(v.shape) for v in variables] != [a.shape for a in position.metrics]:
         return None
@@ -204,7 +205,7 @@ def _is_number(save_freq: Any) -> bool:
 
 
 def _metadata_of_keras(path: pathlib.Path) -> pathlib.Path:
-    """Where Keras' own callback says of which epoch its file is."""
+    """The file in which Keras' own callback stores the epoch of its backup."""
     return path.with_name("training_metadata.json")
 
 

@@ -1,4 +1,4 @@
-"""Snapshots of averages while training, from which others are made up afterwards."""
+"""Saves snapshots of averages during training. Other averages can be computed from them later."""
 
 import os
 import pathlib
@@ -18,23 +18,25 @@ from keras_avg.decays import PowerFunction
 class SaveAverages(keras.callbacks.Callback):
     """Saves the power-function averages at regular steps, for `keras_avg.checkpoints.synthesize`.
 
-    Each snapshot is one file in the directory, `averages-0000001200.h5` after 1200 updates: all
-    averages of `MovingAverage`s whose decay is a `PowerFunction` (nest them for several lengths),
-    their profiles, and the variables that have no average. About 32 snapshots of the lengths 0.05
-    and 0.10 make up any length between 0.05 and 0.15 within 0.3 %.
+    Each snapshot is one file in the directory, such as `averages-0000001200.h5` after 1200 updates.
+    It contains the averages of each `MovingAverage` whose decay is a `PowerFunction`, and their
+    profiles. For several lengths, nest these wrappers. The file also contains the variables that
+    have no average. About 32 snapshots of the lengths 0.05 and 0.10 are enough to compute any
+    length between 0.05 and 0.15 within 0.3 %.
 
-    A file is written beside its place, flushed to the disk and then renamed. If training is killed
-    meanwhile, the earlier files are whole, and what was half written is never read. A resumed run
-    writes the files of later updates anew. Use a directory of its own for each run, and for each
-    worker. Which copy the model holds does not matter.
+    A file is written under another name, flushed to the disk and then renamed. If training is
+    killed meanwhile, the earlier files stay whole, and the unfinished file is never read. A resumed
+    run writes the files of later updates again. Use one directory for each run and each worker. The
+    model may hold the averages or the raw weights.
 
     Args:
-        directory: Path of the directory. It is made if it is not there.
-        every_steps: Integer in [1, 2**31), in steps (updates), between snapshots; they are taken
-            after the first batch, or the first `steps_per_execution` batches, that reaches a
-            multiple of it. Default None: at the end of each epoch.
-        dtype: `"float16"`, `"float32"` or `"float64"`: of the averages in the files. Numbers that
-            are too large for float16 are kept in float32. Default `"float16"`.
+        directory: Path of the directory. It is made if it does not exist.
+        every_steps: Integer in [1, 2**31), the number of steps (updates) between snapshots. A
+            snapshot is taken after the first batch that reaches a multiple of it. If
+            `steps_per_execution` is set, it is taken after the first execution that does. Default
+            None: a snapshot at the end of each epoch.
+        dtype: `"float16"`, `"float32"` or `"float64"`, the dtype of the averages in the files.
+            Averages that are too large for float16 are saved in float32. Default `"float16"`.
 
     Raises:
         ValueError: If an argument is out of range. When training begins, if the model's optimizer
@@ -68,9 +70,9 @@ class SaveAverages(keras.callbacks.Callback):
         self.every_steps = every_steps
         self.dtype = _checks.one_of("dtype", dtype, ("float16", "float32", "float64"))
         self._saved: list[Profile] = []
-        self._due = 0  # updates at which the next snapshot is due
+        self._due = 0  # The next snapshot is due after this number of updates.
         self._batches = self._batches_before = 0
-        self._earliest = 0  # batch before which so many updates cannot have been done
+        self._earliest = 0  # The number of updates cannot reach `_due` before this batch.
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Called at the start of training."""
@@ -83,12 +85,12 @@ class SaveAverages(keras.callbacks.Callback):
         self._saved = []
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Called at the start of an epoch; a backup has been restored by then."""
+        """Called at the start of an epoch. If there is a backup, it has been restored before."""
         self._batches_before = self._batches
         self._wait()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Called after a batch, or several. The model is looked at only where one may be due."""
+        """Called after a batch, or several. It reads the model only if a snapshot may be due."""
         self._batches = self._batches_before + batch + 1
         if self.every_steps is None or self._batches < self._earliest:
             return
@@ -101,9 +103,9 @@ class SaveAverages(keras.callbacks.Callback):
         if self.every_steps is None:
             self._save()
 
-    # On JAX looking at the optimizer costs a round trip of the state. A batch does one update at
-    # most (none, where gradients are accumulated or the loss scale skips it), so there is nothing
-    # to see before as many batches as updates are missing.
+    # On JAX, the state must be written back before the optimizer can be read, and this costs time.
+    # A batch does at most one update. It does none if gradients are accumulated or if loss scaling
+    # skips the step. So, if n updates are missing, nothing can be due before n more batches.
 
     def _wait(self) -> None:
         if self.every_steps is not None:
@@ -141,14 +143,14 @@ class SaveAverages(keras.callbacks.Callback):
             if (profile := _profile(wrapper)).time > 0
         ]
         profiles = [each.profile for each in kept]
-        if profiles and profiles != self._saved:  # nothing was averaged since
+        if profiles and profiles != self._saved:  # If they are equal, nothing new was averaged.
             path = _snapshot_files.path_of(self.directory, self._updates())
             _snapshot_files.write(path, model, kept, self.dtype)
             self._saved = profiles
 
 
 def _profile(wrapper: MovingAverage) -> Profile:
-    """How its average counts the updates up to the last averaging."""
+    """The profile of a wrapper's average at its last averaging."""
     updates = wrapper.updates_so_far()
     last = updates - updates % wrapper.average_period
     return Profile(wrapper.average_decay.gamma, last - wrapper.start_step)

@@ -1,4 +1,4 @@
-"""Averages of files: means, soups, windows, and averages of a length chosen afterwards."""
+"""Averages of files: means, soups, windows, and averages whose length is chosen after training."""
 
 from keras_avg.checkpoints._average import average
 from keras_avg.checkpoints._greedy_soup import greedy_soup

@@ -9,7 +9,7 @@ from keras_avg import _checks
 from keras_avg.checkpoints import _files, _weights
 from keras_avg.checkpoints._weighted_sum import WeightedSum
 
-ROUNDING = 1e-12  # what is left of a sum of 0, of numbers about 1
+ROUNDING = 1e-12  # A sum that should be 0 may differ from 0 by this part of its largest terms.
 
 
 def average(
@@ -20,40 +20,41 @@ def average(
 ) -> None:
     """Give a model the mean of the weights in several files.
 
-    For each variable, in float64, rounded once to the variable's dtype,
+    The mean of each variable is computed in float64 and rounded once to the variable's dtype:
 
         variable <- sum(weight * value in the file) / sum(weight)
 
-    No averaging wrapper is needed, nor the optimizer that the files were written with: it is left
-    alone, here and in the files. A file may be of any backend. One file and one float64 copy of the
-    weights are in memory at a time, however many files there are.
+    The function needs no averaging wrapper. It also does not need the optimizer that wrote the
+    files. The model's own optimizer does not change. Any backend may have written a file. For any
+    number of files, one file and one float64 copy of the weights are in memory at a time.
 
-    What goes in is the copy that was in the model when the file was written: the averages, if a
-    wrapper of keras_avg had swapped them in, else the raw weights.
-    `python -m keras_avg info FILE` says which.
+    The function averages the copy that was in the model when the file was written. These are the
+    averages if a wrapper of keras_avg had swapped them in, else the raw weights.
+    `python -m keras_avg info FILE` says which copy it is.
 
-    What is not a floating-point number (seeds, counters) comes from the last file. Statistics of
-    batch normalization are averaged like weights, which is not what they would be for the mean:
+    Values that are not floating-point numbers (seeds, counters) come from the last file. Statistics
+    of batch normalization are averaged like weights. These are not the statistics of the mean, so
     call `keras_avg.update_batch_norm(model, x)` afterwards. Average models before you quantize
-    them: the integers of quantized kernels have no mean.
+    them, because the integers of quantized kernels have no mean.
 
     Args:
         model: A `keras.Model` that is built.
         filepaths: List of files that `model.load_weights` takes: `.keras`, `.weights.h5` or
             `.weights.json`.
-        weights: List of finite numbers, one for each file; they are divided by their sum. Default
-            None: all files count the same. `keras_avg.checkpoints.merge_weights` gives weights that
-            imitate an annealing of the learning rate.
+        weights: List of finite numbers, one for each file. They are divided by their sum. Default
+            None: all files have the same weight. `keras_avg.checkpoints.merge_weights` gives
+            weights that imitate an annealing of the learning rate.
         verbose: `"auto"` or 1 for a progress bar, 2 for one line, 0 for silence. Default `"auto"`.
 
     Returns:
         None. The model is changed in place.
 
     Raises:
-        ValueError: If there is no file; if one is missing, cut short, or of a model with other
-            layers or shapes; if a weight is not finite, there are not as many as files, or their
-            sum is 0; or if the model is not built. Its weights are as before then.
-        RuntimeError: If the model holds the averages of its optimizer at the moment.
+        ValueError: If there is no file. If a file is missing, cut short, or of a model with other
+            layers or shapes. If a weight is not finite, the number of weights is not the number of
+            files, or the sum of the weights is 0. If the model is not built. The model's weights
+            do not change then.
+        RuntimeError: If the model holds the averages of its optimizer now.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""What is in a file of Keras, read without a model: names, shapes, single arrays."""
+"""Reads names, shapes and single arrays from a file of Keras. No model is needed."""
 
 import contextlib
 import json
@@ -17,11 +17,11 @@ KINDS = (".keras", ".weights.h5", ".weights.json")
 
 
 class Contents:
-    """The arrays of a file, and its config if it has one. Nothing is read before it is asked for.
+    """The arrays of a file, and its config if it has one. An array is read only on request.
 
     Args:
-        arrays: Dict of HDF5 data sets by their full names, as `"optimizer/vars/updates"`.
-        config: Dict, what a `.keras` file says of its model; None for other kinds.
+        arrays: Dict of HDF5 data sets by their full names, such as `"optimizer/vars/updates"`.
+        config: Dict, the config of the model in a `.keras` file. None for other kinds of files.
     """
 
     def __init__(self, arrays: Mapping[str, Any], config: Any) -> None:
@@ -29,7 +29,7 @@ class Contents:
         self.config = config
 
     def groups(self) -> dict[str, dict[str, Any]]:
-        """The data sets of each saved object, by its path and their names."""
+        """A dict by the paths of the saved objects. Each is a dict of data sets by their names."""
         found: dict[str, dict[str, Any]] = {}
         for name, array in self.arrays.items():
             path, _, own = name.rpartition("/")
@@ -38,7 +38,7 @@ class Contents:
 
 
 def read_array(array: Any) -> Any:
-    """A data set as a NumPy array of the dtype that was saved."""
+    """A data set as a NumPy array. It has the dtype that was saved."""
     if array.attrs.get("dtype") == "bfloat16":
         return np.array(array, dtype="bfloat16")
     return array[...]
@@ -46,10 +46,10 @@ def read_array(array: Any) -> Any:
 
 @contextlib.contextmanager
 def opened(file: Any) -> Iterator[Contents]:
-    """Context in which a file's contents can be read. Links to other files are left out.
+    """Context in which the contents of a file can be read. Links to other files are left out.
 
     Raises:
-        ValueError: If it is missing, of another kind, or cut short.
+        ValueError: If the file is missing, of another kind, or cut short.
     """
     _files.refuse_missing(file)
     path = os.fspath(file)

@@ -1,4 +1,4 @@
-"""Lists of files, and what a model may take from each."""
+"""Checks lists of files, and reads a model's values from each file."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -12,10 +12,10 @@ from keras_avg.checkpoints import _weights
 
 
 def listed(filepaths: Any) -> list[Any]:
-    """The files in a list, which are all there.
+    """The files as a list, after a check that all of them exist.
 
     Raises:
-        ValueError: If it is not a list of paths, is empty, or a file is missing.
+        ValueError: If `filepaths` is not a list of paths, is empty, or a file is missing.
     """
     if isinstance(filepaths, str | bytes | os.PathLike) or not isinstance(filepaths, Iterable):
         raise ValueError(
@@ -31,21 +31,21 @@ def listed(filepaths: Any) -> list[Any]:
 
 
 def refuse_missing(file: Any) -> None:
-    """Refuse what is not the path of a file that is there."""
+    """Raise if this is not the path of a file that exists."""
     if not isinstance(file, str | os.PathLike):
         raise ValueError(f"A file must be given by its path. Received: {file!r}.")
-    is_remote = "://" in str(file)  # Keras copies it here when it reads it
+    is_remote = "://" in str(file)  # Keras copies such a file to this machine to read it.
     if not is_remote and not os.path.exists(file):
         raise ValueError(f"There is no file {os.fspath(file)!r}. Nothing was changed.")
 
 
 def with_progress(files: list[Any], verbose: int, passes: int = 1) -> Iterator[Any]:
-    """The files one after the other, with a progress bar that moves after each.
+    """Yield the files one after the other, and move a progress bar after each.
 
     Args:
         files: List of files.
         verbose: Integer, as for `keras.utils.Progbar`.
-        passes: Integer >= 1. How often the list is gone through.
+        passes: Integer >= 1. The number of passes over the list.
     """
     progress = keras.utils.Progbar(passes * len(files), verbose=verbose, unit_name="file")
     for _ in range(passes):
@@ -55,25 +55,25 @@ def with_progress(files: list[Any], verbose: int, passes: int = 1) -> Iterator[A
 
 
 def read(model: Any, file: Any) -> list[Any]:
-    """What a file holds for a model's variables, as tensors, in order; None where nothing.
+    """The values in a file for each of `model.variables`, as tensors. None if there is no value.
 
-    The model stays as it is. The optimizer and the metrics in the file are left alone.
+    The model does not change. The optimizer and the metrics in the file are not read.
 
     Raises:
-        ValueError: If it is no file of such a model, or cut short.
+        ValueError: If it is not a file of such a model, or if it is cut short.
     """
     path = os.fspath(file)
     without = [*nesting.optimizers_of(model), *model.metrics]
     try:
         return _keras_internals.values_in_file(model, path, without)
-    except Exception as error:  # of zip, of HDF5, of Keras, of a layer: the file is to be named
+    except Exception as error:  # From zip, HDF5, Keras or a layer: the message names the file.
         raise unreadable(path, error, f"into the model {model.name!r}") from error
     finally:
-        _weights.renew_what_is_derived(model)  # a layer may have made them of the file's values
+        _weights.renew_what_is_derived(model)  # They may be derived from the file's values.
 
 
 def unreadable(path: str, error: Exception, where: str = "") -> ValueError:
-    """What to raise where something else went wrong with a file."""
+    """The error to raise after another error occurred while a file was read."""
     if isinstance(error, OSError | EOFError) or "zip" in str(error):
         advice = "It may have been cut short, or be something else than a file of Keras."
     else:

@@ -1,4 +1,4 @@
-"""The mean of those files that make it better."""
+"""Averages those files that make their mean better."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -16,38 +16,38 @@ def greedy_soup(
     mode: str = "max",
     verbose: int | str = "auto",
 ) -> list[Any]:
-    """Give a model the mean of those files of which each makes the mean no worse.
+    """Give a model the mean of the best files. Each file that joins makes the mean no worse.
 
-    Every file is scored by itself. Then, from the best to the worst, each joins the soup if the
-    mean of the soup with it scores at least as well as without it. So the result scores at least as
-    well as the best file, on the data that `score` uses: take data that was not trained on, and not
-    those that you report.
+    First, every file is scored alone. Then the files are tried from the best to the worst. A file
+    joins the soup if the mean with it scores at least as well as the mean without it. So the result
+    scores at least as well as the best file on the data of `score`. Use data that was not trained
+    on. Do not use the data that you report.
 
-    The files may be of several runs from the same start, as of a search for hyper-parameters. A
-    file takes part with the copy that was in the model when it was written, as for
-    `keras_avg.checkpoints.average`. Each file is read at most twice; one file and one float64 copy
-    of the weights are in memory at a time.
+    The files may come from several runs with the same start, such as a search for
+    hyper-parameters. As in `keras_avg.checkpoints.average`, the copy that was in the model when the
+    file was written is used. Each file is read at most twice. One file and one float64 copy of the
+    weights are in memory at a time.
 
     Statistics of batch normalization are averaged like weights. `score` may call
-    `keras_avg.update_batch_norm(model, x)` first; call it once more for the result.
+    `keras_avg.update_batch_norm(model, x)` first. Then call it once more for the result.
 
     Args:
         model: A `keras.Model` that is built.
         filepaths: List of files that `model.load_weights` takes.
-        score: Function of the model that returns a number. The model holds the weights to judge. A
-            NaN keeps them out of the soup.
+        score: Function of the model that returns a number. The model holds the weights that are to
+            be scored. If it returns NaN, these weights do not join the soup.
         mode: `"max"` if a higher score is better, `"min"` if a lower one is. Default `"max"`.
         verbose: `"auto"` or 1 for a progress bar, 2 for one line, 0 for silence. Default `"auto"`.
 
     Returns:
-        List of the files that are in the soup, as they were given, best first. The model has their
-        mean: that of `keras_avg.checkpoints.average(model, files)`.
+        List of the files in the soup, best first. They are the elements of `filepaths`. The model
+        has their mean, the same as after `keras_avg.checkpoints.average(model, files)`.
 
     Raises:
-        ValueError: If there is no file, or one cannot be read; if `score` is no function, does not
-            return a number, or returns NaN for every file; if `mode` is neither. The model's
-            weights are as before then, and after an error in `score` too.
-        RuntimeError: If the model holds the averages of its optimizer at the moment.
+        ValueError: If there is no file, or a file cannot be read. If `score` is not a function,
+            does not return a number, or returns NaN for every file. If `mode` is something else.
+            The model's weights do not change then, nor if `score` raises an error.
+        RuntimeError: If the model holds the averages of its optimizer now.
 
     Example:
 
@@ -88,12 +88,12 @@ def greedy_soup(
                 soup.add(values)
                 chosen.append(file)
                 best = reached
-        _weights.put_in(model, soup.mean(len(chosen)))  # `score` may have changed them
+        _weights.put_in(model, soup.mean(len(chosen)))  # `score` may have changed the weights.
     return chosen
 
 
 def _best_first(scores: Sequence[float], files: Sequence[Any]) -> list[int]:
-    """The places of the files that have a score; of equal ones the first comes first."""
+    """The places of the files that have a score, best first. Equal ones keep their order."""
     places = [i for i, score in enumerate(scores) if score == score]
     if not places:
         raise ValueError(

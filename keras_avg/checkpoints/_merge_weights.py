@@ -1,4 +1,4 @@
-"""Weights of files that imitate an annealing of the learning rate."""
+"""Computes weights for files that imitate an annealing of the learning rate."""
 
 import itertools
 import math
@@ -12,32 +12,32 @@ CURVES: dict[str, Callable[[float], float]] = {
     "cosine": lambda x: (1.0 + math.cos(math.pi * x)) / 2.0,
     "1-sqrt": lambda x: 1.0 - math.sqrt(x),
 }
-ROUNDING = 1e-6  # of a curve that somebody computes in float32
+ROUNDING = 1e-6  # A user's curve may be computed in float32.
 
 
 def merge_weights(number: int, decay: Any = "linear") -> list[float]:
-    """Weights for the last files of a run at a constant rate, as if the rate had been annealed.
+    """Weights for the last files of a run at a constant rate. They imitate an annealed rate.
 
-    Let `w(x)` be the curve by which the rate would have gone down over the span of the files, from
-    1 at `x = 0` to 0 at `x = 1`. With `k = number - 1` and `w_j = w(j / (k + 1))`, file `j`, oldest
-    first, has the weight
+    Let `w(x)` be the curve of the annealed rate over the time of the files. It falls from 1 at
+    `x = 0` to 0 at `x = 1`. Let `k = number - 1` and `w_j = w(j / (k + 1))`. Then file `j` (the
+    oldest is 0) has the weight
 
         c_0 = 1 - w_1,   c_j = w_j - w_(j+1),   c_k = w_k
 
-    so that the change between two files counts as much as it would have at the lower rate. The sum
+    So the change between two files has the factor that the lower rate would have given it. The sum
     of the weights is 1. `"linear"` gives the plain mean.
 
     Args:
         number: Integer >= 1, the number of files.
-        decay: `"linear"`, `"cosine"`, `"1-sqrt"`, or a function of a float in [0, 1] that begins at
-            1 and goes down, not below 0. Default `"linear"`.
+        decay: `"linear"`, `"cosine"`, `"1-sqrt"`, or a function of a float in [0, 1]. The function
+            begins at 1, decreases, and is never below 0. Default `"linear"`.
 
     Returns:
         List of `number` floats, oldest file first.
 
     Raises:
-        ValueError: If `number` is not an integer >= 1, or `decay` is none of these: if it does not
-            begin at 1, rises, does not go down at all, or leaves the range [0, 1].
+        ValueError: If `number` is not an integer >= 1. If `decay` is none of these: it does not
+            begin at 1, increases, never decreases, or leaves the range [0, 1].
 
     Example:
 
@@ -57,9 +57,9 @@ def merge_weights(number: int, decay: Any = "linear") -> list[float]:
     values = [_at(curve, decay, j / number) for j in range(number)]
     _refuse_unless_it_goes_down(decay, values)
 
-    # The paper asks what a run with updates d_1, d_2, ... between the files, at rates w_1, w_2, ...
-    # of the constant one, would have come to:  file_0 + w_1 d_1 + ... + w_k d_k.  As d_j is
-    # file_j - file_(j-1), each file stands there with w_j of its own and - w_(j+1) of the next.
+    # Let d_1, d_2, ... be the updates between the files. The paper multiplies the constant rate by
+    # w_1, w_2, ... Such a run would have ended at  file_0 + w_1 d_1 + ... + w_k d_k.  Because d_j
+    # is file_j - file_(j-1), file_j has the factor w_j from d_j, and - w_(j+1) from d_(j+1).
     values[0] = 1.0
     return [w - after for w, after in zip(values, [*values[1:], 0.0], strict=True)]
 

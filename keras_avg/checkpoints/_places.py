@@ -1,4 +1,4 @@
-"""Which of a model's variables the arrays in a file belong to."""
+"""Finds the variables of a model to which the arrays in a file belong."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,15 +10,18 @@ from keras_avg._wrapping import belonging
 def places_in(
     model: Any, arrays: Mapping[int, Any], otherwise: Sequence[int]
 ) -> dict[int, int] | None:
-    """For each array's number the place of its variable in a model; None if they do not fit.
+    """A dict from the number of each array to the place of its variable in a model.
 
-    They are matched by the paths that were written beside them. Where paths are not the same, as of
-    models that Keras named anew, the first array belongs to the first of `otherwise`, and so on.
+    Arrays and variables are matched by the paths in the file. The paths differ if Keras gave the
+    model new names. Then the first array belongs to the first place in `otherwise`, and so on.
 
     Args:
         model: A model.
         arrays: Dict of data sets by their numbers.
-        otherwise: List of places in `model.variables`.
+        otherwise: List of places in `model.variables`, for files whose paths differ.
+
+    Returns:
+        The dict, or None if the arrays do not fit the model.
     """
     variables = model.variables
     theirs = {n: str(array.attrs.get("path")) for n, array in arrays.items()}

@@ -1,4 +1,4 @@
-"""Files of averages: one a snapshot, whole or not there."""
+"""Writes and reads files of averages. Each snapshot is one file: a whole file, or none."""
 
 import os
 import pathlib
@@ -23,7 +23,7 @@ class Kept(NamedTuple):
     """One average of a model's variables.
 
     Attributes:
-        profile: How it counts the values of the run.
+        profile: The weights that the average gives to the values of the run.
         start: Integer. The step at which averaging began.
         values: Dict of tensors by the places of their variables in `model.variables`.
     """
@@ -34,33 +34,33 @@ class Kept(NamedTuple):
 
 
 def path_of(directory: Any, updates: int) -> pathlib.Path:
-    """The file of a snapshot after so many updates."""
+    """The file of the snapshot after this number of updates."""
     return pathlib.Path(directory) / f"averages-{updates:010d}.h5"
 
 
 def in_directory(directory: Any) -> list[pathlib.Path]:
-    """The files of snapshots in a directory, oldest first. What was not finished is not one."""
+    """The files of snapshots in a directory, oldest first. Unfinished files are left out."""
     found = [p for p in pathlib.Path(directory).iterdir() if NAME.fullmatch(p.name)]
     return sorted(found, key=lambda path: updates_of(path))
 
 
 def updates_of(path: pathlib.Path) -> int:
-    """After how many updates a snapshot was taken, as its name says."""
+    """The number of updates before a snapshot, from the name of its file."""
     found = NAME.fullmatch(path.name)
     assert found is not None
     return int(found[1])
 
 
 def write(path: pathlib.Path, model: Any, averages: Sequence[Kept], dtype: str) -> None:
-    """Write a snapshot so that, whenever the process is killed, there is a whole file or none.
+    """Write a snapshot. If the process is killed at any moment, there is a whole file or none.
 
     Args:
         path: The file.
         model: The model. Its variables that have no average are written as they are.
         averages: List of averages.
-        dtype: String. Numbers that are too large for it are written in float32.
+        dtype: String. Arrays with numbers that are too large for it are written in float32.
     """
-    aside = path.with_name(f"{path.name}.part")  # no name that is ever read
+    aside = path.with_name(f"{path.name}.part")  # No function reads a file with this name.
     try:
         with h5py.File(aside, "w") as file:
             _fill(file, model, averages, dtype)
@@ -69,8 +69,8 @@ def write(path: pathlib.Path, model: Any, averages: Sequence[Kept], dtype: str) 
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # elsewhere directories cannot be opened
-        _to_disk(path.parent)  # the new name
+    if os.name == "posix":  # Other systems cannot open directories.
+        _to_disk(path.parent)  # This writes the new name to the disk.
 
 
 def _fill(file: Any, model: Any, averages: Sequence[Kept], dtype: str) -> None:
@@ -88,7 +88,7 @@ def _fill(file: Any, model: Any, averages: Sequence[Kept], dtype: str) -> None:
     group = file.create_group(REST)
     for place, variable in rest.items():
         array = np.asarray(ops.convert_to_numpy(variable))
-        is_known = array.dtype.kind in "biuf"  # HDF5 has no bfloat16
+        is_known = array.dtype.kind in "biuf"  # HDF5 has no bfloat16.
         group.create_dataset(str(place), data=array if is_known else array.astype("float32"))
         group[str(place)].attrs["path"] = paths[place]
 
@@ -108,7 +108,7 @@ def _to_disk(path: pathlib.Path) -> None:
 
 
 class Stored(NamedTuple):
-    """One average in a file, of which only what describes it has been read."""
+    """The description of one average in a file. Its values have not been read."""
 
     file: pathlib.Path
     group: str
@@ -117,10 +117,10 @@ class Stored(NamedTuple):
 
 
 def described(path: pathlib.Path) -> list[Stored]:
-    """The averages in a file.
+    """The descriptions of the averages in a file.
 
     Raises:
-        ValueError: If it is no such file, or damaged.
+        ValueError: If it is not a file of snapshots, or if it is damaged.
     """
     try:
         with h5py.File(path, "r") as file:

@@ -1,4 +1,4 @@
-"""An average of a length that is chosen after training."""
+"""Computes an average whose length is chosen after training."""
 
 import os
 import pathlib
@@ -15,47 +15,49 @@ from keras_avg.checkpoints._profiles import Combination, Profile, combine
 from keras_avg.checkpoints._snapshot_files import REST, Stored
 from keras_avg.decays import PowerFunction
 
-ENOUGH = 0.05  # relative error of a profile above which somebody should know
+ENOUGH = 0.05  # If the relative error of the profile is larger, a warning says so.
 
 
 def synthesize(
     model: Any, directory: Any, sigma_rel: float, verbose: int | str = "auto"
 ) -> dict[str, float]:
-    """Give a model the average that `PowerFunction(sigma_rel)` would have kept, after training.
+    """Give a model, after training, the average that `PowerFunction(sigma_rel)` would have kept.
 
-    `keras_avg.callbacks.SaveAverages` has left snapshots of one or more power-function averages.
-    Their weighted sum whose profile is nearest to the wanted one, at the last snapshot's time, by
-    least squares in float64, takes the place of an average that nobody kept:
+    `keras_avg.callbacks.SaveAverages` wrote snapshots of one or more power-function averages during
+    training. This function computes a weighted sum of these snapshots. It chooses the weights by
+    least squares in float64. The profile of the sum is then the nearest one to the wanted profile
+    at the time of the last snapshot:
 
         minimize || profile(sigma_rel) - sum(weight_i * profile_i) ||,   sum(weight_i) = 1
 
-    So one run answers which length of the average is best. The optimizer is left alone. Variables
-    without an average (statistics of batch normalization among them) come from the last file:
-    `keras_avg.update_batch_norm(model, x)` makes the statistics fit. One file and one float64 copy
-    of the weights are in memory at a time.
+    So one run is enough to find the best length of the average. The optimizer does not change.
+    Variables without an average, such as statistics of batch normalization, come from the last
+    file. Call `keras_avg.update_batch_norm(model, x)` afterwards to compute statistics that fit.
+    One file and one float64 copy of the weights are in memory at a time.
 
     Args:
         model: A `keras.Model` that is built.
         directory: Path of the directory of `SaveAverages`, of one run.
-        sigma_rel: Number in (0, 12 ** -0.5], as for `keras_avg.decays.PowerFunction`. Good between
-            the lengths that were kept, and somewhat beyond.
+        sigma_rel: Number in (0, 12 ** -0.5], as for `keras_avg.decays.PowerFunction`. The result is
+            good between the lengths in the snapshots, and somewhat beyond them.
         verbose: `"auto"` or 1 for a progress bar and a table of the result, 2 for a line and the
             table, 0 for silence. Default `"auto"`.
 
     Returns:
-        Dict of the table's row: `"sigma_rel"`, what was asked for; `"reached_sigma_rel"`, that of
-        the sum; `"relative_error"`, the distance between the two profiles over the length of the
-        wanted one; `"snapshots"`, how many averages went in. The model is changed in place.
+        Dict, the row of the table. `"sigma_rel"` is the argument, and `"reached_sigma_rel"` is that
+        of the weighted sum. `"relative_error"` is the distance between the two profiles, divided by
+        the length of the wanted one. `"snapshots"` is the number of averages in the sum. The model
+        is changed in place.
 
     Warns:
-        UserWarning: If the relative error is above 5 %: there are too few snapshots, or the target
-            is too far from the lengths that were kept.
+        UserWarning: If the relative error is above 5 %. Then there are too few snapshots, or the
+            wanted length is too far from the lengths in the snapshots.
 
     Raises:
-        ValueError: If `sigma_rel` is out of range; if there is no directory, or no snapshot in it;
-            if a file is damaged, of another model, or of averages that began at other steps. The
-            model's weights are as before then.
-        RuntimeError: If the model holds the averages of its optimizer at the moment.
+        ValueError: If `sigma_rel` is out of range. If the directory or a snapshot in it is missing.
+            If a file is damaged, of another model, or of averages that began at other steps. The
+            model's weights do not change then.
+        RuntimeError: If the model holds the averages of its optimizer now.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""A sum of weights times values, in float64."""
+"""Computes a weighted sum of values in float64."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,10 +9,10 @@ from keras import ops
 
 
 class WeightedSum:
-    """The weighted sum of values that come one list after the other.
+    """The weighted sum of lists of values. The lists are added one after the other.
 
-    A mean is the sum over the sum of its weights, rounded to the variable's dtype once. What is not
-    a floating-point number has no mean: the last one counts.
+    A mean is the sum divided by the sum of the weights. It is rounded once to the variable's dtype.
+    Values that are not floating-point numbers have no mean, so the last value is used.
 
     Args:
         variables: List of a model's variables.
@@ -23,22 +23,22 @@ class WeightedSum:
         self._sums: list[Any] = [None] * len(self._dtypes)
 
     def add(self, values: Sequence[Any], weight: float = 1.0) -> None:
-        """Add values, one for each variable; None where there is none."""
+        """Add a list with one value for each variable. None stands for no value."""
         for i, value in enumerate(values):
             if value is None:
                 continue
             if not keras.backend.is_float_dtype(self._dtypes[i]):
                 self._sums[i] = np.array(ops.convert_to_numpy(value), copy=True)
-            elif weight != 0.0:  # 0 * inf is not 0
+            elif weight != 0.0:  # 0 * inf is NaN.
                 self._sums[i] = _plus(self._sums[i], _float64(value), weight)
 
     def mean(self, total: float, more: Sequence[Any] | None = None) -> Iterator[Any]:
-        """The sum over a number, for each variable; None where there was no value.
+        """Yield the sum divided by `total` for each variable. None if there was no value.
 
         Args:
             total: Float. The sum of the weights.
-            more: List of values that are in the mean, with weight 1, and not in the sum. Default
-                None: no further values.
+            more: List of further values. They are part of this mean with weight 1, but are not
+                added to the sum. Default None: no further values.
         """
         values: Sequence[Any] = more or [None] * len(self._sums)
         for dtype, kept, value in zip(self._dtypes, self._sums, values, strict=True):
@@ -56,7 +56,7 @@ def _float64(value: Any) -> Any:
 
 
 def _plus(kept: Any, value: Any, weight: float) -> Any:
-    """`kept + weight * value`, without another array than these. `value` is the caller's own."""
+    """`kept + weight * value`, computed in place. It may overwrite both `kept` and `value`."""
     if weight != 1.0:
         value *= weight
     if kept is None:

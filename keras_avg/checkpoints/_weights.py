@@ -1,4 +1,4 @@
-"""The weights of a model: who may change them, and all or none."""
+"""Changes the weights of a model: all of them, or none."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -14,9 +14,9 @@ def refuse_unless_ready(model: Any, what: str) -> None:
     """Refuse a model that cannot take weights now.
 
     Raises:
-        ValueError: If it is no model, or not built.
-        RuntimeError: If it holds the averages of its optimizer, which would be overwritten, or if
-            the JAX trainer has its weights.
+        ValueError: If it is not a model, or if it is not built.
+        RuntimeError: If it holds the averages of its optimizer, because they would be overwritten.
+            If the JAX trainer holds its weights.
     """
     if not isinstance(model, keras.Model):
         raise ValueError(f"`model` must be a keras.Model. Received: model={model!r}.")
@@ -31,7 +31,7 @@ def refuse_unless_ready(model: Any, what: str) -> None:
 
 @contextlib.contextmanager
 def all_or_none(model: Any) -> Iterator[None]:
-    """Context in which a model's weights may change. They are as before if an error leaves it."""
+    """Context in which a model's weights may change. An error puts the old weights back."""
     before = [_backend.copy(variable) for variable in model.variables]
     try:
         yield
@@ -41,11 +41,12 @@ def all_or_none(model: Any) -> Iterator[None]:
 
 
 def put_in(model: Any, values: Iterable[Any]) -> None:
-    """Give a model's variables values, in buffers of their own. None: the variable keeps its own.
+    """Give a model's variables copies of values.
 
     Args:
         model: A model.
-        values: Iterable of tensors or arrays, one for each of `model.variables`.
+        values: Iterable of tensors or arrays, one for each of `model.variables`. For None, the
+            variable keeps its value.
     """
     for variable, value in zip(model.variables, values, strict=True):
         if value is not None:
@@ -54,7 +55,7 @@ def put_in(model: Any, values: Iterable[Any]) -> None:
 
 
 def renew_what_is_derived(model: Any) -> None:
-    """Let layers that compute with tensors made of their variables make them again."""
+    """Let layers compute again the tensors that they derive from their variables."""
     for layer in _keras_internals.layers_at_any_depth(model):
         if isinstance(layer, keras.layers.Normalization) and layer.input_mean is None:
             layer.finalize_state()

@@ -1,4 +1,4 @@
-"""The mean of the snapshots between two files of one run."""
+"""Computes the mean of the snapshots between two files of one run."""
 
 import os
 from typing import Any
@@ -16,19 +16,21 @@ from keras_avg.checkpoints._places import places_in
 def window(model: Any, earlier: Any, later: Any) -> None:
     """Give a model the mean of the snapshots that `SWA` took between two files of one run.
 
-    With `n1` snapshots and the mean `a1` in the earlier file, `n2` and `a2` in the later one,
+    The earlier file has `n1` snapshots with the mean `a1`, the later one `n2` snapshots with the
+    mean `a2`. The function computes in float64
 
         variable <- (n2 * a2 - n1 * a1) / (n2 - n1)
 
-    in float64. So any stretch of a run that averaged from its beginning can be looked at afterwards
-    from two of its files. It is the mean of snapshots `n1 + 1` to `n2` up to rounding: the
-    difference takes digits from averages that are stored in float32, the more the shorter the
-    window is.
+    This is the mean of snapshots `n1 + 1` to `n2`, up to rounding. So a run that averages from its
+    beginning can be examined afterwards: two of its files give the mean of the part between them.
+    The averages are stored in float32, and the difference loses some of their digits. It loses more
+    digits if the window is short.
 
-    The means are read from the optimizer's part of the files, so it does not matter which copy was
-    in the model when they were written. The model's own optimizer need not be that of the files,
-    and is left alone. What has no average (statistics of batch normalization, excluded variables)
-    comes from the later file. `keras_avg.update_batch_norm(model, x)` makes the statistics fit.
+    The means are read from the optimizer's part of the files. So it does not matter which copy was
+    in the model when they were written. The model's own optimizer may differ from that of the
+    files, and does not change. Variables without an average (statistics of batch normalization,
+    excluded variables) come from the later file. Call `keras_avg.update_batch_norm(model, x)`
+    afterwards to compute statistics that fit.
 
     Args:
         model: A `keras.Model` that is built.
@@ -40,10 +42,10 @@ def window(model: Any, earlier: Any, later: Any) -> None:
         None. The model is changed in place.
 
     Raises:
-        ValueError: If a file is missing, cut short, or of another model; if it has no averages of
-            `SWA`, or it cannot be told which are; or if the later file does not have more snapshots
-            than the earlier one. The model's weights are as before then.
-        RuntimeError: If the model holds the averages of its optimizer at the moment.
+        ValueError: If a file is missing, cut short, or of another model. If it has no averages of
+            `SWA`, or does not say which averages are of `SWA`. If the later file does not have more
+            snapshots than the earlier one. The model's weights do not change then.
+        RuntimeError: If the model holds the averages of its optimizer now.
 
     Example:
 
@@ -74,7 +76,7 @@ def window(model: Any, earlier: Any, later: Any) -> None:
 def _means(
     model: Any, before: AveragesInFile, after: AveragesInFile, earlier: Any, later: Any
 ) -> dict[int, Any]:
-    """The means of the window, by the places of their variables in the model."""
+    """A dict of the means of the window, by the places of their variables in the model."""
     n1, n2 = before.counter("snapshots"), after.counter("snapshots")
     if n2 <= n1:
         raise ValueError(
@@ -101,10 +103,10 @@ def _float64(array: Any) -> Any:
 
 
 def _swas(model: Any, contents: Any, file: Any) -> dict[str, AveragesInFile]:
-    """The averages of `SWA` in a file, by where they are. Of nested ones the outermost."""
+    """The averages of `SWA` in a file, by their paths. If they are nested, only the outermost."""
     found = averages_in(contents)
     swas = [each for each in found if _is_swa(each, model)]
-    if not swas and all(_kind(each, model) is None for each in found):  # nobody knows
+    if not swas and all(_kind(each, model) is None for each in found):  # No class is known.
         plain = [each for each in found if each.stores().keys() == {"average"}]
         swas = plain if len(plain) == 1 else []
     outermost = {
@@ -129,9 +131,9 @@ def _is_swa(averages: AveragesInFile, model: Any) -> bool:
 
 
 def _kind(averages: AveragesInFile, model: Any) -> Any:
-    """The class of a wrapper in a file, as the file says, else as the model is compiled."""
+    """The class of a wrapper in a file. If the file does not say it, the model's optimizer does."""
     if averages.config is not None:
-        return averages.kind() or object  # one that is not known here is not ours
+        return averages.kind() or object  # An unknown class is not a class of keras_avg.
     first, *rest = averages.path.split("/")
     optimizer = getattr(model, first, None)
     for attribute in rest:
@@ -144,7 +146,7 @@ def _wrappers(model: Any) -> list[Any]:
 
 
 def _averages(model: Any, averages: AveragesInFile, file: Any) -> dict[int, Any]:
-    """The averages in a file by the places, in the model, of the variables they belong to."""
+    """The averages in a file, by the places of their variables in the model."""
     stored = averages.stores().get("average", {})
     trained = [i for i, variable in enumerate(model.variables) if variable.trainable]
     places = places_in(model, stored, otherwise=trained)
