@@ -1,5 +1,7 @@
 """What a wrapper asks of the host at each step, on torch, where Python runs at each of them."""
 
+import gc
+
 import keras
 import pytest
 import small_training as small
@@ -16,6 +18,7 @@ def operations_of_a_step(optimizer, number_of_variables):
     """Names of the operations of the second step."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    gc.collect()  # A step also asks the swaps of models that other tests have left.
     variables = [keras.Variable([1.0, 2.0]) for _ in range(number_of_variables)]
     gradients = [[0.1, 0.1]] * number_of_variables
     small.apply(optimizer, variables, gradients)

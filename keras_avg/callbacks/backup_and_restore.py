@@ -65,8 +65,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         delete_checkpoint: bool = True,
     ) -> None:
         backup_dir = os.fspath(backup_dir)
-        _check(backup_dir, save_freq)
+        _refuse_remote(backup_dir)
         super().__init__(backup_dir, save_freq, double_checkpoint, delete_checkpoint)
+        _check_frequency(save_freq)
         self._folder = pathlib.Path(backup_dir)
         self._latest = self._folder / "latest.weights.h5"
         self._previous = self._folder / "previous.weights.h5"
@@ -187,12 +188,15 @@ def _restore_metrics(model: Any, position: "_backup_file.Position") -> Any:
     return model.get_metrics_result()
 
 
-def _check(backup_dir: str, save_freq: Any) -> None:
+def _refuse_remote(backup_dir: str) -> None:
     if not _atomic.is_local(backup_dir):
         raise ValueError(
             "Backups are renamed when they are whole, which takes a local folder. Received: "
             f"backup_dir={backup_dir!r}."
         )
+
+
+def _check_frequency(save_freq: Any) -> None:
     if _is_number(save_freq) and save_freq < 1:
         raise ValueError(
             "`save_freq` is 'epoch', False, or a number of batches, at least 1. Received: "
