@@ -14,6 +14,7 @@ import pytest
 import small_training as small
 from keras import optimizers
 
+import keras_avg
 from keras_avg import LAWA, SWA, SWAG, ModelAverage, MovingAverage
 
 
@@ -158,6 +159,35 @@ def test_what_is_inside_takes_nothing_of_a_file_that_was_refused(tmp_path, build
     saved.save_weights(tmp_path / "m.weights.h5")
     model.load_weights(tmp_path / "m.weights.h5")  # the next file is loaded whole
     small.assert_same_bits(model.optimizer.get_weights(), saved.optimizer.get_weights())
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        optimizers.LossScaleOptimizer,
+        lambda wrapper: optimizers.MultiOptimizer(
+            optimizers.OptimizerMap(default_optimizer=wrapper)
+        ),
+    ],
+    ids=["LossScaleOptimizer", "MultiOptimizer"],
+)
+def test_a_wrapper_takes_nothing_of_a_refused_file_through_the_optimizer_around_it(
+    tmp_path, around
+):
+    saved, model = trained(around(MovingAverage("adam"))), trained(around(MovingAverage("adam")))
+    small.apply(saved.optimizer, saved.trainable_variables, saved.trainable_variables)
+    saved.save_weights(tmp_path / "m.weights.h5")
+    with h5py.File(tmp_path / "m.weights.h5", "r+") as file:
+        part = (
+            "optimizers/moving_average" if "optimizers" in file["optimizer"] else "inner_optimizer"
+        )
+        put("average_2", np.zeros(9))(file[f"optimizer/{part}/vars"])
+        put("15", np.zeros(9))(file["optimizer/vars"])
+    (wrapper,) = keras_avg.averaging_optimizers(model)
+    before = wrapper.get_weights()
+    with pytest.raises(ValueError, match=r"could not be loaded|\(9,\)"):
+        model.load_weights(tmp_path / "m.weights.h5")
+    small.assert_same_bits(wrapper.get_weights(), before)
 
 
 @pytest.mark.parametrize("kind", TAMPERED)

@@ -141,7 +141,8 @@ class OptimizerWrapper(ClassicSlots):
     def variables(self) -> list[Any]:
         """The wrapper's own variables (counters, stores, added ones), then the inner ones."""
         self._before_state_is_read()
-        return [*self._own_variables.by_name.values(), *self.inner_optimizer.variables]
+        own = self._own_variables.by_name.values()
+        return _keras_internals.unless_loaded_around([*own, *self.inner_optimizer.variables])
 
     @property
     def weights(self) -> list[Any]:
