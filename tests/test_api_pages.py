@@ -1,4 +1,4 @@
-"""Each public symbol has a page in the documentation, and no page is of something else."""
+"""Each public symbol has a page in the documentation. There are no other pages."""
 
 import pathlib
 import re
@@ -24,6 +24,6 @@ def test_every_public_symbol_has_one_page():
     assert sorted(names) == sorted(PUBLIC), "docs/api.md lists what is not public, or lists twice."
 
 
-def test_a_symbol_that_is_not_listed_is_found():
+def test_the_check_finds_a_symbol_that_is_not_listed():
     text = PAGE.read_text().replace("   HalfLife\n", "")
     assert PUBLIC.keys() - set(listed(text)) == {"keras_avg.decays.HalfLife"}

@@ -1,4 +1,4 @@
-"""Backups: whole at any moment, and training ends where it would have ended undisturbed."""
+"""Backups are whole at any moment. Resumed training ends where undisturbed training ends."""
 
 import os
 
@@ -15,7 +15,7 @@ EPOCHS = 4
 
 
 def model(**compile_arguments):
-    """With Dropout, whose seed Keras does not save."""
+    """A model with Dropout. Keras does not save the seed of Dropout."""
     keras.utils.set_random_seed(3)
     layers = [
         keras.Input((5,)),
@@ -54,7 +54,7 @@ def state(trained):
 
 
 def resumed(tmp_path, at, make=model, **arguments):
-    """A model whose training was broken off, and a new one that went on with it."""
+    """Interrupt the training of a model, and go on with it in a new model."""
     backup = lambda: BackupAndRestore(tmp_path / "backup", **arguments)  # noqa: E731
     with pytest.raises(KeyboardInterrupt):
         fit(make(), SwapAverageWeights(), backup(), Dies(*at))
@@ -64,7 +64,7 @@ def resumed(tmp_path, at, make=model, **arguments):
 @pytest.mark.sample(12, jax=4, tensorflow=2)
 @pytest.mark.parametrize("save_freq", ["epoch", 1, 4, 6])
 @pytest.mark.parametrize("at", [(1, 0), (1, 5), (2, 2)])
-def test_training_broken_off_ends_where_it_would_have_ended(tmp_path, save_freq, at):
+def test_interrupted_training_ends_where_undisturbed_training_ends(tmp_path, save_freq, at):
     undisturbed = fit(model(), SwapAverageWeights())
     went_on = resumed(tmp_path, at, save_freq=save_freq)
     small.assert_same_bits(state(went_on), state(undisturbed))
@@ -72,7 +72,7 @@ def test_training_broken_off_ends_where_it_would_have_ended(tmp_path, save_freq,
 
 
 @pytest.mark.slow_on("jax", "tensorflow")
-def test_the_epoch_that_was_broken_off_has_the_metrics_of_all_its_batches(tmp_path):
+def test_an_interrupted_epoch_has_the_metrics_of_all_its_batches(tmp_path):
     undisturbed = fit(model(), SwapAverageWeights())
     went_on = resumed(tmp_path, (1, 3), save_freq=2)
     assert went_on.history.epoch == [1, 2, 3]
@@ -91,7 +91,7 @@ def test_the_next_training_begins_with_the_first_epoch(tmp_path):
 
 @pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch runs one step at a time")
-def test_several_steps_per_execution(tmp_path):
+def test_training_goes_on_with_several_steps_per_execution(tmp_path):
     make = lambda: model(steps_per_execution=2)  # noqa: E731
     undisturbed = fit(make(), SwapAverageWeights())
     went_on = resumed(tmp_path, (1, 3), make, save_freq=2)
@@ -119,7 +119,7 @@ def test_a_generator_is_read_up_to_the_batch_where_training_goes_on(tmp_path):
 
 
 class StopsWhileWriting:
-    """Lets `save_weights` of a model write half a file, as a process that is killed does."""
+    """Makes `save_weights` of a model write half a file, like a process that is killed."""
 
     def __init__(self, trained, monkeypatch):
         def half(path, **arguments):
@@ -132,7 +132,7 @@ class StopsWhileWriting:
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_the_backup_before_stays_until_the_new_one_is_whole(tmp_path, monkeypatch, double):
+def test_the_old_backup_stays_until_the_new_one_is_whole(tmp_path, monkeypatch, double):
     trained = model()
     backup = BackupAndRestore(tmp_path, double_checkpoint=double, delete_checkpoint=False)
     fit(trained, backup)
@@ -146,7 +146,7 @@ def test_the_backup_before_stays_until_the_new_one_is_whole(tmp_path, monkeypatc
 
 
 @pytest.mark.slow_on("jax", "tensorflow")
-def test_what_a_killed_process_left_is_removed(tmp_path):
+def test_unfinished_files_of_a_killed_process_are_removed(tmp_path):
     left = tmp_path / ".aside-latest.weights.h5-abc"
     left.mkdir()
     (left / "latest.weights.h5").write_bytes(b"half")
@@ -155,7 +155,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 
 
 @pytest.mark.slow_on("jax", "tensorflow")
-def test_if_the_disk_damaged_the_last_backup_the_one_before_is_taken(tmp_path):
+def test_the_previous_backup_is_used_if_the_last_one_is_damaged(tmp_path):
     backup = lambda: BackupAndRestore(tmp_path, 2, double_checkpoint=True)  # noqa: E731
     with pytest.raises(KeyboardInterrupt):
         fit(model(), SwapAverageWeights(), backup(), Dies(1, 4))
@@ -165,7 +165,7 @@ def test_if_the_disk_damaged_the_last_backup_the_one_before_is_taken(tmp_path):
 
 
 @pytest.mark.slow_on("jax", "tensorflow")
-def test_a_damaged_backup_with_none_before_it_is_an_error(tmp_path):
+def test_a_damaged_backup_without_a_previous_one_raises_an_error(tmp_path):
     (tmp_path / "latest.weights.h5").write_bytes(b"half")
     with pytest.raises(OSError, match=r"cannot be read. Received: .*latest.* Delete the folder"):
         fit(model(), BackupAndRestore(tmp_path))
@@ -182,7 +182,7 @@ def test_a_backup_of_keras_own_callback_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("save_freq", [0, -1, 0.5, "batch", None])
-def test_when_to_save_is_checked(tmp_path, save_freq):
+def test_a_wrong_save_freq_is_refused(tmp_path, save_freq):
     with pytest.raises(ValueError, match="save_freq"):
         BackupAndRestore(tmp_path, save_freq)
 
@@ -193,7 +193,7 @@ def test_a_folder_that_is_not_local_is_refused():
 
 
 @pytest.mark.slow_on("jax", "tensorflow")
-def test_never_is_never(tmp_path):
+def test_no_backup_is_made_if_save_freq_is_false(tmp_path):
     fit(model(), BackupAndRestore(tmp_path / "backup", False, delete_checkpoint=False))
     assert not (tmp_path / "backup").exists()
 
@@ -201,7 +201,7 @@ def test_never_is_never(tmp_path):
 class TestAverageModelCheckpoint:
     @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.parametrize("name", ["m.keras", "m.weights.h5"])
-    def test_the_file_before_stays_until_the_new_one_is_whole(self, tmp_path, monkeypatch, name):
+    def test_the_old_checkpoint_stays_until_the_new_one_is_whole(self, tmp_path, monkeypatch, name):
         trained = model()
         weights_only = name.endswith(".weights.h5")
         callback = AverageModelCheckpoint(False, tmp_path / name, save_weights_only=weights_only)
@@ -216,7 +216,7 @@ class TestAverageModelCheckpoint:
         small.assert_same_bits(trained.get_weights(), weights)
 
     @pytest.mark.slow_on("jax", "tensorflow")
-    def test_a_link_stays_a_link(self, tmp_path):
+    def test_a_checkpoint_that_is_a_link_stays_a_link(self, tmp_path):
         os.symlink(tmp_path / "m.keras", tmp_path / "best.keras")
         fit(model(), AverageModelCheckpoint(False, tmp_path / "best.keras"))
         assert (tmp_path / "best.keras").is_symlink()
@@ -224,7 +224,7 @@ class TestAverageModelCheckpoint:
 
 
 @pytest.mark.slow_on("jax", "tensorflow")
-def test_the_step_of_training_is_in_the_file(tmp_path):
+def test_the_backup_file_contains_the_position_in_training(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(model(), BackupAndRestore(tmp_path, 2), Dies(1, 4))
     with h5py.File(tmp_path / "latest.weights.h5") as file:

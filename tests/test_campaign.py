@@ -11,7 +11,7 @@ CAMPAIGN = pathlib.Path(__file__).parents[1] / "campaign"
 
 
 def run(program, *arguments):
-    """The figures that a program of the campaign ends with."""
+    """The figures that a program of the campaign prints at its end."""
     command = [sys.executable, CAMPAIGN / program, *map(str, arguments)]
     done = subprocess.run(command, timeout=900, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -29,7 +29,7 @@ def test_hostile_files_are_refused_or_harmless():
 
 
 @pytest.mark.thorough
-def test_what_was_written_whole_survives_kills():
+def test_whole_files_survive_kills():
     outcomes = run("kills.py", "--kills", 8)["outcomes"]
     for kind, found in outcomes.items():
         if not kind.startswith("Keras"):
@@ -37,7 +37,7 @@ def test_what_was_written_whole_survives_kills():
 
 
 @pytest.mark.thorough
-def test_nothing_grows_in_long_runs():
+def test_memory_and_open_files_do_not_grow_in_long_runs():
     figures = run("long_runs.py", "--steps", 2000)
     assert figures["arrays more"] <= 0
     assert figures["files more"] <= 0

@@ -1,4 +1,4 @@
-"""The mean of files: of every kind, by every wrapper or none, all or none."""
+"""A model gets the mean of files of every kind, with or without a wrapper, or does not change."""
 
 import os
 import pathlib
@@ -28,7 +28,7 @@ def save(model, path):
 
 
 def randomized(seed, optimizer=None):
-    """A model with weights of its own, statistics and counters included."""
+    """A model with its own weights, statistics and counters."""
     model = small.model(optimizer)
     random = np.random.default_rng(seed)
     for variable in model.variables:
@@ -49,7 +49,7 @@ def values_of(model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_mean_of_three_files_is_that_of_numpy_rounded_once(tmp_path, kind):
+def test_the_mean_of_three_files_equals_the_numpy_mean_rounded_once(tmp_path, kind):
     files, weights = written(tmp_path, 3, kind)
     model = randomized(9)
     assert checkpoints.average(model, files, verbose=0) is None
@@ -58,7 +58,7 @@ def test_the_mean_of_three_files_is_that_of_numpy_rounded_once(tmp_path, kind):
 
 
 @pytest.mark.slow_on("tensorflow")
-def test_the_mean_of_1_2_and_6_with_weights(tmp_path):
+def test_the_weighted_mean_of_1_2_and_6_is_right(tmp_path):
     files = []
     for value in (1.0, 2.0, 6.0):
         model = small.model()
@@ -97,11 +97,11 @@ def test_files_of_several_kinds_and_optimizers_are_averaged_together(tmp_path):
     expected = [np.mean(each, axis=0).astype("float32") for each in zip(*weights, strict=True)]
     small.assert_same_bits(values_of(model), expected)
     small.assert_same_bits([small.numpy(v) for v in model.optimizer.variables], state)
-    small.fit(model)  # in buffers of its own: on JAX a train step donates them
+    small.fit(model)  # On JAX a train step donates buffers, so the model must own its buffers.
 
 
 @pytest.mark.slow_on("tensorflow")
-def test_the_copy_in_the_model_goes_in(tmp_path):
+def test_the_copy_that_was_in_the_model_is_averaged(tmp_path):
     model = small.fit(small.model(SWA("adam", 0, 2)))
     raw = save(model, tmp_path / "raw.keras")
     with average_weights(model):
@@ -141,7 +141,7 @@ class Counts(keras.layers.Layer):
         return x
 
 
-def test_what_is_no_floating_point_number_comes_from_the_last_file(tmp_path):
+def test_integers_come_from_the_last_file(tmp_path):
     model = keras.Sequential([keras.Input((5,)), Counts()])
     (counts,) = model.layers
     files = []
@@ -162,7 +162,7 @@ def test_other_dtypes_are_summed_in_float64(tmp_path, dtype):
         dtype = "float32"  # all there is
     layers = [keras.Input((5,)), keras.layers.Dense(3, dtype=dtype)]
     model = keras.Sequential(layers)
-    values = [1.0, 2**-7, 2**-7]  # one after the other in bfloat16 they would be 1
+    values = [1.0, 2**-7, 2**-7]  # If bfloat16 added them one by one, the sum would be 1.
     files = []
     for i, value in enumerate(values):
         model.set_weights([np.full(w.shape, value) for w in model.weights])
@@ -221,7 +221,7 @@ def missing(folder, kind):
 @pytest.mark.sample(15, jax=8, tensorflow=4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("spoil", [cut_short, text, of_other_shapes, of_other_layers, missing])
-def test_a_file_that_cannot_be_read_is_named_and_nothing_changes(tmp_path, kind, spoil):
+def test_the_error_names_an_unreadable_file_and_nothing_changes(tmp_path, kind, spoil):
     files, _ = written(tmp_path, 2, kind)
     model = small.fit(small.model(SWA("adam", 0, 2)))
     before = values_of(model)
@@ -237,7 +237,7 @@ def test_a_file_that_cannot_be_read_is_named_and_nothing_changes(tmp_path, kind,
 
 
 @pytest.mark.slow_on("tensorflow")
-def test_a_model_is_as_before_if_it_cannot_take_the_mean(tmp_path, monkeypatch):
+def test_a_model_does_not_change_if_it_cannot_take_the_mean(tmp_path, monkeypatch):
     files, _ = written(tmp_path, 2)
     model = randomized(9)
     before = values_of(model)
@@ -251,7 +251,7 @@ def test_a_model_is_as_before_if_it_cannot_take_the_mean(tmp_path, monkeypatch):
         return assign(variable, value)
 
     monkeypatch.setattr(last, "assign", fails_once)
-    left[0] = 2 * len(before) + 4  # reading assigns too, in a scope of its own
+    left[0] = 2 * len(before) + 4  # Reading a file also assigns, inside a scope.
     with pytest.raises(MemoryError):
         checkpoints.average(model, files, verbose=0)
     small.assert_same_bits(values_of(model), before)
@@ -272,7 +272,7 @@ def test_a_model_is_as_before_if_it_cannot_take_the_mean(tmp_path, monkeypatch):
         (1.0, "list of numbers"),
     ],
 )
-def test_weights_that_give_no_mean_are_refused(tmp_path, weights, match):
+def test_weights_without_a_mean_are_refused(tmp_path, weights, match):
     files, _ = written(tmp_path, 3)
     model = randomized(9)
     before = values_of(model)
@@ -293,13 +293,13 @@ def test_weights_that_give_no_mean_are_refused(tmp_path, weights, match):
         ([os.curdir], "cannot be read"),
     ],
 )
-def test_what_is_no_list_of_files_is_refused(filepaths, match):
+def test_filepaths_must_be_a_list_of_files(filepaths, match):
     with pytest.raises(ValueError, match=match):
         checkpoints.average(small.model(), filepaths, verbose=0)
 
 
 @pytest.mark.slow_on("tensorflow")
-def test_what_is_no_built_model_is_refused(tmp_path):
+def test_the_model_must_be_a_built_keras_model(tmp_path):
     files, _ = written(tmp_path, 1)
     with pytest.raises(ValueError, match="not built"):
         checkpoints.average(small.model(with_input_shape=False), files, verbose=0)
@@ -331,7 +331,7 @@ def test_a_legacy_h5_file_is_read(tmp_path):
 
 
 def peak_of_numpy(function):
-    """Bytes that Python and NumPy had allocated at most."""
+    """The largest number of bytes that Python and NumPy had allocated at one time."""
     tracemalloc.start()
     function()
     _, peak = tracemalloc.get_traced_memory()

@@ -1,4 +1,4 @@
-"""The code on the pages and in the docstrings runs as it stands, on each backend."""
+"""The code on the pages and in the docstrings runs without changes on each backend."""
 
 import inspect
 import pathlib
@@ -25,7 +25,7 @@ BLOCK = re.compile(r"(?:^<!-- (?P<note>[^\n]*) -->\n)?^```python\n(?P<code>.*?)^
 
 
 def blocks(text):
-    """Pairs of the line before a block, and its code: of the blocks for this backend."""
+    """The blocks for this backend. Each is a pair: the line before the block, and its code."""
     for match in BLOCK.finditer(text):
         note = match["note"] or ""
         backends = re.fullmatch(r"only: (.*)", note)
@@ -52,7 +52,7 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, dtype_policy):
     run(page.read_text(), str(page), {"__name__": "__main__"})
 
 
-def test_a_block_for_another_backend_is_left_out_and_lines_are_those_of_the_page():
+def test_a_block_for_another_backend_is_skipped_and_line_numbers_are_kept():
     other = "jax" if BACKEND != "jax" else "torch"
     text = f"Text\n\n<!-- only: {other} -->\n```python\n1 / 0\n```\n\n```python\na = 2\n```\n"
     assert list(blocks(text)) == [(8, "a = 2\n")]
@@ -80,7 +80,7 @@ Y = X.sum(axis=1, keepdims=True)
 
 
 class Quiet(keras.Sequential):
-    """A model that shows no progress, which takes longer than its steps."""
+    """A model without a progress bar. The bar takes longer than the steps."""
 
     def fit(self, *arguments, **keywords):
         return super().fit(*arguments, **{"verbose": 0} | keywords)
@@ -94,7 +94,7 @@ def make_model(optimizer="sgd"):
 
 
 def names_of_examples(name):
-    """What the examples take for granted: a model that was trained with averages, data, files."""
+    """The names that the examples use: a model that was trained with averages, data, files."""
     kind = keras_avg.SWAG if name.startswith("SWAG.") else keras_avg.SWA
     model = make_model(kind("sgd", average_period=1))
     files = files_of_a_run(model)
@@ -108,7 +108,7 @@ def names_of_examples(name):
 
 
 def files_of_a_run(model):
-    """Train, and leave files in the folder `run`, as if each were of another epoch."""
+    """Train, and write files into the folder `run`, as if each file were of another epoch."""
     pathlib.Path("run").mkdir()
     for epoch in (20, 30):
         model.fit(X[:64], Y[:64])

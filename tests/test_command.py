@@ -1,4 +1,4 @@
-"""`python -m keras_avg`: files averaged and looked into without a script."""
+"""`python -m keras_avg` averages files and describes them without a script."""
 
 import subprocess
 import sys
@@ -48,7 +48,7 @@ class TestAverage:
         ],
         ids=str,
     )
-    def test_writes_the_mean(self, tmp_path, capsys, arguments, last, weights):
+    def test_the_command_writes_the_mean(self, tmp_path, capsys, arguments, last, weights):
         files, out = written(tmp_path), str(tmp_path / "soup.keras")
         assert main(["average", *files, "--out", out, *arguments]) == 0
         small.assert_same_bits(values_in(out), mean(files[-last:], weights))
@@ -57,7 +57,7 @@ class TestAverage:
         assert printed.err == ""
 
     @pytest.mark.slow_on("tensorflow")
-    def test_writes_weights_alone(self, tmp_path):
+    def test_the_command_can_write_only_weights(self, tmp_path):
         files, out = written(tmp_path), str(tmp_path / "soup.weights.h5")
         (tmp_path / "more").mkdir()
         files += written(tmp_path / "more", 1, "weights.h5")
@@ -65,7 +65,7 @@ class TestAverage:
         small.assert_same_bits(mean([out]), mean(files))
 
     @pytest.mark.slow_on("tensorflow")
-    def test_needs_nothing_of_the_optimizer(self, tmp_path):
+    def test_the_command_does_not_use_the_optimizer(self, tmp_path):
         model = small.fit(small.model(SWA(MovingAverage("adam"), 0, 2)))
         model.save(tmp_path / "a.keras")
         out = str(tmp_path / "soup.keras")
@@ -73,11 +73,11 @@ class TestAverage:
         small.assert_same_bits(values_in(out), [small.numpy(v) for v in model.variables])
 
     @pytest.mark.slow_on("tensorflow")
-    def test_warns_of_files_that_are_sorted_as_text(self, tmp_path, capsys):
+    def test_the_command_warns_if_files_are_sorted_as_text(self, tmp_path, capsys):
         files = written(tmp_path, 11)
         files.sort()  # 0, 1, 10, 2
         out = str(tmp_path / "soup.keras")
-        assert main(["average", *files, "--out", out]) == 0  # the order does not matter
+        assert main(["average", *files, "--out", out]) == 0  # The order does not matter.
         assert capsys.readouterr().err == ""
         assert main(["average", *files, "--out", out, "--last", "3"]) == 0
         assert "not in the order of the numbers" in capsys.readouterr().err
@@ -109,7 +109,9 @@ class TestAverage:
     ],
     ids=" ".join,
 )
-def test_an_error_is_one_line_and_the_status_2(tmp_path, monkeypatch, capsys, arguments, match):
+def test_an_error_prints_one_line_and_returns_status_2(
+    tmp_path, monkeypatch, capsys, arguments, match
+):
     monkeypatch.chdir(tmp_path)
     small.model().save("0.keras")
     small.model().save_weights("0.weights.h5")
@@ -131,7 +133,7 @@ class TestInfo:
     @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize("kind", ["keras", "weights.h5", "weights.json"])
     @pytest.mark.parametrize("swapped", [False, True])
-    def test_says_what_is_in_a_file(self, tmp_path, capsys, kind, swapped):
+    def test_info_describes_the_averages_in_a_file(self, tmp_path, capsys, kind, swapped):
         inner = MovingAverage("adam", average_decay=PowerFunction(0.1))
         model = small.fit(small.model(SWA(inner, 0, 4)))
         file = str(tmp_path / f"m.{kind}")
@@ -158,14 +160,14 @@ class TestInfo:
         assert printed.splitlines()[-1] == f"in the model: {held}"
 
     @pytest.mark.slow_on("tensorflow")
-    def test_says_that_there_are_no_averages(self, tmp_path, capsys):
+    def test_info_says_that_a_file_has_no_averages(self, tmp_path, capsys):
         small.model("adam").save(tmp_path / "m.keras")
         assert main(["info", str(tmp_path / "m.keras")]) == 0
         assert "averages: none\nin the model: the raw weights\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow_on("tensorflow")
-def test_it_is_a_command_of_python(tmp_path):
+def test_python_runs_the_package_as_a_command(tmp_path):
     program = [sys.executable, "-m", "keras_avg", "info", str(tmp_path / "none.keras")]
     done = subprocess.run(program, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""Each example runs in a small setting, and leaves one picture where it is told to."""
+"""Each example runs in a small setting, and draws one picture into the given file."""
 
 import pathlib
 import runpy
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.thorough
 
 
 def run(path, arguments, monkeypatch):
-    """As `python path` does, in this process."""
+    """Run a program in this process, as `python path` does."""
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib").use("Agg")
     monkeypatch.setattr(sys, "argv", [path.name, *map(str, arguments)])
@@ -48,7 +48,7 @@ def test_an_example_with_files_draws_its_picture(name, picture, tmp_path, monkey
     assert f"Picture: {tmp_path / picture}" in capsys.readouterr().out
 
 
-def test_every_example_is_run_here_or_elsewhere():
+def test_every_example_has_a_test():
     elsewhere = {"quickstart.py", "model_average.py", "mean_teacher.py"}
     assert {path.name for path in FOLDER.glob("*.py")} == {*SMALL, *WITH_FILES, *elsewhere}
 

@@ -1,4 +1,4 @@
-"""The files that are in the soup, and the weights that come of them."""
+"""A greedy soup takes the right files, and the model gets their mean."""
 
 import keras
 import numpy as np
@@ -41,9 +41,9 @@ def near(target):
 
 class TestTheSoup:
     @pytest.mark.slow_on("tensorflow")
-    def test_of_numbers_near_2_and_a_half(self, files):
-        # By themselves 2 and 3 are at 0.5, the first of them first; their mean is 2.5. With 4 it
-        # would be 3, with 0 it would be 1.67, with 8 it would be 4.33: none of them joins.
+    def test_a_soup_of_numbers_is_close_to_two_and_a_half(self, files):
+        # Alone, 2 and 3 are both 0.5 away, so 2 is tried first. Then 3 joins: the mean is 2.5. With
+        # 4 the mean would be 3, with 0 it would be 1.67, with 8 it would be 4.33. So none joins.
         model = small.model()
         chosen = checkpoints.greedy_soup(model, files, near(2.5), verbose=0)
         assert chosen == [files[2], files[4]]
@@ -57,19 +57,19 @@ class TestTheSoup:
         expect_all(model, np.float32(17 / 5))
 
     @pytest.mark.slow_on("tensorflow")
-    def test_the_best_file_alone_if_none_helps(self, files):
+    def test_the_soup_is_the_best_file_if_no_other_file_helps(self, files):
         model = small.model()
         assert checkpoints.greedy_soup(model, files, first, verbose=0) == [files[3]]
         expect_all(model, 8)
 
     @pytest.mark.slow_on("tensorflow")
-    def test_of_a_loss(self, files):
+    def test_a_soup_can_minimize_a_loss(self, files):
         model = small.model()
         loss = lambda model: abs(first(model) - 2.5)  # noqa: E731
         chosen = checkpoints.greedy_soup(model, files, loss, mode="min", verbose=0)
         assert chosen == [files[2], files[4]]
 
-    def test_is_the_mean_of_the_files_that_it_names(self, tmp_path):
+    def test_the_soup_is_the_mean_of_the_returned_files(self, tmp_path):
         files = []
         for seed in range(4):
             model = small.fit(small.model(keras.optimizers.Adam(0.01 * (seed + 1))), epochs=3)
@@ -130,7 +130,7 @@ def test_an_error_in_the_score_leaves_the_weights_as_before(files):
 
 @pytest.mark.slow_on("tensorflow")
 @pytest.mark.parametrize("score", [[1.0, 2.0], None, "best", {"loss": 1.0}, True])
-def test_a_score_that_is_no_number_is_refused(files, score):
+def test_a_score_that_is_not_a_number_is_refused(files, score):
     model = small.model()
     before = values_of(model)
     with pytest.raises(ValueError, match=r"must return a number.*0\.weights\.h5"):
@@ -139,7 +139,7 @@ def test_a_score_that_is_no_number_is_refused(files, score):
 
 
 @pytest.mark.slow_on("tensorflow")
-def test_arguments_out_of_range_are_refused(files):
+def test_wrong_arguments_of_a_soup_are_refused(files):
     model = small.model()
     before = values_of(model)
     with pytest.raises(ValueError, match="'max' or 'min'"):
@@ -156,7 +156,7 @@ def test_arguments_out_of_range_are_refused(files):
 
 
 @pytest.mark.slow_on("tensorflow")
-def test_a_file_cut_short_is_named_and_nothing_changes(files):
+def test_the_error_names_a_cut_file_and_nothing_changes(files):
     model = small.model()
     before = values_of(model)
     files[2].write_bytes(files[2].read_bytes()[:-100])

@@ -1,4 +1,4 @@
-"""What is said about the version says the same everywhere."""
+"""All files name the same version."""
 
 import pathlib
 import re
@@ -12,15 +12,15 @@ def found(pattern, file):
     return re.search(pattern, (ROOT / file).read_text(), re.MULTILINE)[1]
 
 
-def test_the_newest_version_in_the_changelog_is_that_of_the_package():
+def test_the_changelog_and_the_package_have_the_same_version():
     assert found(r"^## \[(\d[^\]]*)\]", "CHANGELOG.md") == keras_avg.__version__
 
 
-def test_the_citation_is_of_this_version():
+def test_the_citation_and_the_package_have_the_same_version():
     assert found(r"^version: (.*)$", "CITATION.cff") == keras_avg.__version__
 
 
-def test_every_version_in_the_changelog_has_its_link():
+def test_every_version_in_the_changelog_has_a_link():
     text = (ROOT / "CHANGELOG.md").read_text()
     headings = re.findall(r"^## \[([^\]]*)\]", text, re.MULTILINE)
     assert headings == re.findall(r"^\[([^\]]*)\]: https://", text, re.MULTILINE)

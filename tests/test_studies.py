@@ -1,4 +1,4 @@
-"""The studies of the docs: each runs in a small setting, and computes what its page says."""
+"""Each study in the docs runs in a small setting. Its page has the numbers of its file."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ SMALL = {
     "schedule_free_beside_cosine.py": ["--lengths", "1", "2"],
     "swag_on_digits.py": ["--epochs", "2", "--samples", "2"],
 }
-# Sums of products in another order, over a few steps.
+# Sums of products are computed in another order, over a few steps.
 ROUNDING = 1e-5
 
 
@@ -44,7 +44,7 @@ def test_a_study_writes_a_value_for_each_seed(name, tmp_path, monkeypatch, modul
 
 
 @pytest.mark.parametrize("kind", ["ema_and_swa", "schedule_free"])
-def test_a_network_among_others_learns_as_it_would_alone(kind, module):
+def test_a_network_learns_beside_others_as_it_learns_alone(kind, module):
     digits = module("digits")
     make = {
         "ema_and_swa": lambda: digits.ema_and_swa(0.1, steps=4),
@@ -66,7 +66,7 @@ def test_a_network_among_others_learns_as_it_would_alone(kind, module):
         assert values[1] == pytest.approx(other, rel=1e-3)
 
 
-def test_the_interval_is_that_of_a_table_of_students_t(module):
+def test_the_interval_agrees_with_a_table_of_students_t(module):
     mean, half = module("report").interval([1.0, 2.0, 3.0])
     assert mean == 2.0
     assert half == pytest.approx(4.303 / 3**0.5, rel=1e-4)  # 4.303: of 2 degrees of freedom

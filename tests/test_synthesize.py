@@ -1,4 +1,4 @@
-"""Averages of a length that is chosen after training, from snapshots of others."""
+"""Averages whose length is chosen after training are computed from snapshots of other averages."""
 
 import os
 import signal
@@ -17,8 +17,8 @@ from keras_avg.decays import PowerFunction
 
 KEPT = (0.05, 0.10)
 TARGETS = (0.05, 0.06, 0.075, 0.10, 0.125, 0.15)
-STORED = 1e-3  # relative: twice the rounding of float16
-PROFILE = 3e-3  # relative: of what 32 snapshots of two lengths make up
+STORED = 1e-3  # Relative error: twice the rounding of float16.
+PROFILE = 3e-3  # Relative error of an average from 32 snapshots of two lengths.
 
 
 def optimizer(sigmas=KEPT, **arguments):
@@ -47,7 +47,7 @@ def values_of(model):
 
 
 class TestProfiles:
-    def test_one_of_those_that_there_are_is_itself(self):
+    def test_a_profile_that_was_kept_is_its_own_best_combination(self):
         profiles = [Profile(7.0, 50), Profile(7.0, 100), Profile(17.0, 100)]
         found = combine(profiles, Profile(7.0, 100))
         np.testing.assert_allclose(found.weights, [0, 1, 0], atol=1e-9)
@@ -55,7 +55,7 @@ class TestProfiles:
         assert found.sigma_rel == pytest.approx(PowerFunction(gamma=7.0).sigma_rel)
 
     @pytest.mark.parametrize("sigma_rel", TARGETS)
-    def test_the_error_is_that_of_the_sum_on_a_fine_grid(self, sigma_rel):
+    def test_the_relative_error_equals_the_error_on_a_fine_grid(self, sigma_rel):
         gammas = [PowerFunction(sigma).gamma for sigma in KEPT]
         profiles = [Profile(gamma, time) for time in (250, 500, 750, 1000) for gamma in gammas]
         target = Profile(PowerFunction(sigma_rel).gamma, 1000)
@@ -73,7 +73,7 @@ class TestProfiles:
         spread = np.sqrt(np.mean(total * tau**2) * 1000 - (np.mean(total * tau) * 1000) ** 2)
         assert found.sigma_rel == pytest.approx(spread / 1000, rel=1e-3)
 
-    def test_more_snapshots_make_it_better(self):
+    def test_more_snapshots_reduce_the_relative_error(self):
         gammas = [PowerFunction(sigma).gamma for sigma in KEPT]
         target = Profile(PowerFunction(0.07).gamma, 1.0)
         errors = [
@@ -84,7 +84,7 @@ class TestProfiles:
         assert errors[-1] < 3e-4 < 3e-2 < errors[0]
 
 
-def test_it_is_the_average_that_would_have_been_kept(tmp_path):
+def test_the_result_is_the_average_that_training_would_have_kept(tmp_path):
     trained(tmp_path, epochs=32)
     exact = small.fit(small.model(optimizer(TARGETS)), epochs=32)
     model = small.model("sgd")
@@ -105,7 +105,7 @@ def test_it_is_the_average_that_would_have_been_kept(tmp_path):
 
 
 @pytest.mark.slow_on("jax", "tensorflow")
-def test_averages_that_begin_late_and_come_in_periods(tmp_path):
+def test_averages_may_begin_late_and_have_a_period(tmp_path):
     arguments = {"start_step": 6, "average_period": 3}
     trained(tmp_path, epochs=12, every_steps=2, dtype="float32", **arguments)
     exact = small.fit(small.model(optimizer((0.07,), **arguments)), epochs=12)
@@ -117,33 +117,33 @@ def test_averages_that_begin_late_and_come_in_periods(tmp_path):
 
 class TestSaveAverages:
     @pytest.mark.slow_on("jax", "tensorflow")
-    def test_each_epoch(self, tmp_path):
+    def test_a_snapshot_is_saved_at_the_end_of_each_epoch(self, tmp_path):
         trained(tmp_path / "run" / "averages", epochs=3)
         expected = [f"averages-{6 * epoch:010d}.h5" for epoch in (1, 2, 3)]
         assert names(tmp_path / "run" / "averages") == expected
 
     @pytest.mark.slow_on("jax", "tensorflow")
-    def test_every_few_steps_over_epochs_and_runs(self, tmp_path):
+    def test_snapshots_are_saved_every_few_steps_over_epochs_and_runs(self, tmp_path):
         model = trained(tmp_path, epochs=2, every_steps=4)
         assert names(tmp_path) == [f"averages-{n:010d}.h5" for n in (4, 8, 12)]
         small.fit(model, callbacks=[SaveAverages(tmp_path, 4)])
         assert names(tmp_path) == [f"averages-{n:010d}.h5" for n in range(4, 25, 4)]
 
     @pytest.mark.slow_on("jax", "tensorflow")
-    def test_counts_real_updates(self, tmp_path):
+    def test_snapshots_count_only_real_updates(self, tmp_path):
         inner = keras.optimizers.SGD(0.01, gradient_accumulation_steps=2)
         model = small.model(MovingAverage(inner, average_decay=PowerFunction(0.1)))
         small.fit(model, epochs=4, callbacks=[SaveAverages(tmp_path, every_steps=5)])
         assert names(tmp_path) == [f"averages-{n:010d}.h5" for n in (5, 10)]
 
     @pytest.mark.slow_on("jax", "tensorflow")
-    def test_training_is_not_disturbed(self, tmp_path):
+    def test_saving_snapshots_does_not_change_training(self, tmp_path):
         with_it = trained(tmp_path, epochs=2, every_steps=1)
         without = small.fit(small.model(optimizer()), epochs=2)
         small.assert_same_bits(values_of(with_it), values_of(without))
 
     @pytest.mark.slow_on("jax", "tensorflow")
-    def test_numbers_too_large_for_float16(self, tmp_path):
+    def test_numbers_too_large_for_float16_are_saved_in_float32(self, tmp_path):
         model = small.model(optimizer())
         bias = model.layers[0].bias
         bias.assign(np.full(bias.shape, 1e6))
@@ -164,7 +164,7 @@ class TestSaveAverages:
 
     @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.parametrize("wrap", [lambda o: o, SWA, MovingAverage])
-    def test_other_averages_are_refused(self, tmp_path, wrap):
+    def test_training_is_refused_without_power_function_averages(self, tmp_path, wrap):
         model = small.model(wrap(keras.optimizers.Adam()))
         with pytest.raises(ValueError, match=r"PowerFunction.*Received: optimizer="):
             small.fit(model, callbacks=[SaveAverages(tmp_path)])
@@ -204,7 +204,7 @@ tests.trained(pathlib.Path(sys.argv[1]))
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-def test_a_kill_while_writing_leaves_the_earlier_files_and_nothing_that_is_read(tmp_path):
+def test_a_kill_during_writing_leaves_only_whole_files_to_read(tmp_path):
     here = os.path.dirname(__file__)
     program = [sys.executable, "-c", KILLED, str(tmp_path), here]
     done = subprocess.run(program, timeout=600, capture_output=True)
@@ -225,17 +225,17 @@ class TestRefused:
         small.assert_same_bits(values_of(model), before)
 
     @pytest.mark.slow_on("jax", "tensorflow")
-    def test_no_directory_and_no_snapshot(self, tmp_path):
+    def test_a_missing_directory_and_an_empty_one_are_refused(self, tmp_path):
         self.expect(small.model(), tmp_path / "none", 0.1, "no averages in.*none")
         self.expect(small.model(), tmp_path, 0.1, "SaveAverages")
 
     @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.parametrize("sigma_rel", [0, 0.3, -0.1, np.nan, "0.1", None])
-    def test_a_target_out_of_range(self, tmp_path, sigma_rel):
+    def test_a_length_out_of_range_is_refused(self, tmp_path, sigma_rel):
         self.expect(small.model(), tmp_path, sigma_rel, "sigma_rel|exactly one")
 
     @pytest.mark.slow_on("jax", "tensorflow")
-    def test_a_file_cut_short_a_foreign_one_and_another_model(self, tmp_path):
+    def test_a_cut_file_a_foreign_file_and_another_model_are_refused(self, tmp_path):
         trained(tmp_path, epochs=3)
         layers = [keras.Input((5,)), keras.layers.Dense(3), keras.layers.Dense(1)]
         self.expect(keras.Sequential(layers), tmp_path, 0.1, r"averages-0000000006\.h5")
@@ -248,7 +248,7 @@ class TestRefused:
         self.expect(small.model(), tmp_path, 0.1, r"averages-0000000012\.h5.*not written by")
 
     @pytest.mark.slow_on("jax", "tensorflow")
-    def test_averages_that_began_at_different_steps(self, tmp_path):
+    def test_averages_that_began_at_different_steps_are_refused(self, tmp_path):
         trained(tmp_path, epochs=1)
         trained(tmp_path, epochs=2, start_step=3)
         os.replace(tmp_path / "averages-0000000012.h5", tmp_path / "averages-0000000018.h5")
@@ -256,7 +256,7 @@ class TestRefused:
         self.expect(small.model(), tmp_path, 0.1, r"different steps.*\[0, 3\]")
 
     @pytest.mark.slow_on("jax", "tensorflow")
-    def test_a_model_that_holds_averages(self, tmp_path):
+    def test_a_model_that_holds_averages_takes_no_synthesis(self, tmp_path):
         model = trained(tmp_path, epochs=2)
         swap_weights(model)
         with pytest.raises(RuntimeError, match="holds the averages"):
@@ -264,7 +264,7 @@ class TestRefused:
 
 
 @pytest.mark.slow_on("jax", "tensorflow")
-def test_a_target_that_is_out_of_reach_is_warned_of(tmp_path):
+def test_a_length_far_from_the_snapshots_causes_a_warning(tmp_path):
     trained(tmp_path, epochs=3)
     with pytest.warns(UserWarning, match=r"sigma_rel=0\.25 is made up with a relative error of"):
         row = checkpoints.synthesize(small.model(), tmp_path, 0.25, verbose=0)
@@ -272,7 +272,7 @@ def test_a_target_that_is_out_of_reach_is_warned_of(tmp_path):
 
 
 @pytest.mark.slow_on("jax", "tensorflow")
-def test_a_table_is_printed(tmp_path, capsys):
+def test_the_result_is_printed_as_a_table(tmp_path, capsys):
     trained(tmp_path, epochs=2)
     checkpoints.synthesize(small.model(), tmp_path, 0.1, verbose=2)
     printed = capsys.readouterr().out

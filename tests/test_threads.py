@@ -1,4 +1,4 @@
-"""Models in several threads, which know nothing of each other."""
+"""Models in several threads do not disturb each other."""
 
 import sys
 import threading
@@ -24,7 +24,7 @@ def hurry():
 
 
 def together(*functions):
-    """Runs functions in threads; raises what one of them raised."""
+    """Run functions in threads. If one of them raises, raise its error."""
     errors = []
 
     def run(function):
@@ -43,7 +43,7 @@ def together(*functions):
 
 
 class TestAWeakList:
-    def test_holds_what_others_keep_alive(self):
+    def test_a_weak_list_keeps_no_object_alive(self):
         things, found = [Thing(), Thing()], WeakList()
         for thing in (*things, *things):
             found.add(thing)
@@ -55,7 +55,7 @@ class TestAWeakList:
         del thing
         assert not found
 
-    def test_may_be_looked_through_while_another_thread_adds_to_it(self, hurry):
+    def test_a_loop_over_a_weak_list_allows_another_thread_to_add(self, hurry):
         found, things = WeakList(), [Thing() for _ in range(300)]
 
         def add():
@@ -73,7 +73,7 @@ class TestAWeakList:
 
 
 @pytest.mark.slow_on("tensorflow")
-def test_models_are_swapped_in_two_threads_at_once(hurry):
+def test_two_threads_can_swap_their_models_at_once(hurry):
     models = [small.fit(small.model(SWA("sgd", 0, 1)), epochs=1) for _ in range(6)]
     before = [[small.numpy(v) for v in m.variables] for m in models]
 

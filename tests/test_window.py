@@ -7,11 +7,11 @@ import small_training as small
 
 from keras_avg import SWA, Lookahead, MovingAverage, checkpoints, swap_weights
 
-ROUNDING = 1e-5  # relative: differences of means in float32
+ROUNDING = 1e-5  # Relative error of a difference of float32 means.
 
 
 class Snapshots(keras.callbacks.Callback):
-    """Keeps what SWA should have averaged: the weights after each step that is due."""
+    """Keeps the weights after each step that is due. SWA should have averaged these."""
 
     def __init__(self, start, period):
         super().__init__()
@@ -54,7 +54,7 @@ def expect_mean(model, snapshots):
     [("keras", "keras"), ("weights.h5", "weights.json"), ("weights.json", "keras")],
     ids=" ".join,
 )
-def test_it_is_the_mean_of_the_snapshots_in_between(tmp_path, kinds, swapped):
+def test_a_window_is_the_mean_of_the_snapshots_between_two_files(tmp_path, kinds, swapped):
     files, snapshots, _ = run(tmp_path, kinds, swapped=swapped)
     assert len(snapshots) == 9
     model = small.model()
@@ -66,7 +66,7 @@ def test_it_is_the_mean_of_the_snapshots_in_between(tmp_path, kinds, swapped):
 
 
 @pytest.mark.slow_on("tensorflow")
-def test_statistics_come_from_the_later_file(tmp_path):
+def test_a_window_takes_statistics_from_the_later_file(tmp_path):
     files, _, trained = run(tmp_path)
     model = small.model()
     checkpoints.window(model, *files)
@@ -77,7 +77,7 @@ def test_statistics_come_from_the_later_file(tmp_path):
 
 
 @pytest.mark.slow_on("tensorflow")
-def test_an_earlier_file_from_before_the_first_snapshot(tmp_path):
+def test_the_earlier_file_may_be_from_before_the_first_snapshot(tmp_path):
     files, snapshots, trained = run(tmp_path, start=20)
     model = small.model()
     checkpoints.window(model, *files)
@@ -98,7 +98,7 @@ def test_an_earlier_file_from_before_the_first_snapshot(tmp_path):
     ],
     ids=["inside", "outside", "scaled"],
 )
-def test_it_finds_swa_among_others(tmp_path, kind, wrap):
+def test_a_window_finds_swa_among_other_wrappers(tmp_path, kind, wrap):
     files, snapshots, _ = run(tmp_path, (kind, kind), optimizer=wrap())
     model = small.model(wrap())
     model.optimizer.build(model.trainable_variables)
@@ -107,13 +107,13 @@ def test_it_finds_swa_among_others(tmp_path, kind, wrap):
     expect_mean(model, snapshots)
     small.assert_same_bits([small.numpy(v) for v in model.optimizer.variables], state)
     if kind == "keras":
-        model = small.model("sgd")  # the file says by itself
+        model = small.model("sgd")  # The file itself says which averages are of SWA.
         checkpoints.window(model, *files)
         expect_mean(model, snapshots)
 
 
 @pytest.mark.slow_on("tensorflow")
-def test_members_of_a_multi_optimizer(tmp_path):
+def test_a_window_finds_swa_inside_a_multi_optimizer(tmp_path):
     model = small.model()
     make = lambda: SWA(keras.optimizers.Adam(0.01), 2, 2)  # noqa: E731
     members = keras.optimizers.OptimizerMap(make(), {".*kernel": make()})
@@ -129,7 +129,7 @@ def test_members_of_a_multi_optimizer(tmp_path):
 
 
 @pytest.mark.slow_on("tensorflow")
-def test_excluded_variables_come_from_the_later_file(tmp_path):
+def test_a_window_takes_excluded_variables_from_the_later_file(tmp_path):
     optimizer = SWA(keras.optimizers.Adam(0.01), 2, 2, exclude=["bias"])
     files, snapshots, trained = run(tmp_path, optimizer=optimizer)
     last = [small.numpy(v) for v in trained.trainable_variables]
@@ -149,31 +149,31 @@ class TestRefused:
         small.assert_same_bits([small.numpy(v) for v in model.variables], before)
 
     @pytest.mark.slow_on("tensorflow")
-    def test_files_in_the_wrong_order(self, tmp_path):
+    def test_files_in_the_wrong_order_are_refused(self, tmp_path):
         files, _, _ = run(tmp_path)
         self.expect(small.model(), *reversed(files), r"more snapshots.*17 in .*later.* 8 in")
         self.expect(small.model(), files[0], files[0], r"more snapshots")
 
     @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize("wrap", [lambda o: o, MovingAverage, Lookahead])
-    def test_files_without_swa(self, tmp_path, wrap):
+    def test_files_without_swa_are_refused(self, tmp_path, wrap):
         files, _, _ = run(tmp_path, optimizer=wrap(keras.optimizers.Adam()))
         self.expect(small.model(), *files, r"earlier\.keras.* has no averages of SWA")
 
     @pytest.mark.slow_on("tensorflow")
-    def test_a_file_of_which_nobody_knows_what_its_averages_are(self, tmp_path):
+    def test_a_file_is_refused_if_the_rule_of_its_averages_is_unknown(self, tmp_path):
         make = lambda: SWA(MovingAverage("adam"), 2, 2)  # noqa: E731
         files, _, _ = run(tmp_path, ("weights.h5", "weights.h5"), optimizer=make())
         self.expect(small.model(), *files, "compile the model as it was trained")
 
     @pytest.mark.slow_on("tensorflow")
-    def test_a_file_of_another_model(self, tmp_path):
+    def test_a_window_of_another_model_is_refused(self, tmp_path):
         files, _, _ = run(tmp_path)
         layers = [keras.Input((5,)), keras.layers.Dense(3), keras.layers.Dense(1)]
         self.expect(keras.Sequential(layers), *files, r"later\.keras")
 
     @pytest.mark.slow_on("tensorflow")
-    def test_a_file_cut_short_and_a_missing_one(self, tmp_path):
+    def test_a_cut_file_and_a_missing_file_are_refused(self, tmp_path):
         files, _, _ = run(tmp_path)
         self.expect(small.model(), tmp_path / "none.keras", files[1], r"none\.keras")
         self.expect(small.model(), files[0], tmp_path / "none.keras", r"none\.keras")
@@ -181,7 +181,7 @@ class TestRefused:
         self.expect(small.model(), *files, r"later\.keras")
 
     @pytest.mark.slow_on("tensorflow")
-    def test_a_model_that_holds_averages(self, tmp_path):
+    def test_a_model_that_holds_averages_takes_no_window(self, tmp_path):
         files, _, trained = run(tmp_path)
         swap_weights(trained)
         with pytest.raises(RuntimeError, match="holds the averages of 'SWA'"):
