@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
         if any(BACKEND in marker.args for marker in item.iter_markers("slow_on")):
             item.add_marker(pytest.mark.thorough)
         elif marker := item.get_closest_marker("sample"):
-            if item.get_closest_marker("thorough"):
+            if item.get_closest_marker("thorough") or item.get_closest_marker("exhaustive"):
                 continue
             key = item.nodeid.partition("[")[0]
             number = marker.kwargs.get(BACKEND, *marker.args)

@@ -1,6 +1,7 @@
 """Looks into a wheel and an sdist: `python check_package.py dist/x.whl dist/x.tar.gz`."""
 
 import pathlib
+import re
 import sys
 import tarfile
 import zipfile
@@ -20,7 +21,8 @@ def in_wheel(path):
     assert "keras_avg/py.typed" in package
     assert f"{about}/licenses/LICENSE" in names, names
     text = archive.read(f"{about}/METADATA").decode()
-    assert "](docs/" not in text, "A link of the README leads nowhere on PyPI."
+    dead = re.findall(r"\]\((?!https?://)[^)]*\)", text)
+    assert not dead, f"These links of the README lead nowhere on PyPI: {dead}"
     assert "Project-URL: " in text, text
     return names
 
