@@ -15,7 +15,7 @@ CURVES: dict[str, Callable[[float], float]] = {
 ROUNDING = 1e-6  # of a curve that somebody computes in float32
 
 
-def merge_weights(number: int, decay: Any = "linear") -> list[float]:
+def merge_weights(number: int, decay: str | Callable[[float], float] = "linear") -> list[float]:
     """Weights for the last files of a run at a constant rate, as if the rate had been annealed.
 
     Let `w(x)` be the curve by which the rate would have gone down over the span of the files, from
