@@ -11,12 +11,13 @@ import numpy as np
 from keras import ops
 
 from keras_avg import _backend, _checks, _keras_internals
+from keras_avg._types import Data
 from keras_avg._wrapping import swap
 
 
 def update_batch_norm(
-    model: Any,
-    x: Any,
+    model: keras.Model,
+    x: Data,
     batch_size: int | None = None,
     steps: int | None = None,
     verbose: int | str = "auto",

@@ -117,6 +117,7 @@ ORDER = [
     "_atomic",
     "_backend",
     "_keras_internals",
+    "_types",
 ]
 
 

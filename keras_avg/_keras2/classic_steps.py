@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_avg import _backend, _keras_internals
+from keras_avg._types import Loss, Tape, Tensor, Variable, Variables
 
 
 class ClassicSteps(keras.optimizers.Optimizer):
@@ -17,12 +18,12 @@ class ClassicSteps(keras.optimizers.Optimizer):
 
     def minimize(
         self,
-        loss: Any,
-        var_list: Any,
-        grad_loss: Any = None,
+        loss: Loss | Tensor,
+        var_list: Variables | Callable[[], Variables],
+        grad_loss: Tensor | None = None,
         name: str | None = None,
-        tape: Any = None,
-    ) -> Any:
+        tape: Tape | None = None,
+    ) -> keras.Variable:
         """Compute the gradients of a loss and take one step.
 
         If the loss changes state, the changes are kept, on JAX too. Examples are
@@ -65,7 +66,7 @@ class ClassicSteps(keras.optimizers.Optimizer):
         variables, grads = self._gradients_of(loss, var_list, output_gradient, tape)
         return self.apply_gradients(zip(grads, variables, strict=True), name=name)
 
-    def get_gradients(self, loss: Callable[[], Any], params: list[Any]) -> list[Any]:
+    def get_gradients(self, loss: Loss, params: Variables) -> list[Tensor]:
         """The gradients of a loss, before clipping and scaling.
 
         Args:
@@ -81,7 +82,7 @@ class ClassicSteps(keras.optimizers.Optimizer):
         """
         return self._all_gradients_of(loss, params, ops.ones_like)[1]
 
-    def get_updates(self, loss: Callable[[], Any], params: list[Any]) -> list[Any]:
+    def get_updates(self, loss: Loss, params: Variables) -> list[keras.Variable]:
         """Take one step like `minimize`, but only if each variable has a gradient.
 
         Args:
@@ -102,10 +103,10 @@ class ClassicSteps(keras.optimizers.Optimizer):
 
     def apply_gradients(
         self,
-        grads_and_vars: Iterable[tuple[Any, Any]],
+        grads_and_vars: Iterable[tuple[Tensor, Variable]],
         name: str | None = None,
         experimental_aggregate_gradients: bool = True,
-    ) -> Any:
+    ) -> keras.Variable:
         """Take one step from gradients.
 
         Args:

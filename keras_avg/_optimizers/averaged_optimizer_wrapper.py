@@ -1,11 +1,13 @@
 """The base class of all rules. A rule says when an averaging is due, and with which weight."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_avg import _backend, _checks, _keras_internals
+from keras_avg._types import Config, DType, GradientFunction, OptimizerLike, Tensor, Variable
 from keras_avg._wrapping import arguments
 from keras_avg._wrapping.shows_averages import ShowsAverages
 
@@ -114,15 +116,15 @@ class AveragedOptimizerWrapper(ShowsAverages):
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: OptimizerLike,
         sequential_update: bool = True,
         name: str | None = "AverageOptimizer",
         *,
-        average_dtype: Any = None,
+        average_dtype: DType | None = None,
         skip_nonfinite: bool = False,
-        gradient_transformers: list | None = None,
-        gradient_aggregator: Any = None,
-        exclude: list[str] | None = None,
+        gradient_transformers: Sequence[GradientFunction] | None = None,
+        gradient_aggregator: GradientFunction | None = None,
+        exclude: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         _refuse_without_rule(type(self))
@@ -142,14 +144,14 @@ class AveragedOptimizerWrapper(ShowsAverages):
         self.sequential_update = sequential_update
         self.skip_nonfinite = skip_nonfinite
 
-    def is_due(self, step: Any) -> Any:
+    def is_due(self, step: Tensor) -> bool | Tensor:
         """Whether an averaging follows update `step` (integer scalar, first is 0). Default: always.
 
         It runs inside compiled code. Use `keras.ops` and operators, and no Python `if` on `step`.
         """
         return True
 
-    def value_weight(self, step: Any) -> Any:
+    def value_weight(self, step: Tensor) -> float | Tensor:
         """The weight, in [0, 1], with which the variables enter their averages after update `step`.
 
         Return a Python float if the weight is constant. It is then cast only once, to the
@@ -172,7 +174,7 @@ class AveragedOptimizerWrapper(ShowsAverages):
         """
         return  # TensorFlow warns that it cannot transform a function that is a docstring only
 
-    def accumulate(self, due: Any, step: Any) -> None:
+    def accumulate(self, due: bool | Tensor, step: Tensor) -> None:
         """What an averaging does. Default: the average moves towards the variables.
 
         It is called after each step. It must change nothing if `due` is false.
@@ -196,11 +198,11 @@ class AveragedOptimizerWrapper(ShowsAverages):
         return False
 
     @property
-    def snapshots_so_far(self) -> Any:
+    def snapshots_so_far(self) -> Tensor:
         """The number of averagings so far. It is an integer scalar, in compiled code too."""
         return self._snapshots.read()
 
-    def average_op(self, var: Any, average_var: Any) -> Any:
+    def average_op(self, var: Variable | Tensor, average_var: Variable | Tensor) -> Tensor:
         """The new value of an average if an averaging took place now. It assigns nothing.
 
         Args:
@@ -218,7 +220,7 @@ class AveragedOptimizerWrapper(ShowsAverages):
         last = _backend.scalar(lambda: ops.maximum(self._clock.updates() - 1, 0))
         return _backend.lerp([average_var], [var], self._weight(last))[0]
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """The arguments that construct an equal wrapper, in serializable form.
 
         Returns:

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_avg import _backend, _checks
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from keras_avg._types import Config, OptimizerLike, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
@@ -62,7 +63,7 @@ class BEMA(AveragedOptimizerWrapper):
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: OptimizerLike,
         power: float = 0.5,
         bias_power: float = 0.2,
         lag: float = 10.0,
@@ -100,14 +101,14 @@ class BEMA(AveragedOptimizerWrapper):
     def stores(self) -> dict[str, str]:
         return {"average": "variable", "start": "variable", "read": "variable"}
 
-    def is_due(self, step: Any) -> Any:
+    def is_due(self, step: Tensor) -> bool | Tensor:
         is_due = (step + 1) % self.average_period == 0
         return is_due | (step + 1 == self.start_step) if self.start_step else is_due
 
-    def value_weight(self, step: Any) -> Any:
+    def value_weight(self, step: Tensor) -> float | Tensor:
         return self._unless_following(step, self._age(step) ** -self.power, 1.0)
 
-    def accumulate(self, due: Any, step: Any) -> None:
+    def accumulate(self, due: bool | Tensor, step: Tensor) -> None:
         average, start, read = (self.kept[name] for name in ("average", "start", "read"))
         average.lerp_if(due, lambda: _backend.scalar(lambda: self.value_weight(step)))
         if self.start_step:
@@ -122,10 +123,10 @@ class BEMA(AveragedOptimizerWrapper):
 
         read.assign_if(due, corrected, average, start)
 
-    def averages(self) -> list[Any]:
+    def averages(self) -> list[Tensor]:
         return self.kept["read"].values()
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         return super().get_config() | {
             "power": self.power,
             "bias_power": self.bias_power,

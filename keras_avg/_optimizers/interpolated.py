@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_avg import _backend, _checks
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from keras_avg._types import Config, OptimizerLike, Tensor
 from keras_avg._wrapping import nesting
 
 
@@ -23,7 +24,7 @@ class Interpolated(AveragedOptimizerWrapper):
     owns_variables = True
 
     def __init__(
-        self, optimizer: Any, interpolation: float, name: str | None, **kwargs: Any
+        self, optimizer: OptimizerLike, interpolation: float, name: str | None, **kwargs: Any
     ) -> None:
         interpolation = _checks.fraction("interpolation", interpolation)
         super().__init__(optimizer, name=name, **kwargs)
@@ -46,14 +47,14 @@ class Interpolated(AveragedOptimizerWrapper):
     def before_step(self) -> None:
         self.kept["z"].flow_back_if(True)
 
-    def accumulate(self, due: Any, step: Any) -> None:
+    def accumulate(self, due: bool | Tensor, step: Tensor) -> None:
         x, z = self.kept["average"], self.kept["z"]
         z.lerp_if(True, lambda: 1.0)
         x.lerp_if(due, lambda: _backend.scalar(lambda: self.value_weight(step)))
         share = 1.0 - self.interpolation
         z.show_if(True, lambda z, x: x + ops.cast(share, x.dtype) * (z - x), x)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         return super().get_config() | {"interpolation": self.interpolation}
 
     def _after_averages_were_assigned(self) -> None:

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_avg import _checks
 from keras_avg._optimizers.snapshots_at_intervals import SnapshotsAtIntervals
+from keras_avg._types import Config, OptimizerLike, Tensor
 from keras_avg._wrapping.store import LONGEST_RING, Ring
 
 
@@ -62,7 +63,7 @@ class LAWA(SnapshotsAtIntervals):
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: OptimizerLike,
         window: int = 5,
         start_averaging: int = 0,
         average_period: int = 100,
@@ -83,14 +84,14 @@ class LAWA(SnapshotsAtIntervals):
     def stores(self) -> dict[str, str]:
         return {f"snapshot_{place}": "zeros" for place in range(self.window)}
 
-    def accumulate(self, due: Any, step: Any) -> None:
+    def accumulate(self, due: bool | Tensor, step: Tensor) -> None:
         ring = Ring(list(self.kept.values()))
         ring.put_if(due, self.snapshots_so_far, lambda variable: variable)
 
-    def averages(self) -> list[Any]:
+    def averages(self) -> list[Tensor]:
         places = zip(*(store.values() for store in self.kept.values()), strict=True)
         number = ops.clip(self.snapshots_so_far, 1, self.window)
         return [sum(snapshots) / ops.cast(number, snapshots[0].dtype) for snapshots in places]
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         return super().get_config() | {"window": self.window}

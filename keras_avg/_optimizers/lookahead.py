@@ -6,6 +6,7 @@ import keras
 
 from keras_avg import _checks
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from keras_avg._types import Config, OptimizerLike, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
@@ -60,7 +61,7 @@ class Lookahead(AveragedOptimizerWrapper):
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: OptimizerLike,
         sync_period: int = 6,
         slow_step_size: float = 0.5,
         name: str | None = "Lookahead",
@@ -80,13 +81,13 @@ class Lookahead(AveragedOptimizerWrapper):
     # the average, and alpha is the weight with which the value enters it. The next inner loop
     # begins at phi(t), so the average flows back into the variables.
 
-    def is_due(self, step: Any) -> Any:
+    def is_due(self, step: Tensor) -> bool | Tensor:
         return (step + 1) % self.sync_period == 0
 
-    def value_weight(self, step: Any) -> Any:
+    def value_weight(self, step: Tensor) -> float | Tensor:
         return self.slow_step_size
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         return super().get_config() | {
             "sync_period": self.sync_period,
             "slow_step_size": self.slow_step_size,

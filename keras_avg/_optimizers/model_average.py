@@ -10,11 +10,13 @@ from keras import ops
 from keras_avg import _backend, _checks, _keras_internals
 from keras_avg._keras2.classic_steps import variables_in
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from keras_avg._types import Config, OptimizerLike, Tensor, Variable
 from keras_avg._workers import arguments
 from keras_avg._workers.inner_state import InnerState
 from keras_avg._workers.meeting import Meeting
 from keras_avg._workers.rounds import Rounds
 from keras_avg._wrapping import nesting
+from keras_avg.distributed import Communicator
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
@@ -121,16 +123,16 @@ class ModelAverage(AveragedOptimizerWrapper):
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: OptimizerLike,
         num_worker: int | None = None,
         is_chief: bool | None = None,
         interval_steps: int = 100,
         name: str | None = "ModelAverage",
         *,
-        outer_optimizer: Any = None,
+        outer_optimizer: OptimizerLike | None = None,
         start_step: int = 0,
         inner_state: str = "keep",
-        communicator: Any = None,
+        communicator: Communicator | None = None,
         sequential_update: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -163,7 +165,7 @@ class ModelAverage(AveragedOptimizerWrapper):
     # Its local_step is i + 1 here. Post-local SGD begins with s steps of interval 1:
     #     due  iff  t <= s  or  (t - s) % interval_steps == 0.
 
-    def is_due(self, step: Any) -> Any:
+    def is_due(self, step: Tensor) -> bool | Tensor:
         since = step + 1 - self.start_step
         return (since <= 0) | (since % self.interval_steps == 0)
 
@@ -172,7 +174,7 @@ class ModelAverage(AveragedOptimizerWrapper):
     #     G <- eta * G + zeta * (mean - center);  center <- center + G.
     # This is SGD with momentum eta and learning rate zeta, on the gradient  center - mean.
 
-    def value_weight(self, step: Any) -> Any:
+    def value_weight(self, step: Tensor) -> float | Tensor:
         return 1.0
 
     def last_due_step(self, step: int) -> int:
@@ -183,7 +185,7 @@ class ModelAverage(AveragedOptimizerWrapper):
         """The first step later than `step` after which a round takes place. Steps begin at 1."""
         return self.meeting.rounds.next_due(step)
 
-    def start_together(self, others: Sequence[Any] = ()) -> None:
+    def start_together(self, others: Sequence[Variable] = ()) -> None:
         """Compare the workers, and take the chief's variables. Does so once, before the first step.
 
         Args:
@@ -199,7 +201,7 @@ class ModelAverage(AveragedOptimizerWrapper):
         """Count rounds from this step on. Called when `fit` begins, or loads a state."""
         self.meeting.no_round_is_missing()
 
-    def meet(self, others: Sequence[Any] = (), is_training: bool = True) -> bool:
+    def meet(self, others: Sequence[Variable] = (), is_training: bool = True) -> bool:
         """One round with all workers: take the mean, move the center, set the variables to it.
 
         Args:
@@ -221,12 +223,12 @@ class ModelAverage(AveragedOptimizerWrapper):
         return self.meeting.is_of_several
 
     @property
-    def variables(self) -> list[Any]:
+    def variables(self) -> list[Variable]:
         """The wrapper's own variables, the inner optimizer's, and then the outer optimizer's."""
         outer = self.outer_optimizer
         return super().variables + (list(outer.variables) if outer else [])
 
-    def build(self, variables: list[Any]) -> None:
+    def build(self, variables: list[Variable]) -> None:
         """Make the center, and build the inner and the outer optimizer."""
         if _keras_internals.built_variables(self):
             return
@@ -240,7 +242,7 @@ class ModelAverage(AveragedOptimizerWrapper):
         if self.inner_state == "reset":
             self._inner.note_initial_values()
 
-    def accumulate(self, due: Any, step: Any) -> None:
+    def accumulate(self, due: bool | Tensor, step: Tensor) -> None:
         """Take a round with the other workers, or alone if there are none."""
         if self.meeting.is_of_several:
             if _backend.concrete(due) and not self.meeting.is_between_batches():
@@ -252,7 +254,7 @@ class ModelAverage(AveragedOptimizerWrapper):
             changed = [*self.kept["average"].kept, *variables, *self.variables]
             _backend.run_if(due, lambda: self.finish_round(variables, 1.0), changed)
 
-    def finish_round(self, sums: list[Any], total: float) -> None:
+    def finish_round(self, sums: list[Tensor], total: float) -> None:
         """Move the center towards the means, `sums / total`. Then set the variables to it."""
         centers, variables = self.kept["average"].kept, self.averaged_variables
         if self.outer_optimizer:
@@ -268,7 +270,7 @@ class ModelAverage(AveragedOptimizerWrapper):
         """Whether there was an update since the wrapper was made."""
         return int(self._updates.read()) > 0
 
-    def finalize_variable_values(self, var_list: list[Any]) -> None:
+    def finalize_variable_values(self, var_list: list[Variable]) -> None:
         """Called by `fit` when training ends.
 
         Raises:
@@ -278,7 +280,7 @@ class ModelAverage(AveragedOptimizerWrapper):
         if not any(map(_keras_internals.is_purged, var_list)):
             self.meeting.refuse_missed_round()
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         outer = self.outer_optimizer
         return super().get_config() | {
             "interval_steps": self.interval_steps,

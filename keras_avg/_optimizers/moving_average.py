@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_avg import _backend, _checks
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from keras_avg._types import Config, OptimizerLike, Tensor
 from keras_avg.decays import Decay
 
 LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
@@ -77,9 +78,9 @@ class MovingAverage(AveragedOptimizerWrapper):
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: OptimizerLike,
         sequential_update: bool = True,
-        average_decay: Any = 0.99,
+        average_decay: float | Decay | LearningRateSchedule = 0.99,
         num_updates: int | None = None,
         name: str | None = "MovingAverage",
         *,
@@ -94,13 +95,13 @@ class MovingAverage(AveragedOptimizerWrapper):
         dynamic_decay = _dynamic(dynamic_decay, average_decay)
         average_period = _checks.whole_number("average_period", average_period, minimum=1)
         super().__init__(optimizer, sequential_update, name, **kwargs)
-        self.average_decay = average_decay
+        self.average_decay: Any = average_decay
         self.num_updates = None if num_updates is None else int(num_updates)
         self.start_step = start_step
         self.dynamic_decay = dynamic_decay
         self.average_period = average_period
 
-    def is_due(self, step: Any) -> Any:
+    def is_due(self, step: Tensor) -> bool | Tensor:
         return self.average_period == 1 or (step + 1) % self.average_period == 0
 
     # The textbook writes  average = d * average + (1 - d) * value.  This adds a rounding error of
@@ -112,7 +113,7 @@ class MovingAverage(AveragedOptimizerWrapper):
     # Python floats. The warm-up is computed without a subtraction from 1:
     #     1 - min(d, (1 + s) / (10 + s)) = max(1 - d, 9 / (10 + s))
 
-    def value_weight(self, step: Any) -> Any:
+    def value_weight(self, step: Tensor) -> float | Tensor:
         weight = self._weight_over_period(step)
         if self.start_step == 0:
             return weight
@@ -143,7 +144,7 @@ class MovingAverage(AveragedOptimizerWrapper):
             weight = ops.where(weight > warming, weight, warming)
         return weight
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         decay = self.average_decay
         if not isinstance(decay, float):
             decay = keras.saving.serialize_keras_object(decay)

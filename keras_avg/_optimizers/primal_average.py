@@ -6,6 +6,7 @@ import keras
 
 from keras_avg import _checks
 from keras_avg._optimizers.interpolated import Interpolated
+from keras_avg._types import Config, OptimizerLike, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
@@ -58,7 +59,7 @@ class PrimalAverage(Interpolated):
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: OptimizerLike,
         interpolation: float = 0.7,
         average_decay: float = 0.9967,
         name: str | None = "PrimalAverage",
@@ -71,8 +72,8 @@ class PrimalAverage(Interpolated):
     # x <- m x + (1 - m) z  equals  x <- x + (1 - m) (z - x).  So the weight is the constant 1 - m.
     # It is computed in Python floats.
 
-    def value_weight(self, step: Any) -> Any:
+    def value_weight(self, step: Tensor) -> float | Tensor:
         return 1.0 - self.average_decay
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         return super().get_config() | {"average_decay": self.average_decay}

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_avg import _backend, _checks, _keras_internals
 from keras_avg._optimizers.interpolated import Interpolated
+from keras_avg._types import Config, OptimizerLike, Tensor, Variable
 from keras_avg._wrapping import nesting
 
 
@@ -67,7 +68,7 @@ class ScheduleFree(Interpolated):
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: OptimizerLike,
         interpolation: float = 0.9,
         weight_power: float = 0.0,
         rate_power: float = 2.0,
@@ -96,7 +97,7 @@ class ScheduleFree(Interpolated):
     # constant rate and weight_power 0, r(t) = t. As long as every rate was 0, no step has a weight,
     # and c = 0.
 
-    def build(self, variables: list[Any]) -> None:
+    def build(self, variables: list[Variable]) -> None:
         """Make x and z, and the two numbers from which the weights are computed."""
         if _keras_internals.built_variables(self):
             return
@@ -116,7 +117,7 @@ class ScheduleFree(Interpolated):
             self.kept["z"].assign_if(True, lambda z, y: z - ops.cast(shrink, z.dtype) * y)
         super().before_step()
 
-    def accumulate(self, due: Any, step: Any) -> None:
+    def accumulate(self, due: bool | Tensor, step: Tensor) -> None:
         before, largest = self._read(self._sum), self._read(self._largest_rate)
 
         def grown() -> Any:
@@ -127,10 +128,10 @@ class ScheduleFree(Interpolated):
         self._sum.assign(_backend.scalar(grown))
         super().accumulate(due, step)
 
-    def value_weight(self, step: Any) -> Any:
+    def value_weight(self, step: Tensor) -> float | Tensor:
         return _quotient(1.0, self._read(self._sum))
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         return super().get_config() | {
             "weight_power": self.weight_power,
             "rate_power": self.rate_power,

@@ -4,6 +4,7 @@ from typing import Any
 
 from keras_avg import _checks
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from keras_avg._types import Config, OptimizerLike, Tensor
 
 
 class SnapshotsAtIntervals(AveragedOptimizerWrapper):
@@ -19,7 +20,7 @@ class SnapshotsAtIntervals(AveragedOptimizerWrapper):
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: OptimizerLike,
         start_averaging: int,
         average_period: int,
         name: str | None,
@@ -31,12 +32,12 @@ class SnapshotsAtIntervals(AveragedOptimizerWrapper):
         self.start_averaging = start
         self.average_period = period
 
-    def is_due(self, step: Any) -> Any:
+    def is_due(self, step: Tensor) -> bool | Tensor:
         """Whether a snapshot follows update `step`."""
         since = step - self.start_averaging
         return (since >= 0) & (since % self.average_period == 0)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """The arguments that construct an equal wrapper, in serializable form."""
         return super().get_config() | {
             "start_averaging": self.start_averaging,

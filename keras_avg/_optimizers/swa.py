@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_avg import _backend
 from keras_avg._optimizers.snapshots_at_intervals import SnapshotsAtIntervals
+from keras_avg._types import OptimizerLike, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
@@ -73,7 +74,7 @@ class SWA(SnapshotsAtIntervals):
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: OptimizerLike,
         start_averaging: int = 0,
         average_period: int = 10,
         name: str | None = "SWA",
@@ -94,5 +95,5 @@ class SWA(SnapshotsAtIntervals):
     #     w_swa <- w_swa + (w - w_swa) / (n + 1)
     # is a step of weight 1 / (n + 1). With n = 0 the average becomes the first snapshot.
 
-    def value_weight(self, step: Any) -> Any:
+    def value_weight(self, step: Tensor) -> float | Tensor:
         return 1.0 / ops.cast(self.snapshots_so_far + 1, _backend.widest_float())

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_avg import _backend, _checks
 from keras_avg._optimizers.snapshots_at_intervals import SnapshotsAtIntervals
+from keras_avg._types import Config, OptimizerLike, Tensor
 from keras_avg._wrapping.store import LONGEST_RING, Ring
 
 SMALLEST_VARIANCE = 1e-30
@@ -81,7 +82,7 @@ class SWAG(SnapshotsAtIntervals):
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: OptimizerLike,
         start_averaging: int = 0,
         average_period: int = 10,
         rank: int = 20,
@@ -100,10 +101,10 @@ class SWAG(SnapshotsAtIntervals):
         columns = {f"deviation_{place}": "zeros" for place in range(self.rank)}
         return {"average": "zeros", "square": "zeros"} | columns
 
-    def value_weight(self, step: Any) -> Any:
+    def value_weight(self, step: Tensor) -> float | Tensor:
         return 1.0 / ops.cast(self.snapshots_so_far + 1, _backend.widest_float())
 
-    def accumulate(self, due: Any, step: Any) -> None:
+    def accumulate(self, due: bool | Tensor, step: Tensor) -> None:
         mean, square = self.kept["average"], self.kept["square"]
         weight = _backend.scalar(lambda: self.value_weight(step))
         mean.lerp_if(due, lambda: weight)
@@ -164,7 +165,7 @@ class SWAG(SnapshotsAtIntervals):
     def _columns(self) -> list[Any]:
         return [self.kept[f"deviation_{place}"] for place in range(self.rank)]
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         return super().get_config() | {"rank": self.rank}
 
 

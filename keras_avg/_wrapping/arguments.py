@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -134,7 +134,7 @@ def patterns(argument: str, value: Any) -> list[str] | None:
 
 
 def excluded(
-    exclude: list[str] | None,
+    exclude: Sequence[str] | None,
     variables: list[Any],
     name: str,
     models: list[str],

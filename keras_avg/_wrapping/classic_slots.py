@@ -7,6 +7,7 @@ import keras
 
 from keras_avg import _checks, _keras_internals
 from keras_avg._keras2.classic_steps import ClassicSteps
+from keras_avg._types import Aggregation, DType, Initializer, Variable
 from keras_avg._wrapping import nesting
 from keras_avg._wrapping.own_variables import OwnVariables
 
@@ -18,7 +19,7 @@ class ClassicSlots(ClassicSteps):
         super().__init__(**kwargs)
         self._own_variables = OwnVariables(self)
 
-    def get_slot(self, var: Any, name: str) -> Any:
+    def get_slot(self, var: Variable, name: str) -> Variable:
         """The variable that the optimizer keeps beside `var` under this name.
 
         Args:
@@ -62,7 +63,7 @@ class ClassicSlots(ClassicSteps):
         all_slots = [name for variable in variables for name in slots_of(self, variable)]
         return list(dict.fromkeys(own + all_slots))
 
-    def add_variable(self, *args: Any, **kwargs: Any) -> Any:
+    def add_variable(self, *args: Any, **kwargs: Any) -> keras.Variable:
         """Keep one more variable, as optimizers do in `build`.
 
         It becomes part of `variables`, and is saved by its place among the added ones. Keras'
@@ -79,7 +80,9 @@ class ClassicSlots(ClassicSteps):
         self._own_variables.add(variable)
         return variable
 
-    def add_slot(self, var: Any, name: str, initializer: Any = "zeros") -> Any:
+    def add_slot(
+        self, var: Variable, name: str, initializer: Initializer = "zeros"
+    ) -> keras.Variable:
         """Keep one more variable beside `var`.
 
         It becomes part of `variables`, and is saved and loaded with them.
@@ -116,12 +119,12 @@ class ClassicSlots(ClassicSteps):
         self,
         name: str,
         shape: Sequence[int],
-        dtype: Any = None,
-        initializer: Any = "zeros",
+        dtype: DType | None = None,
+        initializer: Initializer = "zeros",
         trainable: bool | None = None,
-        synchronization: Any = None,
-        aggregation: Any = None,
-    ) -> Any:
+        synchronization: str | None = None,
+        aggregation: Aggregation | None = None,
+    ) -> keras.Variable:
         """Keep one more variable of any shape.
 
         It becomes part of `variables`, and is saved and loaded with them.

@@ -1,12 +1,12 @@
 """Finds the wrappers that train a model."""
 
-from typing import Any
+import keras
 
 from keras_avg._wrapping import bindings, nesting
 from keras_avg._wrapping.shows_averages import ShowsAverages
 
 
-def averaging_optimizers(model: Any) -> list[ShowsAverages]:
+def averaging_optimizers(model: keras.Model) -> list[ShowsAverages]:
     """The averaging wrappers of a compiled model. Outer wrappers come first.
 
     The function looks inside a `LossScaleOptimizer` (which `compile` adds under mixed_float16), in
@@ -34,7 +34,7 @@ def averaging_optimizers(model: Any) -> list[ShowsAverages]:
     ]
 
 
-def wrappers_of(model: Any) -> list[ShowsAverages]:
+def wrappers_of(model: keras.Model) -> list[ShowsAverages]:
     """The wrappers that keep averages of a model's variables. Outer wrappers come first.
 
     If the model is compiled, these are the wrappers with which it was compiled. If not (users may

@@ -1,13 +1,15 @@
 """An optimizer that wraps another: construction, state, config and steps, but no averages."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_avg import _backend, _checks, _keras_internals
 from keras_avg._keras2.classic_steps import parts_of_sums
+from keras_avg._types import Config, GradientFunction, OptimizerLike, Rate, Tensor, Variable
 from keras_avg._wrapping import (
     arguments,
     bindings,
@@ -21,6 +23,8 @@ from keras_avg._wrapping import (
 from keras_avg._wrapping.classic_slots import ClassicSlots
 from keras_avg._wrapping.clock import Clock
 
+Wrapper = TypeVar("Wrapper", bound="OptimizerWrapper")
+
 
 class OptimizerWrapper(ClassicSlots):
     """Lets another optimizer take the steps. A subclass acts before and after each step.
@@ -33,14 +37,14 @@ class OptimizerWrapper(ClassicSlots):
         **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, `learning_rate`, `lr`, `decay`.
     """
 
-    inner_optimizer: Any
+    inner_optimizer: keras.optimizers.Optimizer
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: OptimizerLike,
         name: str | None,
-        gradient_transformers: list | None = None,
-        gradient_aggregator: Any = None,
+        gradient_transformers: Sequence[GradientFunction] | None = None,
+        gradient_aggregator: GradientFunction | None = None,
         **kwargs: Any,
     ) -> None:
         kind = type(self).__name__
@@ -76,7 +80,7 @@ class OptimizerWrapper(ClassicSlots):
     # These properties belong to the inner optimizer, and have the same names here.
 
     @property
-    def iterations(self) -> Any:
+    def iterations(self) -> keras.Variable:
         """The number of real updates so far. Micro-steps of gradient accumulation do not count."""
         _keras_internals.check_attached([_keras_internals.step_counter(self.inner_optimizer)])
         return self.inner_optimizer.iterations
@@ -86,33 +90,34 @@ class OptimizerWrapper(ClassicSlots):
         return int(ops.convert_to_numpy(self.iterations))
 
     @property
-    def learning_rate(self) -> Any:
+    def learning_rate(self) -> Tensor:
         """The inner optimizer's learning rate. It can be set where Keras allows it."""
         _keras_internals.check_attached([_keras_internals.step_counter(self.inner_optimizer)])
         return self.inner_optimizer.learning_rate
 
     @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
+    def learning_rate(self, learning_rate: Rate) -> None:
         _keras_internals.check_attached([_keras_internals.step_counter(self.inner_optimizer)])
         self.inner_optimizer.learning_rate = rates.without_owner(learning_rate)
 
     @property
-    def lr(self) -> Any:
+    def lr(self) -> Tensor:
         """The learning rate, under its name in Keras 2."""
         return self.learning_rate
 
     @lr.setter
-    def lr(self, learning_rate: Any) -> None:
+    def lr(self, learning_rate: Rate) -> None:
         self.learning_rate = learning_rate
 
     @property
-    def optimizers(self) -> list[Any]:
+    def optimizers(self) -> list[keras.optimizers.Optimizer]:
         """The members of an inner `MultiOptimizer`. Keras' callbacks set the rate of each member.
 
         Raises:
             AttributeError: If the inner optimizer has no members.
         """
-        return self.inner_optimizer.optimizers
+        multi_optimizer: Any = self.inner_optimizer
+        return multi_optimizer.optimizers
 
     @property
     def loss_scale_factor(self) -> float | None:
@@ -125,12 +130,12 @@ class OptimizerWrapper(ClassicSlots):
         if "inner_optimizer" in self.__dict__:
             self.inner_optimizer.loss_scale_factor = factor
 
-    def scale_loss(self, loss: Any) -> Any:
+    def scale_loss(self, loss: Tensor) -> Tensor:
         """Scale `loss` as the inner optimizer does."""
         return self.inner_optimizer.scale_loss(loss)
 
     def exclude_from_weight_decay(
-        self, var_list: list[Any] | None = None, var_names: list[str] | None = None
+        self, var_list: list[Variable] | None = None, var_names: list[str] | None = None
     ) -> None:
         """Exclude variables from the inner optimizer's weight decay, before it is built."""
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
@@ -138,14 +143,14 @@ class OptimizerWrapper(ClassicSlots):
     # The state as lists. A subclass adds the state in files.
 
     @property
-    def variables(self) -> list[Any]:
+    def variables(self) -> list[Variable]:
         """The wrapper's own variables (counters, stores, added ones), then the inner ones."""
         self._before_state_is_read()
         own = self._own_variables.by_name.values()
         return _keras_internals.unless_loaded_around([*own, *self.inner_optimizer.variables])
 
     @property
-    def weights(self) -> list[Any]:
+    def weights(self) -> list[Variable]:
         """The variables, under their name in Keras 2."""
         return self.variables
 
@@ -154,7 +159,7 @@ class OptimizerWrapper(ClassicSlots):
         _keras_internals.check_attached(self.variables)
         return [ops.convert_to_numpy(variable) for variable in self.variables]
 
-    def set_weights(self, weights: Sequence[Any]) -> None:
+    def set_weights(self, weights: Sequence[np.ndarray | Tensor]) -> None:
         """Set `variables` from a list of arrays, as `get_weights` returns it.
 
         If an array does not fit, no variable is changed.
@@ -181,7 +186,7 @@ class OptimizerWrapper(ClassicSlots):
         fitting.assign(variables, values)
         self._after_state_was_set()
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """The arguments that construct an equal wrapper, in serializable form.
 
         Returns:
@@ -194,7 +199,9 @@ class OptimizerWrapper(ClassicSlots):
         return configs.of_wrapper(self)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: dict | None = None) -> Any:
+    def from_config(
+        cls: type[Wrapper], config: Config, custom_objects: dict[str, Any] | None = None
+    ) -> Wrapper:
         """Construct a wrapper from a config of `get_config`, here or in TensorFlow Addons.
 
         Args:
@@ -219,7 +226,7 @@ class OptimizerWrapper(ClassicSlots):
 
     # Steps.
 
-    def build(self, variables: list[Any]) -> None:
+    def build(self, variables: list[Variable]) -> None:
         """Make the optimizer's own variables, and build the inner optimizer."""
         variables = list(variables)
         if self.built and (not variables or _keras_internals.built_variables(self)):
@@ -239,7 +246,7 @@ class OptimizerWrapper(ClassicSlots):
         bindings.note_built(self)
         self._after_build()
 
-    def apply(self, grads: list[Any], trainable_variables: list[Any] | None = None) -> None:
+    def apply(self, grads: list[Tensor], trainable_variables: list[Variable] | None = None) -> None:
         """Let the inner optimizer take a step, then average if an averaging is due.
 
         Args:

@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_avg import _backend, _keras_internals
+from keras_avg._types import Config, Tensor, Variable
 from keras_avg._wrapping import arguments, bindings, fitting, nesting
 from keras_avg._wrapping.files import StateFile
 from keras_avg._wrapping.optimizer_wrapper import OptimizerWrapper
@@ -26,7 +28,7 @@ class ShowsAverages(OptimizerWrapper):
     """
 
     def __init__(
-        self, average_dtype: str | None, exclude: list[str] | None, **arguments: Any
+        self, average_dtype: str | None, exclude: Sequence[str] | None, **arguments: Any
     ) -> None:
         super().__init__(**arguments)
         self.average_dtype = average_dtype
@@ -49,7 +51,7 @@ class ShowsAverages(OptimizerWrapper):
         """
         return {"average": "variable"}
 
-    def averages(self) -> list[Any]:
+    def averages(self) -> list[Tensor]:
         """The values that the model holds while it is swapped. Rules override it.
 
         It may run in compiled code.
@@ -60,7 +62,7 @@ class ShowsAverages(OptimizerWrapper):
         """
         return self.kept["average"].values()
 
-    def assign_average_vars(self, var_list: list[Any]) -> None:
+    def assign_average_vars(self, var_list: Sequence[Variable]) -> None:
         """Assign the averages to the variables for good. The raw values are lost.
 
         Args:
@@ -193,7 +195,7 @@ class ShowsAverages(OptimizerWrapper):
             yield
 
     @contextlib.contextmanager
-    def showing(self, values: Callable[[], Sequence[Any]]) -> Iterator[None]:
+    def showing(self, values: Callable[[], Sequence[Tensor]]) -> Iterator[None]:
         """Context in which the model holds other values.
 
         When the context ends, the model holds again what it held before. Rules use it to show more
@@ -240,7 +242,7 @@ class ShowsAverages(OptimizerWrapper):
         swap.end()
         self._after_averages_were_assigned()
 
-    def bind_model(self, model: Any) -> None:
+    def bind_model(self, model: keras.Model) -> None:
         """Say which model was loaded with the averages in it, so that `swap_weights` works.
 
         The file may contain batch-normalization statistics of the raw weights. The optimizer must
@@ -272,7 +274,7 @@ class ShowsAverages(OptimizerWrapper):
         _keras_internals.check_attached(self._own_variables.by_name.values())
         return int(self._snapshots.read())
 
-    def count_snapshots(self, number: Any) -> None:
+    def count_snapshots(self, number: int | Tensor) -> None:
         """Add `number` to the number of snapshots. It is an integer or a bool, or such a tensor."""
         self._snapshots.advance(number)
 
@@ -282,7 +284,7 @@ class ShowsAverages(OptimizerWrapper):
         return self.num_snapshots > 0
 
     @property
-    def averaged_variables(self) -> list[Any]:
+    def averaged_variables(self) -> list[Variable]:
         """The model's variables that have an average, in order. Empty before `build`."""
         return [] if self._swap is None else list(self._swap.variables)
 
@@ -292,10 +294,10 @@ class ShowsAverages(OptimizerWrapper):
 
     def stateless_average(
         self,
-        optimizer_variables: list[Any],
-        trainable_variables: list[Any] | None = None,
-        optimizer: Any = None,
-    ) -> list[Any]:
+        optimizer_variables: Sequence[Tensor],
+        trainable_variables: Sequence[Tensor] | None = None,
+        optimizer: OptimizerWrapper | None = None,
+    ) -> list[Tensor]:
         """The averages from a list of values of `variables`. It can be compiled by `jax.jit`.
 
         Args:
@@ -341,7 +343,9 @@ class ShowsAverages(OptimizerWrapper):
                 for variable, average in zip(wrapper.averaged_variables, averages, strict=True)
             ]
 
-    def stateless_num_snapshots(self, optimizer_variables: list[Any], optimizer: Any = None) -> Any:
+    def stateless_num_snapshots(
+        self, optimizer_variables: Sequence[Tensor], optimizer: OptimizerWrapper | None = None
+    ) -> Tensor:
         """The number of averagings, from a list of values of `variables`. `jax.jit` can compile it.
 
         Args:
@@ -367,7 +371,7 @@ class ShowsAverages(OptimizerWrapper):
         counter = wrapper._own_variables.by_name["snapshots"]
         return next(ops.convert_to_tensor(value) for v, value in state if v is counter)
 
-    def _state_of(self, wrapper: Any, values: list[Any]) -> list[tuple[Any, Any]]:
+    def _state_of(self, wrapper: Any, values: Sequence[Tensor]) -> list[tuple[Any, Any]]:
         """Pairs of `variables` and their values. `wrapper` must be this wrapper or inside it."""
         variables = self.variables
         if len(values) != len(variables):
@@ -383,7 +387,7 @@ class ShowsAverages(OptimizerWrapper):
             )
         return list(zip(variables, values, strict=True))
 
-    def shadow_copy(self, variables: Iterable[Any]) -> None:
+    def shadow_copy(self, variables: Iterable[Variable]) -> None:
         """Make the averages before training begins, with the values of the variables.
 
         `assign_average_vars` and `swap_weights` still need a first snapshot.
@@ -408,7 +412,7 @@ class ShowsAverages(OptimizerWrapper):
         """Whether the averages have been made."""
         return self.built
 
-    def save_own_variables(self, store: MutableMapping[str, Any]) -> None:
+    def save_own_variables(self, store: MutableMapping[str, np.ndarray]) -> None:
         """Write the wrapper's own variables, and the raw values if the averages are in the model.
 
         Keras writes the inner optimizer's variables. If averages do not fit the saved model, they
@@ -424,7 +428,7 @@ class ShowsAverages(OptimizerWrapper):
         if self._swap is not None:
             self._state_file.save(store, self._swap)
 
-    def load_own_variables(self, store: Mapping[str, Any]) -> None:
+    def load_own_variables(self, store: Mapping[str, np.ndarray]) -> None:
         """Read the wrapper's own variables, or raise and change nothing.
 
         The file's index is checked first. If it does not fit, no array is read.
@@ -436,7 +440,7 @@ class ShowsAverages(OptimizerWrapper):
         self._state_file.load(store, self._swap)
         self._after_state_was_set()
 
-    def check_file(self, store: Mapping[str, Any]) -> None:
+    def check_file(self, store: Mapping[str, np.ndarray]) -> None:
         """Refuse a file whose part for this optimizer does not fit. Only the index is read.
 
         Raises:
@@ -444,7 +448,7 @@ class ShowsAverages(OptimizerWrapper):
         """
         self._state_file.check(store, self._swap)
 
-    def finalize_variable_values(self, var_list: list[Any]) -> None:
+    def finalize_variable_values(self, var_list: list[Variable]) -> None:
         """Called by `fit` when training ends.
 
         Raises:
@@ -464,7 +468,7 @@ class ShowsAverages(OptimizerWrapper):
                 # then fail, so the variables get buffers of their own.
                 _backend.assign_quotients(var_list, 1.0, var_list)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         return super().get_config() | {
             "average_dtype": self.average_dtype,
             "exclude": self.exclude and list(self.exclude),

@@ -11,7 +11,7 @@ import keras
 from keras_avg._wrapping import due_steps, finding
 
 
-def summary(model: Any, print_fn: Callable[[str], Any] | None = None) -> None:
+def summary(model: keras.Model, print_fn: Callable[[str], object] | None = None) -> None:
     """Print a table of a model's averages. It has a column for each wrapper, the outermost first.
 
     The table shows the wrapper and its rule, the numbers of updates and snapshots so far, the step

@@ -4,11 +4,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import keras
+
 from keras_avg import _keras_internals
 from keras_avg._wrapping import finding
 
 
-def swap_weights(model: Any) -> None:
+def swap_weights(model: keras.Model) -> None:
     """Exchange the raw and the averaged values in a model.
 
     A second call restores every bit of the raw values. The function uses the outermost wrapper that
@@ -43,7 +45,7 @@ def swap_weights(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def average_weights(model: Any) -> Iterator[None]:
+def average_weights(model: keras.Model) -> Iterator[None]:
     """Context in which a model holds its averages. After it the model holds what it held before.
 
     Args:
@@ -74,7 +76,7 @@ def average_weights(model: Any) -> Iterator[None]:
                 wrapper.swap_weights()
 
 
-def assign_average_vars(model: Any) -> None:
+def assign_average_vars(model: keras.Model) -> None:
     """Assign the averages to the model for good. The raw values are lost.
 
     Training goes on from the averages. If the model holds the averages already, they stay in it,
@@ -105,11 +107,11 @@ def assign_average_vars(model: Any) -> None:
             wrapper.assign_average_vars(model.variables)
 
 
-def _holders(model: Any) -> list[Any]:
+def _holders(model: keras.Model) -> list[Any]:
     return [wrapper for wrapper in finding.wrappers_of(model) if wrapper.averages_in_model]
 
 
-def _put_in(model: Any) -> list[Any]:
+def _put_in(model: keras.Model) -> list[Any]:
     done: list[Any] = []
     try:
         for wrapper in _chosen(model):
@@ -122,7 +124,7 @@ def _put_in(model: Any) -> list[Any]:
     return done
 
 
-def _chosen(model: Any) -> list[Any]:
+def _chosen(model: keras.Model) -> list[Any]:
     """The wrappers whose averages to show. No two of them have a variable in common."""
     wrappers = finding.wrappers_of(model)
     if not wrappers:

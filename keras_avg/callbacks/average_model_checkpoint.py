@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from keras_avg import _atomic
+from keras_avg._types import Path
 from keras_avg._wrapping import finding
 
 
@@ -49,11 +50,11 @@ class AverageModelCheckpoint(keras.callbacks.ModelCheckpoint):
         `tfa.callbacks.AverageModelCheckpoint` of TensorFlow Addons.
     """
 
-    def __init__(self, update_weights: bool, filepath: Any, **kwargs: Any) -> None:
+    def __init__(self, update_weights: bool, filepath: Path, **kwargs: Any) -> None:
         super().__init__(filepath, **kwargs)
         self.update_weights = update_weights
 
-    def set_model(self, model: Any) -> None:
+    def set_model(self, model: keras.Model) -> None:
         """Called once at the start of training."""
         if not finding.wrappers_of(model):
             raise TypeError(

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from keras_avg import _atomic, _backend, _keras_internals
+from keras_avg._types import Logs, Path
 from keras_avg._wrapping import train_function
 from keras_avg.callbacks import _backup_file
 
@@ -59,8 +60,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     def __init__(
         self,
-        backup_dir: Any,
-        save_freq: Any = "epoch",
+        backup_dir: Path,
+        save_freq: str | int | bool = "epoch",
         double_checkpoint: bool = False,
         delete_checkpoint: bool = True,
     ) -> None:
@@ -77,7 +78,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._done = 0  # The number of finished batches in this epoch.
         self._unsaved = 0  # The number of batches since the last backup.
 
-    def on_train_begin(self, logs: dict | None = None) -> None:
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Load the last backup, if there is one."""
         self._restored, self._unsaved = None, 0
         model = self.model
@@ -96,7 +97,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         if self._restored is not None:
             _keras_internals.set_initial_epoch(model, self._restored.epoch)
 
-    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Skip the finished batches if the backup was made within this epoch."""
         self._epoch, self._done = epoch, 0
         self._begin_elsewhere_no_more()
@@ -104,25 +105,25 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         if restored is not None and restored.epoch == epoch and restored.batches:
             self._pass_over(self.model, restored)
 
-    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
         """Remember the batch that comes now."""
         self._first = batch
 
-    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Make a backup if it is due."""
         self._unsaved += batch + 1 - self._done
         self._done = batch + 1
         if _is_number(self.save_freq) and self._unsaved >= self.save_freq:
             self._save()
 
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Make a backup if it is due."""
         train_function.leave(self.model, id(self))
         self._epoch, self._done = epoch + 1, 0
         if self.save_freq == "epoch":
             self._save()
 
-    def on_train_end(self, logs: dict | None = None) -> None:
+    def on_train_end(self, logs: Logs = None) -> None:
         """Delete the backups if `delete_checkpoint` is True."""
         self._begin_elsewhere_no_more()
         if not self.delete_checkpoint:

@@ -2,12 +2,12 @@
 
 import os
 import pathlib
-from typing import Any
 
 import keras
 
 from keras_avg import _checks
 from keras_avg._optimizers.moving_average import MovingAverage
+from keras_avg._types import Logs, Path
 from keras_avg._wrapping import finding
 from keras_avg.checkpoints import _snapshot_files
 from keras_avg.checkpoints._profiles import Profile
@@ -59,7 +59,7 @@ class SaveAverages(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, directory: Any, every_steps: int | None = None, dtype: str = "float16"
+        self, directory: Path, every_steps: int | None = None, dtype: str = "float16"
     ) -> None:
         super().__init__()
         if not isinstance(directory, str | os.PathLike):
@@ -74,7 +74,7 @@ class SaveAverages(keras.callbacks.Callback):
         self._batches = self._batches_before = 0
         self._earliest = 0  # The number of updates cannot reach `_due` before this batch.
 
-    def on_train_begin(self, logs: Any = None) -> None:
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Called at the start of training."""
         if not self._averages():
             raise ValueError(
@@ -84,12 +84,12 @@ class SaveAverages(keras.callbacks.Callback):
         self.directory.mkdir(parents=True, exist_ok=True)
         self._saved = []
 
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Called at the start of an epoch. If there is a backup, it has been restored before."""
         self._batches_before = self._batches
         self._wait()
 
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Called after a batch, or several. It reads the model only if a snapshot may be due."""
         self._batches = self._batches_before + batch + 1
         if self.every_steps is None or self._batches < self._earliest:
@@ -98,7 +98,7 @@ class SaveAverages(keras.callbacks.Callback):
             self._save()
         self._wait()
 
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Called at the end of an epoch."""
         if self.every_steps is None:
             self._save()

@@ -7,6 +7,8 @@ import keras
 import numpy as np
 
 from keras_avg import _backend, _keras_internals
+from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from keras_avg._types import Data, Logs
 from keras_avg._wrapping import bindings, due_steps, finding, nesting, summary, swap
 from keras_avg.batch_norm import refuse_one_pass_data, statistics, update_batch_norm
 from keras_avg.callbacks import _scalars
@@ -86,9 +88,9 @@ class SwapAverageWeights(keras.callbacks.Callback):
     def __init__(
         self,
         swap_on_epoch: bool = True,
-        batch_norm_data: Any = None,
+        batch_norm_data: Data | None = None,
         log_raw: bool = False,
-        optimizer: Any = None,
+        optimizer: AveragedOptimizerWrapper | None = None,
         log_averages: bool = False,
         verbose: int = 0,
     ) -> None:
@@ -111,18 +113,18 @@ class SwapAverageWeights(keras.callbacks.Callback):
         # For which averages the statistics were recomputed, and the statistics.
         self._recomputed: tuple[Any, list[Any]] | None = None
 
-    def set_model(self, model: Any) -> None:
+    def set_model(self, model: keras.Model) -> None:
         """Called once at the start of each `fit`, `evaluate` or `predict`."""
         super().set_model(model)
         self._in_fit, self._recomputed = False, None  # Other averages may have been loaded.
 
-    def on_train_begin(self, logs: dict | None = None) -> None:
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Go on from the raw weights."""
         self._in_fit, self._found_averages, self._recomputed = True, None, None
         self._has_validated = self._has_begun = self._has_warned = False
         self._take_averages_out()
 
-    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Go on from the raw weights. `BackupAndRestore` may have loaded averages before."""
         self._in_fit, self._validated, self._scalars = True, False, {}
         self._take_averages_out()
@@ -130,7 +132,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
             self._has_begun = True
             self._warn_if_too_short()
 
-    def on_test_begin(self, logs: dict | None = None) -> None:
+    def on_test_begin(self, logs: Logs = None) -> None:
         """Put the averages in for validation."""
         if self.log_raw and self._in_fit and _keras_internals.validates_on_generator(self.model):
             raise ValueError(
@@ -140,21 +142,21 @@ class SwapAverageWeights(keras.callbacks.Callback):
             )
         self._begin_judging()
 
-    def on_test_end(self, logs: dict | None = None) -> None:
+    def on_test_end(self, logs: Logs = None) -> None:
         """Leave the averages in for callbacks at the epoch's end, or put the raw weights back."""
         self._validated = self._in_fit
         self._has_validated |= self._in_fit
         self._end_judging()
 
-    def on_predict_begin(self, logs: dict | None = None) -> None:
+    def on_predict_begin(self, logs: Logs = None) -> None:
         """Predict with the averages."""
         self._begin_judging()
 
-    def on_predict_end(self, logs: dict | None = None) -> None:
+    def on_predict_end(self, logs: Logs = None) -> None:
         """Leave the model as it was found."""
         self._end_judging()
 
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """With `log_raw`, evaluate the raw weights too. Then put the averages into the model."""
         if self.log_raw and self._validated and logs is not None:
             logs.update(self._raw_logs(logs))
@@ -166,7 +168,7 @@ class SwapAverageWeights(keras.callbacks.Callback):
             for wrapper in self._chosen():
                 print(f"Epoch {epoch + 1}: averages of {summary.in_one_line(wrapper)}")
 
-    def on_train_end(self, logs: dict | None = None) -> None:
+    def on_train_end(self, logs: Logs = None) -> None:
         """Leave the averages in the model. Several workers first finish their last round."""
         keep_company(self.model)
         # Without validation, another callback may have restored raw weights into the swapped model.

@@ -8,6 +8,7 @@ import keras
 
 from keras_avg import _checks, _keras_internals
 from keras_avg._optimizers.model_average import ModelAverage
+from keras_avg._types import Logs
 from keras_avg._wrapping import finding, nesting, train_function
 from keras_avg.batch_norm import frozen_batch_norms
 
@@ -74,7 +75,7 @@ class SynchronizeWorkers(keras.callbacks.Callback):
         self._is_in_batch = False
         self._is_in_step = False
 
-    def on_train_begin(self, logs: dict | None = None) -> None:
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Check that rounds can take place between batches."""
         model = self.model
         wrapper = _model_average(model)
@@ -88,14 +89,14 @@ class SynchronizeWorkers(keras.callbacks.Callback):
         self._steps_per_execution = model.steps_per_execution
         self._has_begun = self._is_in_batch = False
 
-    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Before the first step, start together. Other callbacks may have loaded weights before."""
         if self._wrapper is not None:
             self._begin(self.model)
             self._look()
             self._refuse_missed_round()
 
-    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
         """If another callback has loaded a state, count rounds from there."""
         if self._wrapper is None:
             return
@@ -104,7 +105,7 @@ class SynchronizeWorkers(keras.callbacks.Callback):
             self._wrapper.no_round_is_missing()
             self._look()
 
-    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Take a round if one is due."""
         self._is_in_batch = False
         if self._wrapper is None:
@@ -125,7 +126,7 @@ class SynchronizeWorkers(keras.callbacks.Callback):
             )
         self._wrapper.meet(self._others(model))
 
-    def on_train_end(self, logs: dict | None = None) -> None:
+    def on_train_end(self, logs: Logs = None) -> None:
         """Join the rounds with weight 0 until all workers have finished."""
         self.keep_company()
 

@@ -5,7 +5,10 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import keras
+
 from keras_avg import _checks
+from keras_avg._types import Path
 from keras_avg.checkpoints import _files, _weights
 from keras_avg.checkpoints._weighted_sum import WeightedSum
 
@@ -13,8 +16,8 @@ ROUNDING = 1e-12  # A sum that should be 0 may differ from 0 by this part of its
 
 
 def average(
-    model: Any,
-    filepaths: Iterable[Any],
+    model: keras.Model,
+    filepaths: Iterable[Path],
     weights: Iterable[float] | None = None,
     verbose: int | str = "auto",
 ) -> None:

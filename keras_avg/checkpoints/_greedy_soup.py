@@ -2,20 +2,25 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+import keras
 
 from keras_avg import _checks
+from keras_avg._types import Path
 from keras_avg.checkpoints import _files, _weights
 from keras_avg.checkpoints._weighted_sum import WeightedSum
 
+AnyPath = TypeVar("AnyPath", bound=Path)
+
 
 def greedy_soup(
-    model: Any,
-    filepaths: Iterable[Any],
-    score: Callable[[Any], float],
+    model: keras.Model,
+    filepaths: Iterable[AnyPath],
+    score: Callable[[keras.Model], float],
     mode: str = "max",
     verbose: int | str = "auto",
-) -> list[Any]:
+) -> list[AnyPath]:
     """Give a model the mean of the best files. Each file that joins makes the mean no worse.
 
     First, every file is scored alone. Then the files are tried from the best to the worst. A file
@@ -79,7 +84,7 @@ def greedy_soup(
         scores = [scored(_files.read(model, file), file) for file in bar]
         ranked = _best_first(scores, files)
         soup, best = WeightedSum(model.variables), scores[ranked[0]]
-        chosen: list[Any] = []
+        chosen: list[AnyPath] = []
         for file in _files.with_progress([files[i] for i in ranked], verbose):
             values = _files.read(model, file)
             mean = soup.mean(len(chosen) + 1, more=values)

@@ -15,7 +15,7 @@ CURVES: dict[str, Callable[[float], float]] = {
 ROUNDING = 1e-6  # A user's curve may be computed in float32.
 
 
-def merge_weights(number: int, decay: Any = "linear") -> list[float]:
+def merge_weights(number: int, decay: str | Callable[[float], float] = "linear") -> list[float]:
     """Weights for the last files of a run at a constant rate. They imitate an annealed rate.
 
     Let `w(x)` be the curve of the annealed rate over the time of the files. It falls from 1 at

@@ -6,9 +6,11 @@ import warnings
 from typing import Any
 
 import h5py
+import keras
 import numpy as np
 
 from keras_avg import _checks
+from keras_avg._types import Path
 from keras_avg.checkpoints import _files, _snapshot_files, _weights
 from keras_avg.checkpoints._places import places_in
 from keras_avg.checkpoints._profiles import Combination, Profile, combine
@@ -19,7 +21,7 @@ ENOUGH = 0.05  # If the relative error of the profile is larger, a warning says 
 
 
 def synthesize(
-    model: Any, directory: Any, sigma_rel: float, verbose: int | str = "auto"
+    model: keras.Model, directory: Path, sigma_rel: float, verbose: int | str = "auto"
 ) -> dict[str, float]:
     """Give a model, after training, the average that `PowerFunction(sigma_rel)` would have kept.
 

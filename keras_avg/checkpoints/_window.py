@@ -3,9 +3,11 @@
 import os
 from typing import Any
 
+import keras
 import numpy as np
 
 from keras_avg._optimizers.swa import SWA
+from keras_avg._types import Path
 from keras_avg._wrapping import nesting
 from keras_avg.checkpoints import _files, _weights
 from keras_avg.checkpoints._averages_in_file import AveragesInFile, averages_in
@@ -13,7 +15,7 @@ from keras_avg.checkpoints._contents import opened, read_array
 from keras_avg.checkpoints._places import places_in
 
 
-def window(model: Any, earlier: Any, later: Any) -> None:
+def window(model: keras.Model, earlier: Path, later: Path) -> None:
     """Give a model the mean of the snapshots that `SWA` took between two files of one run.
 
     The earlier file has `n1` snapshots with the mean `a1`, the later one `n2` snapshots with the

@@ -1,7 +1,11 @@
 """The base class of decays. A decay gives the weight of the new value."""
 
 import abc
-from typing import Any
+from typing import TypeVar
+
+from keras_avg._types import Config, Tensor
+
+Kind = TypeVar("Kind", bound="Decay")
 
 
 class Decay(abc.ABC):
@@ -31,7 +35,7 @@ class Decay(abc.ABC):
     """
 
     @abc.abstractmethod
-    def value_weight(self, t: Any, period: int) -> Any:
+    def value_weight(self, t: Tensor, period: int) -> float | Tensor:
         """The weight of the new value, in [0, 1]. It runs inside compiled code.
 
         Args:
@@ -42,11 +46,11 @@ class Decay(abc.ABC):
             A Python float if the weight is constant, otherwise a scalar tensor.
         """
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """The arguments that construct an equal decay."""
         return {}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "Decay":
+    def from_config(cls: type[Kind], config: Config) -> Kind:
         """Construct a decay from what `get_config` returned."""
         return cls(**config)

@@ -1,11 +1,11 @@
 """A constant decay that is given by its half-life."""
 
 import math
-from typing import Any
 
 import keras
 
 from keras_avg import _checks
+from keras_avg._types import Config, Tensor
 from keras_avg.decays.decay import Decay
 
 
@@ -45,10 +45,10 @@ class HalfLife(Decay):
     # keeps the share  d ** k = 2 ** (-k / h).  The weight  1 - 2 ** (-k / h)  is a small difference
     # of large numbers. It is computed as  -expm1(-k * ln 2 / h),  in Python floats, to be exact.
 
-    def value_weight(self, t: Any, period: int) -> float:
+    def value_weight(self, t: Tensor, period: int) -> float:
         """The weight of the new value, in [0, 1]."""
         return -math.expm1(-period * math.log(2.0) / self.steps)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """The arguments that construct an equal decay."""
         return {"steps": self.steps}

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_avg import _backend, _checks
+from keras_avg._types import Config, Tensor
 from keras_avg.decays.decay import Decay
 
 WIDEST = 12**-0.5  # sigma_rel of the plain mean
@@ -94,13 +95,13 @@ class PowerFunction(Decay):
     # Up to t = k there is no earlier value, so the weight must be 1. The formula gives that,
     # because  log1p(-1) = -inf.
 
-    def value_weight(self, t: Any, period: int) -> Any:
+    def value_weight(self, t: Tensor, period: int) -> float | Tensor:
         """The weight of the new value, in [0, 1]."""
         dtype = _backend.widest_float()
         updates = ops.cast(ops.maximum(t, period), dtype)
         return -ops.expm1((self.gamma + 1.0) * ops.log1p(-period / updates))
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """The arguments that construct an equal decay."""
         return dict(self._given)
 

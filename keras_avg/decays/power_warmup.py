@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_avg import _backend, _checks
+from keras_avg._types import Config, Tensor
 from keras_avg.decays.decay import Decay
 
 
@@ -63,7 +64,7 @@ class PowerWarmup(Decay):
     # Over k steps the average keeps the share  (1 - w) ** k.  So the weight for a period of k is
     #     1 - (1 - w) ** k = -expm1(k * log1p(-w)).
 
-    def value_weight(self, t: Any, period: int) -> Any:
+    def value_weight(self, t: Tensor, period: int) -> float | Tensor:
         """The weight of the new value, in [0, 1]."""
         dtype = _backend.widest_float()
         before = ops.cast(ops.maximum(t, 1) - 1, dtype)
@@ -75,7 +76,7 @@ class PowerWarmup(Decay):
         weight = ops.where(before == 0, ops.ones((), dtype), weight)
         return weight if period == 1 else -ops.expm1(period * ops.log1p(-weight))
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """The arguments that construct an equal decay."""
         return {
             "decay": self.decay,

@@ -3,9 +3,10 @@
 import abc
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+
+from keras_avg._types import Tensor
 
 
 class Communicator(abc.ABC):
@@ -44,7 +45,7 @@ class Communicator(abc.ABC):
         return self.rank == 0
 
     @abc.abstractmethod
-    def all_reduce_sum(self, arrays: Sequence[Any]) -> list[Any]:
+    def all_reduce_sum(self, arrays: Sequence[np.ndarray | Tensor]) -> list[np.ndarray]:
         """Sum each array over the workers.
 
         Args:

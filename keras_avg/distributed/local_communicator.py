@@ -1,11 +1,11 @@
 """The communicator of a job with one worker."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import keras
 import numpy as np
 
+from keras_avg._types import Tensor
 from keras_avg.distributed import _payload
 from keras_avg.distributed.communicator import Communicator
 
@@ -32,7 +32,7 @@ class LocalCommunicator(Communicator):
     rank = 0
     size = 1
 
-    def all_reduce_sum(self, arrays: Sequence[Any]) -> list[Any]:
+    def all_reduce_sum(self, arrays: Sequence[np.ndarray | Tensor]) -> list[np.ndarray]:
         """Copies of the arrays, in float32 or float64, as for `Communicator.all_reduce_sum`."""
         dtype = _payload.payload_dtype(arrays)
         return [np.array(keras.ops.convert_to_numpy(array), dtype) for array in arrays]

@@ -10,6 +10,7 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_avg import _checks, _registered_functions
+from keras_avg._types import Config, Tensor
 from keras_avg.schedules import _arguments
 
 
@@ -49,7 +50,7 @@ class _Cyclical(LearningRateSchedule):
         self.name = _checks.scope_name(name)
         self._period = _period(self.step_size)
 
-    def __call__(self, step: Any) -> Any:
+    def __call__(self, step: int | Tensor) -> Tensor:
         """The rate of one step.
 
         Args:
@@ -76,7 +77,7 @@ class _Cyclical(LearningRateSchedule):
     def _scale(self, x: Any) -> Any:
         raise NotImplementedError
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """The arguments that construct an equal schedule, in serializable form.
 
         Returns:
@@ -139,7 +140,7 @@ class CyclicalLearningRate(_Cyclical):
         initial_learning_rate: float,
         maximal_learning_rate: float,
         step_size: float,
-        scale_fn: Callable[[Any], Any],
+        scale_fn: Callable[[Tensor], float | Tensor],
         scale_mode: str = "cycle",
         name: str | None = "CyclicalLearningRate",
     ) -> None:
@@ -154,7 +155,7 @@ class CyclicalLearningRate(_Cyclical):
     def _scale(self, x: Any) -> Any:
         return self.scale_fn(x)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """The arguments that construct an equal schedule, in serializable form.
 
         Returns:
@@ -168,7 +169,7 @@ class CyclicalLearningRate(_Cyclical):
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "CyclicalLearningRate":
+    def from_config(cls, config: Config) -> "CyclicalLearningRate":
         """Construct a schedule from what `get_config` returned.
 
         Args:
@@ -325,7 +326,7 @@ class ExponentialCyclicalLearningRate(_Cyclical):
         # Not gamma**x in float32: the rounding error of gamma would be multiplied by x.
         return ops.exp(math.log(self.gamma) * x)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """The arguments that construct an equal schedule, in serializable form.
 
         Returns:

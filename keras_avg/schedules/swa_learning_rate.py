@@ -9,6 +9,7 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_avg import _checks
+from keras_avg._types import Config, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
@@ -63,7 +64,7 @@ class SWALearningRate(LearningRateSchedule):
 
     def __init__(
         self,
-        schedule: Any,
+        schedule: float | LearningRateSchedule,
         swa_learning_rate: float,
         start_step: int,
         anneal_steps: int,
@@ -75,7 +76,7 @@ class SWALearningRate(LearningRateSchedule):
         self.anneal_steps = _checks.whole_number("anneal_steps", anneal_steps, minimum=0)
         self.anneal_strategy = _checks.one_of("anneal_strategy", anneal_strategy, ("cos", "linear"))
 
-    def __call__(self, step: Any) -> Any:
+    def __call__(self, step: int | Tensor) -> Tensor:
         """The rate of one step.
 
         Args:
@@ -107,7 +108,7 @@ class SWALearningRate(LearningRateSchedule):
             return fraction
         return ops.square(ops.sin(math.pi / 2 * fraction))
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """The arguments that construct an equal schedule, in serializable form.
 
         Returns:
@@ -125,7 +126,7 @@ class SWALearningRate(LearningRateSchedule):
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "SWALearningRate":
+    def from_config(cls, config: Config) -> "SWALearningRate":
         """Construct a schedule from what `get_config` returned.
 
         Args:

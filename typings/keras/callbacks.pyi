@@ -1,0 +1,19 @@
+from typing import Any
+
+class Callback:
+    # Any, because a callback may work for a model that it replaces by another object.
+    model: Any
+    params: dict[str, Any]
+    def __init__(self) -> None: ...
+    def set_model(self, model: Any) -> None: ...
+    def __getattr__(self, name: str) -> Any: ...
+
+class ModelCheckpoint(Callback):
+    def __init__(self, filepath: Any, *args: Any, **kwargs: Any) -> None: ...
+
+class BackupAndRestore(Callback):
+    save_freq: Any
+    delete_checkpoint: bool
+    def __init__(self, backup_dir: Any, *args: Any, **kwargs: Any) -> None: ...
+
+def __getattr__(name: str) -> Any: ...
