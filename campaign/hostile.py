@@ -363,7 +363,9 @@ class Campaign:
         frames = traceback.extract_tb(error.__traceback__)
         ours = "keras_avg" in frames[-1].filename and "campaign" not in frames[-1].filename
         inside = any("/keras_avg/" in f.filename for f in frames)
-        clear = isinstance(error, CLEAR) and (not ours or "Received" in str(error))
+        # What is refused because of the model's state says what to do; nothing was received.
+        says_why = isinstance(error, RuntimeError) or "Received" in str(error)
+        clear = isinstance(error, CLEAR) and (not ours or says_why)
         if (ours or inside) and not clear:
             raise FaultError(f"unclear: {type(error).__name__}: {error}") from error
 
