@@ -56,9 +56,13 @@ def tests(session, backend):
 
 @nox.session
 def thorough(session):
-    """Runs all tests that the quick sessions leave out. It takes about half an hour."""
-    for backend in FRAMEWORKS:
-        session.notify(f"rest({backend})")
+    """Runs what the quick sessions leave out, in about half an hour: CI runs it after them.
+
+    The thorough tests on TensorFlow take as long as all of this. `nox -s "rest(tensorflow)"` runs
+    them before a release.
+    """
+    session.notify("rest(jax)")
+    session.notify("rest(torch)")
     session.notify("oldest")
     session.notify("across")
     session.notify("docs")
