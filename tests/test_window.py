@@ -113,6 +113,9 @@ def test_a_window_finds_swa_among_other_wrappers(tmp_path, kind, wrap):
 
 
 @pytest.mark.slow_on("tensorflow")
+@pytest.mark.skipif(
+    not hasattr(keras.optimizers, "MultiOptimizer"), reason="MultiOptimizer came with Keras 3.15"
+)
 def test_a_window_finds_swa_inside_a_multi_optimizer(tmp_path):
     model = small.model()
     make = lambda: SWA(keras.optimizers.Adam(0.01), 2, 2)  # noqa: E731
