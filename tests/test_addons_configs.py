@@ -510,3 +510,10 @@ def test_a_legacy_h5_file_that_keras_3_writes_is_loaded_and_trains(tmp_path):
     assert loaded.optimizer.get_config() == model.optimizer.get_config()
     assert not loaded.optimizer.has_average
     assert small.fit(loaded).optimizer.num_snapshots == small.BATCHES
+
+
+@pytest.mark.parametrize("key", ["class_name", "module", "registered_name"])
+def test_an_optimizer_whose_name_is_no_text_is_refused(key):
+    inner = {"class_name": "SGD", "module": "keras.optimizers", "config": {}} | {key: ["SGD"]}
+    with pytest.raises(ValueError, match=r"names that are text\. Received"):
+        SWA.from_config({"optimizer": inner})

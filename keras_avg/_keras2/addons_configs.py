@@ -77,6 +77,7 @@ def _decaying(kind: str, arguments: dict[str, Any], decay: float) -> dict[str, A
 
 def _found(config: dict[str, Any], module: str, custom_objects: dict | None) -> dict[str, Any]:
     """A copy of `config` in which the class has the name by which Keras 3 finds it."""
+    _refuse_malformed(config)
     full_name = config.get("registered_name") or config["class_name"]
     package, _, name = full_name.rpartition(">")
     names = [full_name]
@@ -99,6 +100,12 @@ def _found(config: dict[str, Any], module: str, custom_objects: dict | None) -> 
             )
         return config | _serialized(public_name, config["config"], module)
     return config
+
+
+def _refuse_malformed(config: dict[str, Any]) -> None:
+    names = [config.get(key) for key in ("class_name", "module", "registered_name")]
+    if not names[0] or not all(isinstance(name, str | None) for name in names):
+        raise ValueError(f"A serialized object has names that are text. Received: {config!r}.")
 
 
 def _is_of_keras(config: dict[str, Any], module: str) -> bool:
