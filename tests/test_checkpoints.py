@@ -339,6 +339,10 @@ def peak_of_numpy(function):
     return peak
 
 
+@pytest.mark.skipif(
+    not hasattr(keras.optimizers, "MultiOptimizer"),
+    reason="on torch, an older Keras keeps tensors until Python collects garbage",
+)
 def test_many_files_take_no_more_of_numpys_memory_than_few(tmp_path):
     model = keras.Sequential([keras.Input((128,)), keras.layers.Dense(512, use_bias=False)])
     model.save_weights(tmp_path / "m.weights.h5")
