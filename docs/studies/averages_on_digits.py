@@ -1,10 +1,10 @@
 """Twenty networks on the digits: raw, EMA, SWA and schedule-free, with intervals, and the cost.
 
-Each method is trained at the learning rate that is best for it. Five networks with other seeds chose
-the rates, on pictures that are not in the test. An average works best at a higher rate than the raw
-weights. The rows "of that training" are averages of the training in the first row. SGD with a cosine
-is the usual choice without an average. The cost is the processor time of `fit` for one network,
-divided by the time of the bare optimizer. It is a median of ratios within a round.
+Each method is trained at the learning rate that is best for it. Five networks with other seeds
+chose the rates, on pictures that are not in the test. An average works best at a higher rate than
+the raw weights. The rows "of that training" are averages of the training in the first row. SGD with
+a cosine is the usual choice without an average. The cost is the processor time of `fit` for one
+network, divided by the time of the bare optimizer. It is a median of ratios within a round.
 
     KERAS_BACKEND=jax python docs/studies/averages_on_digits.py --seeds 20
 """

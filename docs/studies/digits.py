@@ -77,7 +77,7 @@ def fit(model, known, epochs, first_seed=0, initial_epoch=0):
 
 
 def scores(model, unseen):
-    """Lists of the accuracy in percent and the negative log-likelihood of the weights in the model."""
+    """Lists of accuracy in percent and negative log-likelihood, of the weights in the model."""
     x, y = unseen
     seeds = model.output_shape[1]
     logits = model.predict(np.repeat(x[:, None], seeds, axis=1), batch_size=512, verbose=0)

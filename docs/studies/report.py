@@ -25,7 +25,7 @@ def cell(score, values):
 
 
 def by_method(runs):
-    """Turns one dict of methods and scores for each seed into lists with one value for each seed."""
+    """Turn one dict of methods and scores for each seed into lists with a value for each seed."""
     return {
         method: {score: [run[method][score] for run in runs] for score in runs[0][method]}
         for method in runs[0]
