@@ -60,7 +60,7 @@ def swaps(rows: Rows) -> Iterator[str]:
 
 
 def memory(rows: Rows) -> Iterator[str]:
-    yield "Peak resident memory beyond that of the bare optimizer, in float32 copies of the"
+    yield "Peak resident memory above that of the bare optimizer, in float32 copies of the"
     yield "parameters."
     yield ""
     yield from _head(["", "in training", "while swapped"])

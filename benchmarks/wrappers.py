@@ -113,7 +113,7 @@ def return_freed_memory_at_once():
 def memory(parameters, tensors):
     """The size of a wrapper's variables, and the growth of the process, in copies."""
     return_freed_memory_at_once()
-    stepper(sgd(), parameters, tensors)()  # loads what the first use needs, before memory is measured
+    stepper(sgd(), parameters, tensors)()  # the first use allocates memory of its own
     unit, found, bare = 4 * parameters, {}, 0.0
     optimizers = to_measure_memory()
     for name in list(optimizers):
