@@ -3,7 +3,7 @@
 python campaign/long_runs.py [--steps 100000]
 
 Memory, live arrays and open files do not grow. Averages with a snapshot at every step equal those
-of NumPy float64. Counters work across 2**24, where float32 cannot count, and refuse to pass 2**31.
+of NumPy float64. Counters work across 2**24, where float32 cannot count, and near 2**31.
 """
 
 import argparse
