@@ -3,8 +3,8 @@
 Each worker is a process. It learns scikit-learn's handwritten digits from its own part of them.
 Every 20 steps all workers take the mean of their weights. At the end, each worker prints the
 accuracy of its own weights and of the center. The chief also trains a model on its part alone, for
-comparison. Start the script by the launcher of your backend. The README has the three command
-lines. It also runs as one process:
+comparison. Start the script by the launcher of your backend. docs/workers.md has the three command
+lines. The script also runs as one process:
 
     python examples/model_average.py
 """
