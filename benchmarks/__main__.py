@@ -44,7 +44,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=there)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--quick", action="store_true", help="fewer and smaller sizes")
-    parser.add_argument("--rounds", type=int, default=15, help="how often each takes its turn")
+    parser.add_argument("--rounds", type=int, default=15, help="how many rounds to measure")
     parser.add_argument(
         "--sizes", nargs="+", type=size, help="parameters x tensors x dtype: 1000000x10xfloat32"
     )
@@ -52,7 +52,7 @@ def parsed() -> argparse.Namespace:
         "--clock",
         choices=["wall", "cpu"],
         default="wall",
-        help="cpu: processor time of all threads, where others use the machine",
+        help="cpu: processor time of all threads, for a machine with other users",
     )
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--hardware", default=hardware.name(), help="its plain name")
@@ -65,13 +65,13 @@ def size(text: str) -> tuple[int, int, str]:
 
 
 def measured(backend: str, part: str, options: argparse.Namespace) -> list[Any] | None:
-    """The rows of one part on one backend; None if it failed, which is printed."""
+    """The rows of one part on one backend. If the part failed, print this and return None."""
     chosen = {name: getattr(options, name) for name in ("quick", "rounds", "sizes", "clock")}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"KERAS_BACKEND": backend, "PYTHONPATH": path}
     environment["TF_CPP_MIN_LOG_LEVEL"] = "3"
     if options.clock == "cpu":
-        environment["OMP_WAIT_POLICY"] = "passive"  # threads that wait take no processor time
+        environment["OMP_WAIT_POLICY"] = "passive"  # waiting threads use no processor time
     with tempfile.TemporaryDirectory() as folder:
         output = pathlib.Path(folder) / "rows.json"
         command = [sys.executable, "-m", "benchmarks.part", part, json.dumps(chosen), str(output)]
@@ -83,7 +83,7 @@ def measured(backend: str, part: str, options: argparse.Namespace) -> list[Any] 
 
 
 def keep(file: pathlib.Path, name: str, backend: str, part: str, rows: list[Any]) -> None:
-    """Put rows into the file in the place of those of an earlier run, if there are any."""
+    """Write rows into the file. They replace the rows of an earlier run, if there are any."""
     results = json.loads(file.read_text()) if file.exists() else {"results": {}}
     results["hardware"] = name
     results["software"] = results.get("software", {}) | hardware.versions()

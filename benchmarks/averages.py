@@ -1,4 +1,4 @@
-"""The optimizers that are compared on every backend: those of keras_avg and Keras' own average."""
+"""The optimizers that every backend compares: those of keras_avg, and Keras' own average."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ Factory = Callable[..., Any]
 
 
 def optimizers(kind: Factory) -> dict[str, Callable[[], Any]]:
-    """Functions that make an optimizer of a kind in each of the ways, by name.
+    """Functions that make an optimizer with each kind of average, by name.
 
     Args:
         kind: Class of Keras optimizers. It is called with a learning rate and keywords.
@@ -41,20 +41,20 @@ def optimizers(kind: Factory) -> dict[str, Callable[[], Any]]:
 
 
 def let_fit_again(optimizer: Any) -> None:
-    """Leave out the end of Keras' average in `fit`.
+    """Skip what Keras' average does at the end of `fit`.
 
-    It lends the averages' buffers to the variables, and on JAX the next `fit` fails.
+    It makes the variables share the buffers of the averages. On JAX the next `fit` then fails.
     """
     optimizer.finalize_variable_values = lambda variables: None
 
 
 def of_keras_avg(name: str) -> bool:
-    """Whether a name is of an average of keras_avg."""
+    """Whether a name belongs to an average of keras_avg."""
     return name.startswith(("EMA", "SWA")) and not name.startswith("SwapEMA")
 
 
 def shapes(parameters: int, tensors: int) -> list[tuple[int, ...]]:
-    """Matrices of about equal sizes, that have so many parameters together or a few less."""
+    """Shapes of matrices of about equal sizes, with `parameters` elements in all or a few less."""
     rows = max(1, int((parameters / tensors) ** 0.5))
     columns = max(1, parameters // tensors // rows)
     return [(rows, columns)] * tensors

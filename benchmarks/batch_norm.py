@@ -1,4 +1,4 @@
-"""`update_batch_norm` beside `predict` on the same batches."""
+"""`update_batch_norm` compared with `predict` on the same batches."""
 
 import functools
 from typing import Any

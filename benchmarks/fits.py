@@ -1,7 +1,7 @@
-"""Whole training steps in `fit`, as Keras compiles it by itself.
+"""Whole training steps in `fit`, as Keras compiles it by default.
 
-Where the model is tiny, what is added to a step is the host's time. Where it is not, it is a share
-of the step; beside it stands what the limit implies: one sum of so many parameters.
+For a tiny model, an average adds time on the host. For a larger model, it adds a share of the step.
+The table also has the share that the limit implies: one sum over all parameters.
 """
 
 import gc

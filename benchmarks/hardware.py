@@ -1,4 +1,4 @@
-"""What kind of machine this is, in words that name no machine."""
+"""A description of this kind of machine, without the name of the machine."""
 
 import importlib.metadata
 import os
@@ -20,14 +20,14 @@ SOFTWARE = (
 
 
 def name() -> str:
-    """Such as "2 CPU cores, 24 GiB"."""
+    """A text such as "2 CPU cores, 24 GiB"."""
     cores = len(os.sched_getaffinity(0))
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{cores} CPU cores, {-(-gib // 4) * 4:.0f} GiB"  # part of it is the system's own
+    return f"{cores} CPU cores, {-(-gib // 4) * 4:.0f} GiB"  # the system keeps a part of it
 
 
 def versions() -> dict[str, str]:
-    """Of what is installed."""
+    """The versions of the installed packages."""
     found = {}
     for package in SOFTWARE:
         try:
@@ -38,18 +38,18 @@ def versions() -> dict[str, str]:
 
 
 def file_name(hardware: str) -> str:
-    """The hardware's name as part of a file's."""
+    """The name of the hardware as a part of a file name."""
     return "-".join(hardware.lower().replace(",", "").split())
 
 
 def peak_memory() -> int:
-    """Bytes: the most that this process has had resident since `forget_peak`."""
+    """The peak of this process' resident memory since `forget_peak`, in bytes."""
     with open("/proc/self/status") as status:
         (line,) = [line for line in status if line.startswith("VmHWM")]
     return 1024 * int(line.split()[1])
 
 
 def forget_peak() -> None:
-    """Let the peak be what is resident now."""
+    """Set the peak to the memory that is resident now."""
     with open("/proc/self/clear_refs", "w") as control:
         control.write("5")

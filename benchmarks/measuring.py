@@ -1,4 +1,4 @@
-"""Things that take turns, and what they cost beside each other."""
+"""Measures several functions in turn, and compares their cost."""
 
 import statistics
 import time
@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 Call = Callable[[], object]
 
-#: How seconds are counted. `"cpu"` is the processor time of all threads of the process, which is
-#: hardly disturbed where others use the machine too; but threads that work at the same time add up.
+#: How seconds are counted. `"cpu"` is the sum of the processor time of all threads of the process.
+#: Other processes on the machine hardly change it.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = CLOCKS["wall"]
 
 
 def use_clock(name: str) -> None:
-    """Count by one of `CLOCKS` from now on."""
+    """Measure with one of `CLOCKS` from now on."""
     global clock
     clock = CLOCKS[name]
 
@@ -21,12 +21,12 @@ def use_clock(name: str) -> None:
 def interleaved(calls: dict[str, Call], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
     """Seconds of each call in each round.
 
-    Each round begins with another call, so that none always comes after the same one.
+    Each round begins with another call.
 
     Args:
-        calls: Dict of functions without arguments, which return when their work is done.
-        rounds: Integer. How many rounds count.
-        warm_up: Integer. How many go before them.
+        calls: Dict of functions without arguments. They return when their work is done.
+        rounds: Integer. The number of measured rounds.
+        warm_up: Integer. The number of rounds before them, which are not measured.
     """
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -46,10 +46,10 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def cost(seconds: list[float], bare: list[float], unit: list[float]) -> dict[str, float]:
-    """What something takes more than `bare`, in units that were measured in the same rounds.
+    """The time above `bare`, in units that were measured in the same rounds.
 
-    Where others use the machine too, most rounds are disturbed, and the first quartiles of each,
-    which are compared under "undisturbed", tell more than medians.
+    "undisturbed" compares the first quartiles. They are more precise than medians if other
+    processes disturb most of the rounds.
     """
     triples = zip(seconds, bare, unit, strict=True)
     found = summary([(own - without) / one for own, without, one in triples])
@@ -58,10 +58,10 @@ def cost(seconds: list[float], bare: list[float], unit: list[float]) -> dict[str
 
 
 def ratio(seconds: list[float], unit: list[float]) -> dict[str, float]:
-    """How often something takes as long as something else in the same round."""
+    """The ratio of two times of the same round."""
     return cost(seconds, [0.0] * len(unit), unit)
 
 
 def added(seconds: list[float], bare: list[float]) -> dict[str, float]:
-    """How many seconds something takes more than something else in the same round."""
+    """The difference of two times of the same round, in seconds."""
     return cost(seconds, bare, [1.0] * len(bare))

@@ -1,4 +1,4 @@
-"""Peak resident memory, beyond a bare optimizer's, in float32 copies of the parameters.
+"""Peak resident memory above that of a bare optimizer, in float32 copies of the parameters.
 
 Each optimizer trains in a process of its own: `python -m benchmarks.memory NAME PARAMETERS`.
 """
@@ -47,7 +47,7 @@ def _of_a_process(name: str, parameters: int) -> dict[str, int]:
 
 
 def _train(name: str, parameters: int) -> dict[str, int]:
-    """Train a wide model and validate it, and note the most memory that either took."""
+    """Train a wide model and validate it. Measure the peak memory of both."""
     width = int((parameters / 12) ** 0.5)
     x = inputs = keras.Input((width,))
     for _ in range(12):

@@ -1,4 +1,4 @@
-"""Small models whose whole training steps are measured."""
+"""Small models for the measurement of whole training steps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +39,7 @@ def transformer() -> keras.Model:
 
 
 def tiny() -> keras.Model:
-    """Four tensors: what a step takes here is the host's time."""
+    """Four tensors. Here the host's time dominates a step."""
     inputs = keras.Input((16,))
     return keras.Model(inputs, layers.Dense(CLASSES)(layers.Dense(16, activation="relu")(inputs)))
 
@@ -72,7 +72,7 @@ def _random(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-#: Model, data, batch size, and steps of one `fit`.
+#: The model, its data, its batch size, and the steps of one `fit`.
 MODELS: dict[str, tuple[Callable[[], keras.Model], Callable[[int], Data], int, int]] = {
     "convolution": (convolution, pictures, 32, 5),
     "transformer": (transformer, tokens, 16, 5),
@@ -82,7 +82,7 @@ MODELS: dict[str, tuple[Callable[[], keras.Model], Callable[[int], Data], int, i
 
 
 def compiled(name: str, optimizer: Any) -> keras.Model:
-    """One of the models, always with the same weights."""
+    """One of the models. Its weights are always the same."""
     keras.utils.set_random_seed(0)
     model = MODELS[name][0]()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

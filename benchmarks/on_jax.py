@@ -1,4 +1,4 @@
-"""Optimizer steps on JAX: Keras' and those of the averages that JAX users have."""
+"""Optimizer steps on JAX: those of Keras, and those with the averages of JAX libraries."""
 
 import importlib
 import importlib.util
@@ -20,7 +20,7 @@ def triad(count: int) -> Callable[[], None]:
 
 
 def copy(count: int) -> Callable[[], None]:
-    # Doubled, because a bare copy would be compiled away.
+    # Doubled, because the compiler would remove a bare copy.
     double = jax.jit(lambda a, b: a * 2, donate_argnums=1, keep_unused=True)
     return _into_the_last(double, jnp.ones(count), jnp.ones(count))
 
@@ -36,7 +36,7 @@ def _into_the_last(function: Callable[..., Any], *arrays: Any) -> Callable[[], N
 
 
 class Steps:
-    """Compiled steps of several optimizers on the same values, which they hand to each other."""
+    """Compiled steps of several optimizers. Each step continues from the values of the last."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: str, mode: str) -> None:
         self.variables = [keras.Variable(jnp.ones(s, dtype), dtype=dtype) for s in shapes]

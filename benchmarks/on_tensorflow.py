@@ -1,4 +1,4 @@
-"""Optimizer steps on TensorFlow: Keras' and `tf.train.ExponentialMovingAverage`."""
+"""Optimizer steps on TensorFlow: those of Keras, and `tf.train.ExponentialMovingAverage`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ MODES = ("graph", "XLA")
 
 def triad(count: int) -> Callable[[], None]:
     a, b, c = (tf.Variable(tf.ones(count)) for _ in range(3))
-    # Compiled by XLA: a graph's `assign` makes a new tensor, whose memory costs more than the sum.
+    # Compiled by XLA. In a plain graph `assign` makes a new tensor, which costs more than the sum.
     return tf.function(lambda: c.assign(a + b, read_value=False) and None, jit_compile=True)
 
 
@@ -23,7 +23,7 @@ def copy(count: int) -> Callable[[], None]:
 
 
 class Steps:
-    """Steps of several optimizers on the same variables, of which each keeps its own averages."""
+    """Steps of several optimizers on the same variables. Each optimizer keeps its own averages."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: str, mode: str) -> None:
         self.variables = [keras.Variable(tf.ones(s, dtype), dtype=dtype) for s in shapes]
@@ -47,6 +47,6 @@ class Steps:
     def _tf_train(self) -> Callable[[], None]:
         average = tf.train.ExponentialMovingAverage(averages.DECAY)
         native = [variable.value for variable in self.variables]
-        average.apply(native)  # makes its variables
+        average.apply(native)  # this makes its variables
         optimizer = averages.optimizers(keras.optimizers.SGD)[averages.BARE]()
         return self.of(optimizer, lambda: average.apply(native))

@@ -1,4 +1,4 @@
-"""Optimizer steps on PyTorch: Keras' and those of the averages that PyTorch users have."""
+"""Optimizer steps on PyTorch: those of Keras, and those with the averages of PyTorch libraries."""
 
 import importlib
 import importlib.util
@@ -42,7 +42,7 @@ def copy(count: int) -> Callable[[], None]:
 
 
 class Steps:
-    """Steps of several optimizers on the same variables, of which each keeps its own averages."""
+    """Steps of several optimizers on the same variables. Each optimizer keeps its own averages."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: str, mode: str) -> None:
         self.variables = [keras.Variable(keras.ops.ones(s, dtype), dtype=dtype) for s in shapes]
@@ -124,7 +124,7 @@ class Steps:
 
 
 def _timm_class() -> type:
-    # By its file: the package takes torchvision, which this class does not use.
+    # Loaded from its file: the package imports torchvision, which this class does not use.
     (folder,) = importlib.util.find_spec("timm").submodule_search_locations
     file = pathlib.Path(folder) / "utils" / "model_ema.py"
     spec = importlib.util.spec_from_file_location("timm_model_ema", file)

@@ -12,7 +12,7 @@ LEAST_ROUNDS = 15
 
 
 def arguments(part: str, options: dict[str, Any]) -> tuple[Any, ...]:
-    """What the part's `measure` takes.
+    """The arguments of the part's `measure`.
 
     Args:
         part: Name of a module of this package.
@@ -33,7 +33,7 @@ def arguments(part: str, options: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def main(part: str, options: str, output: str) -> None:
-    """Measure, and write the rows as JSON."""
+    """Measure the part, and write its rows as JSON."""
     chosen = json.loads(options)
     measuring.use_clock(chosen["clock"])
     rows = importlib.import_module(f"benchmarks.{part}").measure(*arguments(part, chosen))

@@ -1,4 +1,4 @@
-"""The results as pictures: bars against the limit, and cost against size."""
+"""Pictures of the results: bars compared with the limit, and cost over size."""
 
 import pathlib
 from typing import Any
@@ -12,7 +12,7 @@ Rows = list[dict[str, Any]]
 
 
 def draw(results: dict[str, Any], file: pathlib.Path) -> None:
-    """Two pictures beside `file`; nothing where matplotlib or the steps are missing."""
+    """Draw two pictures beside `file`. Draw nothing if matplotlib or the steps are missing."""
     try:
         import matplotlib
     except ImportError:
@@ -75,7 +75,7 @@ def _lines(found: dict[str, Rows], title: str, file: pathlib.Path) -> None:
 
 
 def _at(rows: Rows, size: tuple[int, int, str]) -> Rows:
-    """The rows of a size; of the largest, if that one was not measured."""
+    """The rows of a size, or of the largest size if this one was not measured."""
     sizes = {(row["parameters"], row["tensors"], row["dtype"]) for row in rows}
     chosen = size if size in sizes else max(sizes)
     return [row for row in rows if (row["parameters"], row["tensors"], row["dtype"]) == chosen]

@@ -1,7 +1,7 @@
-"""Optimizer steps on bare tensors, in units of the limit: `add(a, b, out=c)` over the same count.
+"""Optimizer steps on bare tensors, in units of the limit: `add(a, b, out=c)` of the same size.
 
-An average of float32 reads two values and writes one for each parameter, as the sum does: so the
-limit is 1, or less where the memory need not be read before it is overwritten.
+For each parameter, a float32 average reads two values and writes one, as the sum does. So the limit
+is 1. It is less if the memory need not be read before it is overwritten.
 """
 
 import gc
@@ -27,7 +27,7 @@ SIZES = (
     (50_000_000, 200, "bfloat16"),
 )
 QUICK_SIZES = ((1_000_000, 10, "float32"), (10_000_000, 200, "float32"))
-AT_ONCE = 4  # averages that are in memory together, where each of them is large
+AT_ONCE = 4  # averages that are in memory at the same time, if each of them is large
 LARGE = 100_000_000  # parameters
 
 
@@ -50,7 +50,7 @@ def measure(sizes: list[tuple[int, int, str]], rounds: int) -> list[dict[str, An
 
 
 def _groups(framework: Any, parameters: int) -> Iterator[list[str]]:
-    """Names of contenders that take turns together."""
+    """Groups of names of contenders. Those of a group are measured in turn."""
     names = list(averages.optimizers(keras.optimizers.SGD))
     names += framework.Steps([(1, 1)], "float32", framework.MODES[0]).rivals()
     names.remove(averages.BARE)

@@ -1,4 +1,4 @@
-"""The averages into the model and the raw weights back, in copies of the same bytes."""
+"""A swap of the averages into the model and a swap back, in copies of the same bytes."""
 
 import gc
 import importlib
@@ -16,7 +16,7 @@ QUICK_SIZES = ((10_000_000, 200),)
 
 
 class Weights(keras.layers.Layer):
-    """Tensors, and a sum of one element of each, so that each has a gradient."""
+    """A layer of tensors. It returns a sum of one element of each, so each has a gradient."""
 
     def __init__(self, shapes: list[tuple[int, ...]]) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Weights(keras.layers.Layer):
 
 
 def model_of(shapes: list[tuple[int, ...]], optimizer: Any) -> keras.Model:
-    """A compiled model of bare tensors whose optimizer has taken one step outside of `fit`."""
+    """A compiled model of bare tensors. Its optimizer has taken one step outside `fit`."""
     model = keras.Sequential([keras.Input((1,)), Weights(shapes)])
     model.compile(optimizer, "mse")
     gradients = [keras.ops.ones(shape) for shape in shapes]
@@ -71,7 +71,7 @@ def _twice(swap: Callable[[], None]) -> Callable[[], None]:
 
 
 def _validated(callback: keras.callbacks.Callback, model: keras.Model) -> Callable[[], None]:
-    """What a callback does around a validation of which nothing else is measured."""
+    """Run the hooks of a callback around a validation, without the validation itself."""
 
     def run() -> None:
         callback.set_model(model)

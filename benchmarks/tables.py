@@ -1,4 +1,4 @@
-"""The results as tables, in Markdown."""
+"""Tables of the results, in Markdown."""
 
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ def write(results: dict[str, Any], file: pathlib.Path) -> None:
 
 
 def steps(rows: Rows) -> Iterator[str]:
-    yield "Cost of a step above the bare one, in sums `add(a, b, out=c)` over as many float32."
+    yield "Cost of a step above the bare step, in sums `add(a, b, out=c)` of as many float32."
     yield ""
     sizes = list(dict.fromkeys(map(_size, rows)))
     names = list(dict.fromkeys(row["name"] for row in rows))
@@ -34,7 +34,7 @@ def steps(rows: Rows) -> Iterator[str]:
 
 
 def fits(rows: Rows) -> Iterator[str]:
-    yield "Microseconds that a step of `fit` takes more than without averaging (quartiles)."
+    yield "Microseconds that averaging adds to a step of `fit` (quartiles)."
     yield ""
     yield from _head(["model", "average", "added", "share of the step", "implied by the limit"])
     for row in rows:
@@ -51,7 +51,7 @@ def fits(rows: Rows) -> Iterator[str]:
 
 
 def swaps(rows: Rows) -> Iterator[str]:
-    yield "Averages in and raw weights back, in copies of the same bytes."
+    yield "A swap to the averages and a swap back, in copies of the same bytes."
     yield ""
     yield from _head(["parameters", "tensors", "", "copies", "ms"])
     for row in rows:
@@ -60,7 +60,7 @@ def swaps(rows: Rows) -> Iterator[str]:
 
 
 def memory(rows: Rows) -> Iterator[str]:
-    yield "Peak resident memory beyond that of the bare optimizer, in float32 copies of the"
+    yield "Peak resident memory above that of the bare optimizer, in float32 copies of the"
     yield "parameters."
     yield ""
     yield from _head(["", "in training", "while swapped"])
@@ -70,7 +70,7 @@ def memory(rows: Rows) -> Iterator[str]:
 
 
 def batch_norm(rows: Rows) -> Iterator[str]:
-    yield "`update_batch_norm`, in the time of `predict` on the same batches."
+    yield "`update_batch_norm`, in units of the time of `predict` on the same batches."
     yield ""
     yield from _head(["batch size", "ratio"])
     for row in rows:
@@ -78,7 +78,7 @@ def batch_norm(rows: Rows) -> Iterator[str]:
 
 
 def workers(rows: Rows) -> Iterator[str]:
-    yield "A round of two workers, in the time of the engine's bare sum of the same bytes."
+    yield "A round of two workers, in units of the time of the engine's bare sum of the same bytes."
     yield ""
     numbers = list(dict.fromkeys(row["tensors"] for row in rows))
     cells = {(row["name"], row["tensors"]): row for row in rows}

@@ -1,8 +1,8 @@
-"""A round of ModelAverage on two workers, beside the engine's bare sum, by number of tensors.
+"""A round of ModelAverage on two workers, compared with the engine's bare sum of the same bytes.
 
-The bare sum is of the same bytes. All are measured in turn, each after a meeting of the workers, so
-that none waits for the other worker to start. The parts of a round beside the sum are measured one
-by one: what it writes, two copies, is unavoidable.
+The table is by the number of tensors. All are measured in turn. The workers meet before each
+measurement, so none waits for the other to start. The other parts of a round are also measured one
+by one. A round must write at least two copies.
 """
 
 import importlib.util
@@ -47,7 +47,7 @@ def _starter() -> Any:
 
 
 def bare_sum(engine: Any) -> Callable[[], Any]:
-    """The framework's own sum over the workers, of ELEMENTS float32 where it takes them from."""
+    """The framework's own sum over the workers, of ELEMENTS float32 in its own kind of array."""
     if averages.backend() == "torch":
         import torch
 
@@ -67,7 +67,7 @@ def bare_sum(engine: Any) -> Callable[[], Any]:
 
 
 def work(tensors: int, rounds: int) -> dict[str, list[float]]:
-    """What one worker does: seconds of each call in each round."""
+    """The program of one worker. It returns the seconds of each call in each round."""
     import keras_avg
 
     communicator = keras_avg.distributed.initialize(timeout=600)
@@ -78,7 +78,7 @@ def work(tensors: int, rounds: int) -> dict[str, list[float]]:
     ]
     optimizer = keras_avg.ModelAverage("sgd", communicator=communicator)
     optimizer.build(variables)
-    arrays = [*variables, np.ones((), "float32")]  # as many as in a round, with the weight
+    arrays = [*variables, np.ones((), "float32")]  # the size of a round, including the weight
     calls = {
         "bare": bare_sum(communicator._engine),
         "meeting": communicator.barrier,

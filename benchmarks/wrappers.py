@@ -1,16 +1,16 @@
-"""What each wrapper keeps in memory, and what a step costs on which nothing is due.
+"""The memory of each wrapper, and the cost of a step on which nothing is due.
 
     KERAS_BACKEND=torch python benchmarks/wrappers.py
 
-Memory is counted in copies of the parameters: the bytes of the wrapper's own variables, and on
-PyTorch, where nothing is compiled meanwhile, also how much more the process grows by them than by
-the bare optimizer.
+Memory is counted in copies of the parameters: the bytes of the wrapper's own variables. On PyTorch,
+which compiles nothing here, the growth of the process above that with the bare optimizer is
+measured too.
 
-A step on which nothing is due is timed beside that of `SWA` before its start: all take turns, round
-after round, and what is reported are medians of ratios within a round, of processor time, in which
-others on the machine have no part. `ScheduleFree` and `PrimalAverage` are not there: each of their
-steps is due. On JAX a compiled step takes and gives back every array of the state, so that it costs
-more the more arrays a wrapper keeps, due or not.
+A step on which nothing is due is compared with a step of `SWA` before its start. In each round, all
+run once. The results are medians of ratios within a round, of the processor time of this process.
+`ScheduleFree` and `PrimalAverage` are not measured, because something is due on each of their
+steps. On JAX a compiled step takes and returns every array of the state. So it costs more if a
+wrapper keeps more arrays, even if nothing is due.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import numpy as np
 
 import keras_avg
 
-FAR = 2**30  # steps: never due in here
+FAR = 2**30  # steps: nothing becomes due in the measurement
 
 
 def sgd():
@@ -35,7 +35,7 @@ def sgd():
 
 
 def to_measure_memory():
-    """As they come, with the default sizes."""
+    """Each wrapper with its default size."""
     return {
         "bare": sgd(),
         "SWA": keras_avg.SWA(sgd()),
@@ -73,7 +73,7 @@ def variables(parameters, tensors):
 
 
 def stepper(optimizer, parameters, tensors):
-    """Function that takes a step on variables of its own, compiled where the backend compiles."""
+    """A function that takes a step on its own variables. It is compiled if the backend compiles."""
     owned = variables(parameters, tensors)
     gradients = [keras.ops.ones(v.shape) for v in owned]
     optimizer.build(owned)
@@ -98,22 +98,22 @@ def stepper(optimizer, parameters, tensors):
 
 
 def resident():
-    """Bytes of this process that are in memory, now."""
+    """The resident memory of this process now, in bytes."""
     gc.collect()
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def return_freed_memory_at_once():
-    """Have the C library take each array from the system, so that the process shrinks with it."""
+    """Make the C library return the memory of each freed array to the system."""
     smallest_array_of_its_own = -3  # M_MMAP_THRESHOLD of glibc
     ctypes.CDLL(None).mallopt(smallest_array_of_its_own, 2**16)
 
 
 def memory(parameters, tensors):
-    """Copies of the parameters by a wrapper's variables, and by what the process grows."""
+    """The size of a wrapper's variables, and the growth of the process, in copies."""
     return_freed_memory_at_once()
-    stepper(sgd(), parameters, tensors)()  # what is loaded once is not the first wrapper's
+    stepper(sgd(), parameters, tensors)()  # the first use allocates memory of its own
     unit, found, bare = 4 * parameters, {}, 0.0
     optimizers = to_measure_memory()
     for name in list(optimizers):
@@ -132,7 +132,7 @@ def memory(parameters, tensors):
 
 
 def nothing_due(parameters, tensors, rounds):
-    """For each wrapper: a step in units of SWA's, and its microseconds."""
+    """For each wrapper: the time of a step, in units of that of SWA and in microseconds."""
     steps = {
         name: stepper(optimizer, parameters, tensors)
         for name, optimizer in with_nothing_due().items()
@@ -174,7 +174,7 @@ def main():
 
 
 def keep(path, found):
-    """Puts the results of this backend beside those of the others."""
+    """Add the results of this backend to those of the others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
     results["hardware"] = f"{os.cpu_count()} CPU cores"

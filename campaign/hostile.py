@@ -1,10 +1,10 @@
-"""Loads files that were changed on purpose, and counts what comes of it.
+"""Loads files that were changed on purpose, and counts the outcomes.
 
 python campaign/hostile.py [--files 5000] [--seed 0]
 
-A changed file is refused by a clear error, or loads harmlessly: no code runs, nothing of an
-optimizer is loaded by half, memory stays bounded, and no load hangs. Fails, with the seed, where
-one of these does not hold.
+A changed file must be refused by a clear error, or load harmlessly: no code runs, no optimizer is
+partly loaded, memory stays bounded, and no load hangs. If one of these does not hold, the program
+fails and prints the seed.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from keras import ops
 
 import keras_avg
 
-SECONDS = 60  # for one file, on a machine that does other things too
-MEGABYTES = 512  # that one file may add to the memory ever used
-VIRTUAL = 24 * 2**30  # bytes of address space, so that a fault does not take the machine along
+SECONDS = 60  # for one file, on a machine with other programs
+MEGABYTES = 512  # the most that one file may add to the peak of memory
+VIRTUAL = 24 * 2**30  # bytes of address space, so that a fault does not use up the machine's memory
 FORBIDDEN = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "pickle.find_class")
 CLEAR = (ValueError, TypeError, RuntimeError, OSError)
 HOSTILE = [
@@ -160,7 +160,7 @@ def arrays_in(file):
 
 
 def tamper(content, chance):
-    """One to three arrays changed, most of them an optimizer's."""
+    """A file with one to three changed arrays. Most of them belong to an optimizer."""
     file = io.BytesIO(content)
     kinds = []
     with h5py.File(file, "r+") as opened:
@@ -173,7 +173,7 @@ def tamper(content, chance):
             try:
                 ARRAYS[kind](opened[group], last, chance)
             except (ValueError, TypeError, OSError, KeyError, RuntimeError):
-                continue  # HDF5 itself does not let it be written
+                continue  # HDF5 itself refuses to write it
             kinds.append(kind)
     return file.getvalue()
 
@@ -285,11 +285,11 @@ BYTES = {"cut": cut, "flipped": flip, "overwritten": overwrite, "inserted": inse
 
 
 class FaultError(AssertionError):
-    """What must not come of a file."""
+    """A file had an effect that no file may have."""
 
 
 class Campaign:
-    """The files to begin with, and the models that they are loaded into."""
+    """The unchanged files, and the models that load changed copies of them."""
 
     def __init__(self, folder):
         self.folder = pathlib.Path(folder)
@@ -349,7 +349,7 @@ class Campaign:
                 f"{peak() - memory:.0f} MB more after {time.perf_counter() - began:.1f} s"
             )
         if (self.folder.parent / "slipped").exists():
-            raise FaultError("a file was written outside")
+            raise FaultError("a file was written outside the folder")
         if into is not None:
             if result != "loaded":
                 self.check_halves(into, before, source)
@@ -363,28 +363,28 @@ class Campaign:
         frames = traceback.extract_tb(error.__traceback__)
         ours = "keras_avg" in frames[-1].filename and "campaign" not in frames[-1].filename
         inside = any("/keras_avg/" in f.filename for f in frames)
-        # What is refused because of the model's state says what to do; nothing was received.
+        # An error about the model's state has no "Received", because no argument was wrong.
         says_why = isinstance(error, RuntimeError) or "Received" in str(error)
         clear = isinstance(error, CLEAR) and (not ours or says_why)
         if (ours or inside) and not clear:
             raise FaultError(f"unclear: {type(error).__name__}: {error}") from error
 
     def check_halves(self, model, before, source):
-        """Of what the file has otherwise, an optimizer has taken all or nothing."""
+        """Of the arrays that differ in the file, an optimizer must load all or none."""
         states = zip(before, own_states(model), source, strict=True)
         for (name, old), (_, now), (_, filed) in states:
             if len(old) != len(now):
-                raise FaultError(f"{name} has other variables after an error")
+                raise FaultError(f"{name} has another number of variables after an error")
             taken = [
                 not np.array_equal(a, b, equal_nan=True)
                 for a, b, c in zip(old, now, filed, strict=True)
                 if not np.array_equal(a, c, equal_nan=True)
             ]
             if any(taken) and not all(taken):
-                raise FaultError(f"{name} has taken {sum(taken)} of {len(taken)} arrays: {taken}")
+                raise FaultError(f"{name} loaded {sum(taken)} of {len(taken)} arrays: {taken}")
 
     def check_use(self, model):
-        """What was loaded can be looked at, swapped, trained and saved, or says why not."""
+        """The model can be swapped, trained and saved, or raises a clear error."""
         x = np.ones((2, 3), "float32")
         uses = [
             lambda: keras_avg.swap_weights(model),
@@ -399,7 +399,7 @@ class Campaign:
                 self.check_error(error)
 
     def give_back(self, number):
-        """A model in the state from before; a new one if that cannot be."""
+        """Replace the model by a new one in the first state."""
         self.models[number] = trained(STACKS[number], epochs=2)
 
 

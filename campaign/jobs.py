@@ -1,9 +1,10 @@
-"""Jobs of several workers on this machine, in which something goes wrong.
+"""Runs jobs of several workers on this machine, with failures.
 
 python campaign/jobs.py [--sizes 4 8] [--only NAME] [--timeout 20]
 
-A worker that is dead or stalled is an error on all others within the timeout; nothing is lost but
-the steps since the last backup; a job that is started again ends where an undisturbed one ends.
+If a worker is dead or stalled, all others get an error within the timeout. Only the steps since the
+last backup are lost. A job that is started again ends with the same values as a job without a
+failure.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import workers
 
 EPOCHS, BATCHES, INTERVAL = 3, 9, 3
 LONGEST = 600  # seconds for a whole job
-CHIEF_DIES_WITH_ALL = keras.backend.backend() == "jax"  # its coordination service is in the chief
+CHIEF_DIES_WITH_ALL = keras.backend.backend() == "jax"  # the chief runs its coordination service
 
 
 def run(size, absent=(), **options):
@@ -38,7 +39,7 @@ def run(size, absent=(), **options):
 
 
 def fails(size, timeout, ranks, fault):
-    """Some workers fail in the second epoch; then the job is started again."""
+    """Some workers fail in the second epoch. Then the job is started again."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"folder": folder, "timeout": timeout, "failing": [ranks, fault, BATCHES + 4]}
         found, _ = run(size, **options)
@@ -63,7 +64,7 @@ def fails(size, timeout, ranks, fault):
 
 
 def goes_on(size, timeout, **options):
-    """Nothing fails: all end with the same center."""
+    """No worker fails. All end with the same center."""
     found, seconds = run(size, timeout=timeout, **options)
     for code, result, err in found:
         assert code == 0, err

@@ -1,10 +1,10 @@
-"""Kills processes while they train and save, and looks at what they left.
+"""Kills processes while they train and save, and checks the files that they wrote.
 
 python campaign/kills.py [--kills 200] [--seed 0] [--only KIND]
 
-A file that had been written whole is never lost, and training that goes on from a backup ends where
-undisturbed training ends. Keras' own callbacks are tried too, for comparison; their failures are
-counted, not complained of.
+A completely written file is never lost. Training that continues from a backup ends with the same
+values as training without a kill. Keras' own callbacks are tried too, for comparison. Their
+failures are counted, but are no error of this program.
 """
 
 import argparse
@@ -26,11 +26,11 @@ import numpy as np
 import keras_avg
 from keras_avg.callbacks import AverageModelCheckpoint, BackupAndRestore, SwapAverageWeights
 
-EPOCHS, BATCHES, BATCH, UNITS = 3, 4, 4, 400  # a file takes about as long as the steps before it
+EPOCHS, BATCHES, BATCH, UNITS = 3, 4, 4, 400  # a save takes about as long as the steps before
 _random = np.random.default_rng(3)
 X = _random.normal(size=(BATCH * BATCHES, 16)).astype("float32")
 Y = X[:, :1]
-# Torch has no threads of its own before it computes something, so that its processes may be copies.
+# Torch starts its threads at its first computation. Before that, a process can be forked safely.
 START = "fork" if keras.backend.backend() == "torch" else "spawn"
 
 BACKUPS = {
@@ -54,7 +54,7 @@ FILES = {
 
 
 class Tells(keras.callbacks.Callback):
-    """Says by a file when the first save is over; the callbacks before this one have saved."""
+    """Writes a marker file after the first save. The callbacks before this one have saved then."""
 
     def __init__(self, folder):
         super().__init__()
@@ -81,7 +81,7 @@ def build():
 
 
 def train(kind, folder, result=None):
-    """What a process does: trains to the end, unless it is killed."""
+    """The program of a process: it trains to the end, unless it is killed."""
     warnings.simplefilter("ignore")
     folder = pathlib.Path(folder)
     model = build()
@@ -112,7 +112,7 @@ def seconds_to_the_end(kind, folder):
 
 
 def killed_after(process, seconds):
-    """Whether the process was still there to be killed."""
+    """Kill the process after some time. Returns whether it was still running."""
     process.join(seconds)
     if process.exitcode is not None:
         return False
@@ -122,7 +122,7 @@ def killed_after(process, seconds):
 
 
 def one_backup(kind, chance, seconds, undisturbed):
-    """Killed once or twice, then started again to the end."""
+    """Kill training once or twice, then start it again and let it end."""
     with tempfile.TemporaryDirectory() as folder:
         result = pathlib.Path(folder, "result.npz")
         for _ in range(chance.choice([1, 1, 2])):
@@ -141,7 +141,7 @@ def one_backup(kind, chance, seconds, undisturbed):
 
 
 def one_file(kind, chance, seconds):
-    """Killed once; the file that was there is there."""
+    """Kill training once. A file that was written before must still be complete."""
     with tempfile.TemporaryDirectory() as folder:
         killed_after(started(kind, folder, None), chance.uniform(0.1, 1.0) * seconds)
         if not pathlib.Path(folder, "saved").exists():

@@ -1,9 +1,9 @@
-"""Trains for many steps, with averages swapped in and out, and looks whether anything grows.
+"""Trains for many steps, with swaps, and checks that memory and open files do not grow.
 
 python campaign/long_runs.py [--steps 100000]
 
-Memory, live arrays and open files stay flat; averages of as many snapshots as steps are those of
-NumPy float64; counters go on across 2**24, where float32 stops counting, and refuse to pass 2**31.
+Memory, live arrays and open files do not grow. Averages with a snapshot at every step equal those
+of NumPy float64. Counters work across 2**24, where float32 cannot count, and near 2**31.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from keras import ops
 
 import keras_avg
 
-LOOKS = 20  # at the process, in the whole run
-MEGABYTES = 32  # that an allocator may take more over the whole run
+LOOKS = 20  # measurements of the process in the whole run
+MEGABYTES = 32  # the most that an allocator may add in the whole run
 TOLERANCE = 1e-5
 
 
@@ -42,7 +42,7 @@ def open_files():
 
 
 def live_arrays():
-    """How many tensors the framework has, as far as Python knows."""
+    """The number of tensors of the framework that Python knows."""
     gc.collect()
     if keras.backend.backend() == "jax":
         import jax
@@ -97,7 +97,7 @@ def long_run(steps):
 
 
 def counters():
-    """Snapshots and steps around the numbers where counting goes wrong."""
+    """Counts snapshots and steps near the limits of float32 and of int32."""
     found = {}
     for start in (2**24 - 3, 2**31 - 6):
         model = build(keras_avg.SWA(keras.optimizers.SGD(1e-3), 0, 1))

@@ -1,7 +1,7 @@
-"""Random stacks of wrappers, and what NumPy makes of a trajectory for each of them.
+"""Random stacks of wrappers, and a second computation of each average in NumPy.
 
-A follower is one wrapper's rule once more, in NumPy float64, from the values that a variable has
-after each real update of a model that was trained without wrappers.
+A follower computes the rule of one wrapper a second time, in NumPy float64. Its input is the values
+of the variables after each real update of a model that was trained without wrappers.
 """
 
 import keras
@@ -61,7 +61,7 @@ class Moving:
 
 
 class Bema(Moving):
-    """The same with a correction, by the paper."""
+    """The exponential moving average with the correction of the paper."""
 
     def begin(self, values):
         self.average = self.first = self.read = values
@@ -80,7 +80,7 @@ class Bema(Moving):
 
 
 class Synchronized:
-    """The last value at which an average flowed back with weight 1."""
+    """The value at the last step on which an average flowed back with weight 1."""
 
     def __init__(self, period, starts_with_variable):
         self.period, self.starts_with_variable = period, starts_with_variable
@@ -106,7 +106,7 @@ decays = st.sampled_from([0.5, 0.9, 0.99])
 
 @st.composite
 def wrapper(draw, kinds):
-    """A function of an optimizer and of keywords that wraps it, and one that makes its follower."""
+    """Two functions: one wraps an optimizer, with keywords, and one makes the follower."""
     kind = draw(st.sampled_from(kinds))
     period, start = draw(small), draw(starts)
     if kind == "SWA":
@@ -173,14 +173,14 @@ if hasattr(optimizers, "MultiOptimizer"):
 
 
 class Stack:
-    """One optimizer with wrappers, and the same without.
+    """One optimizer with wrappers, and the same optimizer without.
 
     Args:
         inner: String, a key of `INNER`.
         wrappers: List of pairs as `wrapper` draws them, innermost first.
         outermost: Keywords of the outermost wrapper.
-        loss_scale: Bool. Whether a `LossScaleOptimizer` is around all.
-        is_transparent: Bool. Whether training is to be that of the inner optimizer.
+        loss_scale: Bool. Whether a `LossScaleOptimizer` is around all of them.
+        is_transparent: Bool. Whether training must equal that of the inner optimizer.
     """
 
     def __init__(self, inner, wrappers, outermost, loss_scale, is_transparent):
@@ -207,14 +207,14 @@ class Stack:
         return self._around(optimizer)
 
     def twin(self):
-        """The bare optimizer; of stacks that change training, the same stack once more."""
+        """The bare optimizer. For stacks that change training, a second equal stack."""
         if not self.is_transparent:
             return self.wrapped()
         clipping = {k: v for k, v in self.outermost.items() if "clip" in k}
         return self._around(INNER[self.inner](**clipping))
 
     def followers(self):
-        """Outermost first, as `averaging_optimizers` lists the wrappers."""
+        """The followers, outermost first, in the order of `averaging_optimizers`."""
         return [make() for _, make in reversed(self.wrappers)]
 
     def _around(self, optimizer):

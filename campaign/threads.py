@@ -1,9 +1,9 @@
-"""Trains and evaluates models in several threads, and lets go of models at bad moments.
+"""Trains and evaluates models in several threads, and deletes models while they hold averages.
 
 python campaign/threads.py [--times 20]
 
-What one thread does to its model is what it would be alone, bit for bit; models that are deleted
-while they hold averages are freed, and leave nothing in the way of others.
+The model of each thread equals a model that is trained alone, bit for bit. Models that are deleted
+while they hold averages are freed, and do not disturb other models.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def deleted_while_swapped():
     del model
     keras.backend.clear_session()
     gc.collect()
-    assert gone() is None, "an optimizer that nobody has is kept alive"
+    assert gone() is None, "a deleted optimizer is not freed"
     other = build(2)
     train(other)
 

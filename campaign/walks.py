@@ -1,14 +1,14 @@
-"""Random walks through all that one can do with a model, in search of a law that does not hold.
+"""Random walks through the operations on a model. They search for a law that does not hold.
 
 python campaign/walks.py [--walks 10000] [--steps 15] [--seed 0]
 
-A model with wrappers does what a rule of the machine says; a twin without wrappers is trained
-alike and otherwise left alone. After each rule:
+Each rule of the state machine does an operation on a model with wrappers. A twin without wrappers
+is trained in the same way, and not changed otherwise. After each rule:
 
-* the raw weights, and the inner optimizer's state, are those of the twin, bit for bit;
-* the averages are those that NumPy float64 makes of the twin's trajectory;
-* what the model holds is what `averages_in_model` says;
-* an operation that is refused raises what its documentation says, and changes nothing.
+* The raw weights and the inner optimizer's state equal those of the twin, bit for bit.
+* The averages equal those that NumPy float64 computes from the twin's trajectory.
+* The model holds the copy that `averages_in_model` says.
+* A refused operation raises the documented error, and changes nothing.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from keras_avg.callbacks import AverageModelCheckpoint, BackupAndRestore, SwapAv
 
 TOLERANCE = 1e-5  # of averages of a few dozen float32 values of order 1
 BATCH, BATCHES = 4, 6
-AT_ONCE = 20  # walks, of which the first that breaks a law ends the others
+AT_ONCE = 20  # walks of one run; the first that breaks a law ends the run
 _random = np.random.default_rng(7)
 X = _random.normal(size=(BATCH * BATCHES, 3)).astype("float32")
 Y = (X[:, :1] * X[:, 1:2] + X[:, 2:]).astype("float32")
@@ -76,14 +76,14 @@ def same(ours, theirs, what):
 
 
 def everything(model):
-    """All that a model and its optimizer hold."""
+    """All values of a model and its optimizer."""
     variables = [*model.variables, *model.optimizer.variables]
     scale = getattr(model.optimizer, "dynamic_scale", None)
     return [numpy(v) for v in variables] + ([] if scale is None else [numpy(scale)])
 
 
 class BrokenError(Exception):
-    """What users raise in the middle of things."""
+    """An error that user code raises during an operation."""
 
 
 class Dies(keras.callbacks.Callback):
@@ -106,7 +106,7 @@ class Walk(RuleBasedStateMachine):
         self.begin(stack, build)
 
     def begin(self, stack, make):
-        """A new optimizer, for the model and the twin."""
+        """Start with a new optimizer for the model and for the twin."""
         self.stack = stack
         self.model, self.twin = make(stack.wrapped()), build(stack.twin())
         self.followers, self.started, self.updates = stack.followers(), False, 0
@@ -117,7 +117,7 @@ class Walk(RuleBasedStateMachine):
         if hasattr(self, "folder"):
             self.folder.cleanup()
 
-    # What is there.
+    # State.
 
     @property
     def wrappers(self):
@@ -136,14 +136,14 @@ class Walk(RuleBasedStateMachine):
         return X[rows], Y[rows]
 
     def build_optimizer(self):
-        """Keras does so at the first training or evaluation."""
+        """Build the optimizer, as Keras does at the first training or evaluation."""
         if not self.model.optimizer.built:
             self.model.optimizer.build(self.model.trainable_variables)
 
     # Training.
 
     def train_twin(self, x, y):
-        """Batch by batch; after each update the followers see the values."""
+        """Train the twin batch by batch. After each update the followers get the values."""
         for i in range(0, len(x), BATCH):
             values = self.twin_values()
             if not self.started:
@@ -175,7 +175,7 @@ class Walk(RuleBasedStateMachine):
             follower.count = getattr(follower, "count", 0) + 1
 
     def numbers(self, wrapper):
-        """The places of a wrapper's averaged variables among the trainable ones."""
+        """The places of a wrapper's averaged variables among the trainable variables."""
         if not wrapper.built:
             excluded = wrapper.exclude or []
             paths = [v.path for v in self.twin.trainable_variables]
@@ -252,7 +252,7 @@ class Walk(RuleBasedStateMachine):
     def is_frozen(self):
         return not self.twin.layers[0].trainable
 
-    # Looking.
+    # Reading.
 
     @rule(kind=st.sampled_from(["evaluate", "predict", "call"]), with_averages=st.booleans())
     def look(self, kind, with_averages):
@@ -265,7 +265,7 @@ class Walk(RuleBasedStateMachine):
             self.model.predict(X, verbose=0, callbacks=callbacks)
         else:
             self.model(X)
-        same(everything(self.model), before, f"{kind} disturbs")
+        same(everything(self.model), before, f"{kind} changes the model")
 
     @rule()
     def read_the_averages(self):
@@ -280,7 +280,7 @@ class Walk(RuleBasedStateMachine):
             with wrapper.reading_averages():
                 self.model(X, training=False)
             wrapper.stateless_average([v.value for v in wrapper.variables])
-        same(everything(self.model), before, "reading averages disturbs")
+        same(everything(self.model), before, "reading averages changes the model")
 
     # Swapping.
 
@@ -319,7 +319,7 @@ class Walk(RuleBasedStateMachine):
         wrapper.swap_weights()
         self.law()
         wrapper.swap_weights()
-        same(everything(self.model), before, "two swaps are not none")
+        same(everything(self.model), before, "a second swap does not undo the first")
 
     @precondition(lambda self: self.has_snapshot())
     @rule(broken=st.booleans(), recompute=st.booleans())
@@ -330,7 +330,7 @@ class Walk(RuleBasedStateMachine):
                 keras_avg.update_batch_norm(self.model, X, BATCH, verbose=0)
             if broken:
                 raise BrokenError
-        same(everything(self.model), before, "a context leaves something")
+        same(everything(self.model), before, "a context changes the model")
 
     @precondition(lambda self: self.is_swapped)
     @rule()
@@ -351,7 +351,7 @@ class Walk(RuleBasedStateMachine):
         keras_avg.assign_average_vars(self.model)
 
     def adopt_values(self):
-        """Give the twin the model's values: training goes on from these."""
+        """Give the twin the model's values. Training continues from these."""
         for ours, theirs in zip(self.model.variables, self.twin.variables, strict=True):
             theirs.assign(numpy(ours))
         if not self.stack.is_transparent:
@@ -371,13 +371,13 @@ class Walk(RuleBasedStateMachine):
         self.build_optimizer()
         before = everything(self.model)
         copied = self.copy_by(route)
-        same(everything(self.model), before, f"saving as {route} disturbs")
+        same(everything(self.model), before, f"saving as {route} changes the model")
         seeds = [v for v in copied.variables if "seed" in v.path]
         for v, old in zip(
             seeds, [v for v in self.model.variables if "seed" in v.path], strict=True
         ):
             v.assign(numpy(old))  # Keras does not save them everywhere
-        same(everything(copied), before, f"what {route} brings back")
+        same(everything(copied), before, f"a copy by {route} is not equal")
         self.model = copied
 
     def copy_by(self, route):
@@ -405,7 +405,7 @@ class Walk(RuleBasedStateMachine):
         return copied
 
     def copy_of_averages(self):
-        """As `AverageModelCheckpoint` writes it; the raw weights come back by a swap."""
+        """A file as `AverageModelCheckpoint` writes it. A swap restores the raw weights."""
         checkpoint = AverageModelCheckpoint(False, self.path("c.keras"))
         checkpoint.set_model(self.model)
         checkpoint.on_epoch_begin(0)
@@ -424,7 +424,7 @@ class Walk(RuleBasedStateMachine):
             self.model.set_state_tree(self.model.get_state_tree(value_format="numpy_array"))
         else:
             self.wrappers[0].set_weights(self.wrappers[0].get_weights())
-        same(everything(self.model), before, f"setting what was got of the {what} changes it")
+        same(everything(self.model), before, f"get and set of the {what} changes it")
 
     @rule(what=st.sampled_from(["too few", "a shape", "NaN counter"]))
     def set_what_does_not_fit(self, what):
@@ -453,7 +453,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(stack=stacks.stacks(), freeze=st.booleans())
     def compile_anew(self, stack, freeze):
-        # A pattern that matches no variable that is trained is refused.
+        # A pattern of `exclude` that matches no trained variable is refused.
         hypothesis.assume(not freeze or "hidden/kernel" not in stack.outermost.get("exclude", []))
         model = self.model
         model.layers[0].trainable = not freeze
@@ -492,15 +492,15 @@ class Walk(RuleBasedStateMachine):
         loaded = keras.saving.load_model(self.path("changed.keras"))
         found, expected = loaded.predict(X, verbose=0), copied.predict(X, verbose=0)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-        same(everything(self.model), before, f"{change} of a copy disturbs")
+        same(everything(self.model), before, f"{change} of a copy changes the model")
 
     def refused(self, error, match, operation):
-        """Refuses, with a message that says why, and changes nothing."""
+        """The operation is refused with a message that says why, and changes nothing."""
         self.build_optimizer()
         before = everything(self.model)
         with pytest.raises(error, match=match):
             operation()
-        same(everything(self.model), before, "what is refused changes something")
+        same(everything(self.model), before, "a refused operation changes something")
 
     # The laws.
 
@@ -549,7 +549,7 @@ class Walk(RuleBasedStateMachine):
 
 
 def run(walks, steps, seed, phases=tuple(hypothesis.Phase)):
-    """Raises what the shortest walk that breaks a law has raised."""
+    """Run walks. Raises the error of the shortest walk that breaks a law."""
     settings = hypothesis.settings(
         max_examples=walks,
         stateful_step_count=steps,

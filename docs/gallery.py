@@ -1,10 +1,10 @@
-"""Makes the pages of the gallery from `examples/*.py`; Sphinx calls it for each build.
+"""Makes the pages of the gallery from `examples/*.py`. Sphinx calls it in each build.
 
-The module's docstring opens the page, the code follows in blocks, and where the example writes a
-picture, that is shown. An example may be written in cells, as those of keras.io are: a string that
-stands alone at the top level is text.
+A page begins with the module's docstring. Then come the pictures that the example writes, and the
+code in blocks. An example can also have cells, like those of keras.io: a string alone at the top
+level is text.
 
-The pictures stand in `docs/pictures/gallery`, because a build runs no example. To draw them anew:
+The pictures are in `docs/pictures/gallery`, because a build runs no example. To draw them again:
 
     python docs/gallery.py quickstart          # without a name: all examples
 """
@@ -40,12 +40,12 @@ def index(examples):
     """The page that lists the examples, by their titles."""
     rows = [f"* [{opening(path)[0]}]({path.stem}.md)" for path in examples]
     toctree = ["```{toctree}", ":hidden:", "", *(path.stem for path in examples), "```"]
-    about = "Each runs as it stands, on every backend, in less than two minutes on two cores."
+    about = "Each example runs without changes on every backend, in under two minutes on two cores."
     return "\n".join(["# Gallery", "", about, "", *rows, "", *toctree, ""])
 
 
 def opening(path):
-    """Title and opening text of an example, by its docstring or by the fields of keras.io."""
+    """Title and first text of an example, from its docstring or from the fields of keras.io."""
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     fields = dict(re.findall(r"^(\w[\w ]*): (.*)$", docstring, re.MULTILINE))
     if docstring.startswith("Title:"):
@@ -68,10 +68,10 @@ def page(path):
 
 
 def cells(source):
-    """Pairs of `"text"` or `"code"` and what is in it, without the module's docstring.
+    """Pairs of `"text"` or `"code"` and the content, without the module's docstring.
 
-    Where there are strings at the top level, they divide the code. Otherwise each function and
-    class is a block of its own.
+    If there are strings at the top level, they divide the code. Otherwise each function and class
+    is a block of its own.
     """
     body = ast.parse(source).body[1:]
     has_text = any(_is_text(node) for node in body)
@@ -113,7 +113,7 @@ def _is_text(node):
 
 
 def _write(path, text):
-    # Sphinx reads a page again if it is newer than before.
+    # Sphinx reads a page again if the file is newer than before.
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 

@@ -1,7 +1,7 @@
 """Draws the pictures of the page How it works, into `docs/pictures`: `python docs/pictures.py`.
 
-All are computed here, with NumPy: the averages by the formulas of the page, so that a picture that
-does not fit the text shows.
+It computes all values with NumPy. The averages follow the formulas of the page, so an error in a
+formula is visible in the picture.
 """
 
 import pathlib
@@ -18,7 +18,7 @@ RAW, SWA, EMA, OTHER = "0.6", "tab:orange", "tab:blue", "tab:green"
 
 
 def stochastic_gradient_descent(curvature, rate, noise, steps, start, seed):
-    """Steps on `sum(curvature * x**2) / 2`, with noise in the gradients: all points on the way."""
+    """All points of gradient descent on `sum(curvature * x**2) / 2`, with gradient noise."""
     random = np.random.default_rng(seed)
     points = [np.array(start, float)]
     for _ in range(steps):
@@ -28,7 +28,7 @@ def stochastic_gradient_descent(curvature, rate, noise, steps, start, seed):
 
 
 def moving_average(points, decay):
-    """The average after each step, which begins with the first point."""
+    """The average after each step. It begins with the first point."""
     averages = [points[0]]
     for point in points[1:]:
         averages.append(averages[-1] + (1 - decay) * (point - averages[-1]))
@@ -43,7 +43,7 @@ def plain_mean(points):
 def valley():
     """The path of the raw weights in a valley, and of two averages of it."""
     curvature = np.array([1.0, 0.05])
-    noise = np.sqrt(curvature)  # steep directions are the noisy ones
+    noise = np.sqrt(curvature)  # steep directions have more noise
     path = stochastic_gradient_descent(curvature, 0.5, noise, 400, [0.5, 9.0], seed=3)
     ema, swa = moving_average(path, 0.97), plain_mean(path[200:])
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
@@ -77,7 +77,7 @@ def profiles():
 
 
 def noise_and_lag():
-    """What is left of the noise, and how old the average is, by the decay: formulas and a run."""
+    """The variance that is left, by the mean age of the average: the formula and a measurement."""
     decays = 1 - np.logspace(0, -3.3, 60)
     rate, curvature = 0.1, 0.5
     a = 1 - rate * curvature

@@ -1,19 +1,19 @@
 """Four more averages side by side: LAWA, BEMA, ScheduleFree and PrimalAverage.
 
-All are wrappers around the optimizer that you have, and used alike: wrap, `fit`, and let
-`SwapAverageWeights` put the average into the model when it is judged. They differ in what they
-remember:
+All are wrappers around your optimizer, and you use them in the same way: wrap the optimizer, call
+`fit`, and let `SwapAverageWeights` put the average into the model for validation. They average
+different values:
 
-* `LAWA` is the mean of the last few snapshots. It needs no start, because it forgets.
-* `BEMA` is a moving average of growing length, moved on by a share of the way that the weights have
-  gone since the start: an average that does not lag. It is meant for short fine-tuning.
-* `ScheduleFree` averages the whole run, and trains between the average and the inner optimizer's
-  own iterate. The rate stays constant, and no end has to be known.
-* `PrimalAverage` does the same with an average that forgets.
+* `LAWA` is the mean of the last few snapshots. It needs no start, because it drops old snapshots.
+* `BEMA` is a moving average of growing length. It adds a share of the change of the weights since
+  the start, to correct the lag. It is meant for short fine-tuning.
+* `ScheduleFree` averages the whole run. It computes gradients between the average and the weights
+  of the inner optimizer. The rate stays constant, and the length of the run need not be known.
+* `PrimalAverage` does the same with an exponential average.
 
-The first two leave training as it is; their raw weights go the same way. The last two change it:
-their raw curve is the point at which gradients are taken. The script learns handwritten digits with
-each and draws both copies. It takes half a minute:
+The first two do not change training: their raw weights are the same. The last two change it: their
+raw curve belongs to the point at which gradients are computed. The script learns handwritten digits
+with each wrapper, and draws the accuracy of both copies. It takes half a minute:
 
     KERAS_BACKEND=jax python examples/averages_side_by_side.py
 """
@@ -43,7 +43,7 @@ def load_digits():
 
 
 def optimizers():
-    """No momentum inside: in the last two the average takes its place."""
+    """SGD without momentum, because the average of the last two wrappers replaces momentum."""
 
     def sgd():
         return keras.optimizers.SGD(RATE, weight_decay=0.001)
@@ -65,7 +65,7 @@ def build_model():
 
 def train(optimizer, known, test, epochs):
     """The history: `val_accuracy` of the averages, `val_raw_accuracy` of the raw weights."""
-    keras.utils.set_random_seed(0)  # each begins at the same weights
+    keras.utils.set_random_seed(0)  # each training begins with the same weights
     model = build_model()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss=loss, metrics=["accuracy"])

@@ -1,14 +1,14 @@
 """An image classifier with a cyclical learning rate, SWA, and batch-normalization statistics.
 
-A rate that goes up and down sends the network through many good places, one at the end of each
-cycle. None of them is better than the others, and their mean is better than all: that is stochastic
-weight averaging as it was published (https://arxiv.org/abs/1803.05407). Three lines do it here: the
-rate, the wrapper around the optimizer, and the callback that puts the averages into the model when
-it is judged.
+With a cyclical learning rate, the weights are good at the end of each cycle. The mean of these
+weights is usually better than each of them. This is stochastic weight averaging as it was published
+(https://arxiv.org/abs/1803.05407). It needs three lines: the rate, the wrapper around the
+optimizer, and the callback that puts the averages into the model for validation.
 
-Averaged weights give other activations than the weights that the moving statistics of batch
-normalization were collected with. The callback recomputes them by one pass over the training data;
-the script shows what happens without. It learns handwritten digits and takes half a minute:
+Batch normalization collects its moving statistics with the raw weights. Averaged weights give other
+activations. So the callback recomputes the statistics by one pass over the training data. The
+script also shows the accuracy without this pass. It learns handwritten digits, and takes half a
+minute:
 
     KERAS_BACKEND=jax python examples/classifier_swa.py
 """
@@ -65,7 +65,7 @@ def compile_model(model, epochs):
 
 
 def fit(model, train, test, epochs):
-    """Validates the averages, with statistics that belong to them, and the raw weights beside."""
+    """Validates the averages, with their own batch-norm statistics, and also the raw weights."""
     averages = keras_avg.callbacks.SwapAverageWeights(batch_norm_data=train[0], log_raw=True)
     return model.fit(
         *train,
@@ -78,7 +78,7 @@ def fit(model, train, test, epochs):
 
 
 def print_accuracies(model, test):
-    """The averages are in the model after `fit`."""
+    """Accuracies after `fit`, when the model holds the averages."""
     accuracies = {"SWA": accuracy(model, test)}
     keras_avg.swap_weights(model)
     accuracies["raw"] = accuracy(model, test)
@@ -94,7 +94,7 @@ def accuracy(model, test):
 
 
 def draw(history, schedule, first, path):
-    """The rate above; below the accuracies at the end of each epoch."""
+    """The rate, and below it the accuracies at the end of each epoch."""
     epochs = np.arange(1, len(history["val_accuracy"]) + 1)
     figure, (top, axes) = plt.subplots(
         2, sharex=True, figsize=(8, 5), height_ratios=(1, 3), layout="constrained"

@@ -1,15 +1,14 @@
-"""Pictures out of noise: what an average of the weights does for a diffusion model.
+"""Pictures from noise: an average of the weights in a diffusion model.
 
-A diffusion model learns to tell the noise in a picture from the picture, at each level of noise.
-To draw, it starts from noise alone and takes a little of it away, again and again: it is asked many
-times in a row, and the mistakes of restless weights add up. So the weights that draw are an average
-of those that learn, in every diffusion model of note.
+A diffusion model learns to predict the noise in a picture, at each level of noise. To draw, it
+starts from noise alone, and removes a little of it in each of many steps. The errors of noisy
+weights add up over these steps. So diffusion models usually draw with an average of the weights.
 
-This one is small enough for two processor cores: a dense network learns scikit-learn's handwritten
-digits of 8 x 8 pixels at a constant rate. `MovingAverage` keeps the average, whose length is a
-share of the run so far (`decays.PowerFunction`, https://arxiv.org/abs/2312.02696). Both copies then
-draw from the same noise. The script puts the digits side by side and prints the Frechet distance,
-in pixels, of a thousand drawn digits to the data. It takes a minute:
+This model is small enough for two processor cores: a dense network learns scikit-learn's
+handwritten digits of 8 x 8 pixels at a constant rate. `MovingAverage` keeps the average. Its length
+is a share of the run so far (`decays.PowerFunction`, https://arxiv.org/abs/2312.02696). Both copies
+then draw from the same noise. The script shows the digits side by side. It prints the Frechet
+distance, in pixels, between a thousand drawn digits and the data. It takes a minute:
 
     KERAS_BACKEND=jax python examples/diffusion_ema.py
 """
@@ -28,23 +27,23 @@ import keras_avg
 EPOCHS = 200
 BATCH_SIZE = 64
 RATE = 2e-3
-LEVELS = 40  # of noise, from none to nothing else
+LEVELS = 40  # of noise, from no noise to noise only
 SHARE = 0.1  # standard deviation of the average's profile, as a share of the run
 
 
 def load_digits():
-    """Pictures as rows of 64 numbers between -1 and 1, and the digits as ones among zeros."""
+    """Pictures as rows of 64 numbers between -1 and 1, and the digits as one-hot rows."""
     x, y = sklearn.datasets.load_digits(return_X_y=True)
     return x.astype("float32") / 8 - 1, np.eye(10, dtype="float32")[y]
 
 
 def blend(time):
-    """How much of the picture and of the noise there is at a time in [0, 1]."""
+    """The shares of the picture and of the noise at a time in [0, 1]."""
     return np.cos(time * np.pi / 2), np.sin(time * np.pi / 2)
 
 
 class NoisyPictures(keras.utils.PyDataset):
-    """Batches of noisy pictures, their times and digits, and the noise to be found in them."""
+    """Batches of noisy pictures, their times and digits, and the noise to be predicted."""
 
     def __init__(self, pictures, digits):
         super().__init__()
@@ -77,7 +76,7 @@ def build_model():
 
 
 def draw_digits(model, digits, seed=1):
-    """Takes the noise away step by step, always the same noise (DDIM)."""
+    """Removes the noise step by step, always from the same initial noise (DDIM)."""
     picture = np.random.default_rng(seed).normal(size=(len(digits), 64)).astype("float32")
     times = np.linspace(0.99, 0.0, LEVELS + 1, dtype="float32")
     for now, later in itertools.pairwise(times):
@@ -92,7 +91,7 @@ def draw_digits(model, digits, seed=1):
 
 
 def frechet_distance(ones, others):
-    """Between the normal distributions with the means and covariances of two sets of pictures."""
+    """The distance of normal distributions with the means and covariances of two picture sets."""
     means, covariances = zip(*((s.mean(0), np.cov(s.T)) for s in (ones, others)), strict=True)
     values, vectors = np.linalg.eigh(covariances[0])
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
@@ -101,7 +100,7 @@ def frechet_distance(ones, others):
 
 
 def draw(drawn, path):
-    """Rows of the digits 0 to 9, of each copy of the weights."""
+    """Rows of the digits 0 to 9, drawn by each copy of the weights."""
     figure, axes = plt.subplots(1, len(drawn), figsize=(9, 4.2), layout="constrained")
     for each, (name, pictures) in zip(axes, drawn.items(), strict=True):
         rows = [np.hstack([np.pad(p, 1, constant_values=-1) for p in r]) for r in rows_of(pictures)]

@@ -1,31 +1,28 @@
 """
 Title: Consistency training with a mean teacher
-Description: Learning digits from fifty labels, with the averaged weights as the teacher.
+Description: Learn digits from fifty labels. The averaged weights are the teacher.
 Accelerator: None
 """
 
 """
 ## Introduction
 
-Labels are dear, pictures are cheap. Consistency training learns from both: whatever the digit in a
-picture is, it stays the same when the picture is shifted a little or has a hole in it. So a network
-can teach itself. It looks at a picture, says what it sees, and has to say the same of a distorted
-copy.
+Labels are expensive, and pictures are cheap. Consistency training uses pictures with and without
+labels. If a picture is shifted a little or has a hole in it, its digit stays the same. So a network
+can teach itself: its prediction for a picture is the target for a distorted copy of the picture.
 
-The catch is that a network that believes itself too early learns its own mistakes. Two remedies
-have lasted:
+But if the network uses wrong predictions as targets, it learns its own errors. Two methods help:
 
-* **The teacher is an average** of the student's weights over many steps. It is better than the
-  student at each moment, and does not follow its every move
-  ([mean teacher](https://arxiv.org/abs/1703.01780)).
-* **Only confident answers count** ([FixMatch](https://arxiv.org/abs/2001.07685)).
+* **The teacher is an average** of the student's weights over many steps. It is usually better than
+  the student, and it changes more slowly ([mean teacher](https://arxiv.org/abs/1703.01780)).
+* **Only confident predictions count** ([FixMatch](https://arxiv.org/abs/2001.07685)).
 
-The average is kept by `keras_avg.MovingAverage`, a wrapper around the optimizer, and is read in the
-middle of training by `reading_averages()`: inside this context the model answers with the averaged
-weights, without a second model, a copy, or a swap.
+`keras_avg.MovingAverage`, a wrapper around the optimizer, keeps the average. `reading_averages()`
+reads it during training: inside this context the model predicts with the averaged weights, without
+a second model, a copy, or a swap.
 
-The data are scikit-learn's handwritten digits of 8 x 8 pixels. Start this script as it is, in under
-two minutes on two processor cores:
+The data are scikit-learn's handwritten digits of 8 x 8 pixels. The script runs in under two minutes
+on two processor cores:
 
     KERAS_BACKEND=jax python examples/mean_teacher.py
 
@@ -50,7 +47,7 @@ LABELS = 50  # five of each digit
 LABELLED_IN_BATCH = 16
 UNLABELLED_IN_BATCH = 64
 CONFIDENT = 0.9
-AVERAGE_DECAY = 0.99  # the teacher is an average over some hundred steps
+AVERAGE_DECAY = 0.99  # the teacher is an average over a few hundred steps
 
 keras.utils.set_random_seed(0)
 random = np.random.default_rng(0)
@@ -58,8 +55,8 @@ random = np.random.default_rng(0)
 """
 ## Prepare the data
 
-The first 1280 pictures are for training. Five of each digit, drawn by lot, keep their labels, the
-others lose them. The remaining 517 pictures, by other writers, are for the test.
+The first 1280 pictures are for training. Five random pictures of each digit keep their labels. The
+others lose their labels. The remaining 517 pictures, by other writers, are for the test.
 """
 
 x, y = sklearn.datasets.load_digits(return_X_y=True)
@@ -77,14 +74,14 @@ print(f"{len(x)} pictures, {len(x_labelled)} of them with a label")
 """
 ## Two kinds of distortion
 
-The teacher sees a picture that is shifted by up to a pixel. The student sees one that is shifted,
-has a dark or bright hole of 3 x 3 pixels and some noise. A strong distortion leaves the digit what
-it is, and makes it harder to tell.
+The teacher gets a picture that is shifted by up to a pixel. The student gets a picture that is also
+shifted, and has a dark or bright hole of 3 x 3 pixels and some noise. A strong distortion does not
+change the digit, but makes it harder to recognize.
 """
 
 
 def shifted(pictures):
-    """Each picture moved by -1, 0 or 1 pixels in both directions, on a dark ground."""
+    """Each picture moved by -1, 0 or 1 pixels in both directions, on a dark background."""
     padded = np.pad(pictures, ((0, 0), (1, 1), (1, 1), (0, 0)))
     rows, columns = random.integers(3, size=(2, len(pictures), 1))
     rows, columns = rows + np.arange(8), columns + np.arange(8)
@@ -107,8 +104,8 @@ def distorted(pictures):
 """
 ## Build the model
 
-A small convolutional network. The optimizer is Adam, wrapped so that it keeps the average, which is
-all that the teacher needs.
+The model is a small convolutional network. The optimizer is Adam in a wrapper that keeps the
+average. The teacher needs nothing else.
 """
 
 
@@ -135,12 +132,12 @@ def build_model():
 """
 ## The training step
 
-With labels, a step is what it always is. Without, the teacher says what it sees in the weakly
-shifted pictures. Its answers are the targets for the strongly distorted ones, and those that it is
-not sure of get a weight of 0.
+With labels, a step is an ordinary training step. Without labels, the teacher predicts the digits of
+the weakly distorted pictures. Its predictions are the targets for the strongly distorted pictures.
+Targets of low confidence get the weight 0.
 
-`dynamic_decay=True` lets the average begin short and grow: a teacher made of the first few steps
-would know nothing for long.
+With `dynamic_decay=True` the average is short at first, and its length grows. Otherwise the first
+weights would stay in the teacher for many steps.
 """
 
 
@@ -150,7 +147,7 @@ def labelled_batch():
 
 
 def taught_batch(model):
-    """Unlabelled pictures, and what the averaged weights see in them."""
+    """Unlabelled pictures, and the predictions of the averaged weights for them."""
     chosen = x[random.integers(len(x), size=UNLABELLED_IN_BATCH)]
     with model.optimizer.reading_averages():
         answers = ops.convert_to_numpy(model(shifted(chosen), training=False))
@@ -172,7 +169,7 @@ def accuracies(model):
 def train(with_teacher):
     """Returns the accuracies of student and teacher at the end of each epoch."""
     model, history = build_model(), []
-    model.train_on_batch(*labelled_batch())  # from here on there is an average to read
+    model.train_on_batch(*labelled_batch())  # from here on there is an average
     for _ in range(EPOCHS):
         for _ in range(STEPS_OF_AN_EPOCH):
             parts = [labelled_batch()]
@@ -186,7 +183,7 @@ def train(with_teacher):
 """
 ## Train, with labels alone and with a teacher
 
-Both see the fifty labels equally often.
+Both trainings use the fifty labels equally often.
 """
 
 labels_alone = train(with_teacher=False)
@@ -201,8 +198,8 @@ for name, (student, teacher) in {
 """
 ## Look at the result
 
-The average of the run on labels alone is shown too, to tell apart what averaging gives and what
-teaching gives.
+The picture also has the average of the run on labels alone. It separates the effect of averaging
+from the effect of the teacher.
 """
 
 epochs = range(1, EPOCHS + 1)
@@ -221,11 +218,11 @@ print(f"Picture: {picture}")
 """
 ## Where to go from here
 
-The teacher is called outside of the compiled step here, which works the same on TensorFlow, JAX and
-PyTorch. In a `train_step` of your own `reading_averages()` works on TensorFlow, in a `tf.function`
-too, and on PyTorch. In a compiled JAX step the teacher is a function of the state:
+Here the teacher is called outside the compiled step. This works in the same way on TensorFlow, JAX
+and PyTorch. In your own `train_step`, `reading_averages()` works on PyTorch and on TensorFlow, also
+in a `tf.function`. In a compiled JAX step the teacher is a function of the state:
 `model.stateless_call(optimizer.stateless_average(state), non_trainable_variables, x)`.
 
-The file that `model.save` writes has both copies in it. Deploy the teacher: call
+A file that `model.save` writes has both copies. To deploy only the teacher, call
 `keras_avg.assign_average_vars(model)` before you save.
 """

@@ -1,9 +1,9 @@
-"""Merge checkpoints of a run at a constant rate, in place of an annealing of the rate.
+"""Merge checkpoints of a run at a constant rate, instead of annealing the rate.
 
 A small network learns scikit-learn's handwritten digits at a constant learning rate, and saves its
-weights after each epoch. From the middle on, a second run anneals the rate to 0. The script
-compares that run with means of the first one's last files, for which nothing was trained. It needs
-keras, one of jax, tensorflow and torch, scikit-learn and matplotlib:
+weights after each epoch. A second run starts in the middle of the first, and anneals the rate to 0.
+The script compares the second run with means of the last files of the first run. These means need
+no training. It needs keras, one of jax, tensorflow and torch, scikit-learn and matplotlib:
 
     python examples/merge_checkpoints.py --out merge_output
 """

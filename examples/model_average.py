@@ -1,9 +1,10 @@
-"""Workers that train on shards of their own and average their models now and then.
+"""Workers train on their own shards, and average their models at intervals.
 
-Each worker, a process of its own, learns scikit-learn's handwritten digits from its part of them.
-Every 20 steps all take the mean of their weights. At the end each prints the accuracy of its own
-weights, and the chief that of the center, beside a model trained on the chief's part alone. Start
-it by the launcher of your backend; the README has the three command lines. Alone it works too:
+Each worker is a process. It learns scikit-learn's handwritten digits from its own part of them.
+Every 20 steps all workers take the mean of their weights. At the end, each worker prints the
+accuracy of its own weights and of the center. The chief also trains a model on its part alone, for
+comparison. Start the script by the launcher of your backend. docs/workers.md has the three command
+lines. The script also runs as one process:
 
     python examples/model_average.py
 """
@@ -27,7 +28,7 @@ INTERVAL = 20
 
 
 def load_digits():
-    """Pictures as rows of 64 numbers between 0 and 1: this worker's part to train on, the test."""
+    """Pictures as rows of 64 numbers between 0 and 1: this worker's part for training, the test."""
     x, y = sklearn.datasets.load_digits(return_X_y=True)
     x = x.astype("float32") / 16
     mine = slice(communicator.rank, TRAIN_SIZE, communicator.size)

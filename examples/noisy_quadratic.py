@@ -1,18 +1,18 @@
-"""Every average against theory: how much of the noise is left when training has come to rest.
+"""Every average against theory: the noise that is left in the stationary state of training.
 
-Gradient descent on a quadratic with noise in its gradient never settles: it wanders around the
-minimum. With the learning rate eta, the curvature h and noise of the size c,
+Gradient descent on a quadratic with gradient noise does not converge. It keeps moving around the
+minimum. With the learning rate eta, the curvature h and noise of the size c, a step is
 
     x' = (1 - eta h) x - eta c xi,    xi standard normal
 
-its variance comes to rest at V = eta^2 c^2 / (1 - a^2) with a = 1 - eta h, and values k steps apart
-have the correlation a^k. So the variance of every weighted mean of them has a formula. How much
-smaller it is than V says what the average is worth, before any network is trained.
+The variance converges to V = eta^2 c^2 / (1 - a^2) with a = 1 - eta h. Values that are k steps
+apart have the correlation a^k. So the variance of every weighted mean of them has a formula. The
+ratio to V says how much noise an average removes, before any network is trained.
 
 The script runs the wrappers of this package on 20,000 such quadratics at once, measures the
 variance of their averages, and draws it beside the formula. `ScheduleFree` and `PrimalAverage`
-change the training itself; their theory is a linear recurrence. A bar that does not end at its line
-would be a bug. It takes half a minute:
+change training. Their theory is a linear recurrence. If a bar does not end at its line, there is a
+bug. It takes half a minute:
 
     KERAS_BACKEND=jax python examples/noisy_quadratic.py
 """
@@ -61,7 +61,7 @@ def of_lookahead(period, share):
 
 
 def of_bema(steps, power=0.5, bias_power=0.2, lag=10.0):
-    """The weights of all values in the average plus the correction; the oldest is the start."""
+    """The weights of all values in the corrected average. The oldest value is the start."""
     ages = lag + np.arange(1.0, steps + 1)
     fresh = ages**-power
     kept = np.append(np.cumprod((1 - fresh)[::-1])[::-1][1:], 1.0)
@@ -74,13 +74,13 @@ def of_bema(steps, power=0.5, bias_power=0.2, lag=10.0):
 def of_interpolated(fresh, interpolation, steps):
     """ScheduleFree and PrimalAverage: the covariance of (x, z), step by step, from V in both.
 
-    z <- z - eta (h y + c xi) with y between x and z, and x moves by the share `fresh(t)` to z.
+    z <- z - eta (h y + c xi) with y between x and z. Then x moves by the share `fresh(t)` to z.
     """
     b = interpolation
     covariance = np.ones((2, 2)) * V
     for t in range(1, steps + 1):
         share = fresh(t)
-        z = np.array([-ETA * H * b, 1 - ETA * H * (1 - b)])  # the new z, out of x and z
+        z = np.array([-ETA * H * b, 1 - ETA * H * (1 - b)])  # the new z, as a function of x and z
         step = np.array([(1 - share) * np.array([1.0, 0.0]) + share * z, z])
         noise = ETA * C * np.array([share, 1.0])
         covariance = step @ covariance @ step.T + np.outer(noise, noise)
@@ -88,7 +88,7 @@ def of_interpolated(fresh, interpolation, steps):
 
 
 def rules():
-    """Names, wrappers around an optimizer, and the share of V that is left in theory."""
+    """Names, wrappers around an optimizer, and the share of V that theory predicts."""
     averages, decays = keras_avg, keras_avg.decays
     power = decays.PowerFunction(0.1)
     return {
@@ -126,7 +126,7 @@ def rules():
 
 
 def measure(wrapper, coordinates):
-    """The variance of what is shown in the end over the coordinates, in units of V."""
+    """The variance over the coordinates of the final averages, in units of V."""
     random = np.random.default_rng(11)
     x = keras.Variable(random.normal(size=coordinates, scale=V**0.5))
     optimizer = wrapper(keras.optimizers.SGD(ETA))

@@ -1,9 +1,9 @@
 """Choose the length of an exponential average after training.
 
-A small network learns scikit-learn's handwritten digits once, at a constant rate. Two averages are
-kept, and saved after each epoch. From the files any other length is made up afterwards. The script
-draws test loss and accuracy over the length. It needs keras, one of jax, tensorflow and torch,
-scikit-learn and matplotlib:
+A small network learns scikit-learn's handwritten digits once, at a constant rate. It keeps two
+averages, and saves them after each epoch. After training, averages of any other length are computed
+from the files. The script draws test loss and accuracy over the length. It needs keras, one of jax,
+tensorflow and torch, scikit-learn and matplotlib:
 
     python examples/post_hoc_ema.py --out post_hoc_output
 """

@@ -1,10 +1,10 @@
 """Quickstart: train once and get three copies of the weights: raw, EMA and SWA.
 
-A small convolutional network learns scikit-learn's handwritten digits, at a learning rate too high
-for it to settle down. One optimizer, `SWA(MovingAverage(SGD))`, trains it and keeps two averages of
-its weights. The script prints and draws their test accuracies, and shows that a saved and loaded
-model trains on from the same state. It needs keras, one of jax, tensorflow and torch, scikit-learn
-and matplotlib, and takes up to a minute:
+A small convolutional network learns scikit-learn's handwritten digits. Its learning rate is too
+high for the raw weights to converge. One optimizer, `SWA(MovingAverage(SGD))`, trains it and keeps
+two averages of its weights. The script prints and draws their test accuracies. It also shows that a
+saved and loaded model continues training from the same state. It needs keras, one of jax,
+tensorflow and torch, scikit-learn and matplotlib, and takes up to a minute:
 
     python examples/quickstart.py --out quickstart_output
 """
@@ -57,10 +57,10 @@ def build_model():
 
 
 def compile_model(model):
-    """Both averages are kept by the optimizer; their arguments count steps, not epochs."""
+    """The optimizer keeps both averages. Their arguments count steps, not epochs."""
     swa_start = (EPOCHS - SWA_EPOCHS) * TRAIN_SIZE // BATCH_SIZE
-    # Weight decay keeps the network from settling where it fits the training data exactly: there
-    # the gradients vanish, and nothing is left to average out.
+    # Without weight decay, the network would fit the training data exactly. Then the gradients
+    # vanish, and there is no noise to average.
     rate = keras_avg.schedules.SWALearningRate(
         0.15, swa_learning_rate=0.1, start_step=swa_start // 2, anneal_steps=swa_start // 2
     )
@@ -72,7 +72,7 @@ def compile_model(model):
 
 
 class MeasureOtherCopies(keras.callbacks.Callback):
-    """After each epoch, the test accuracy of the copies that the validation metrics leave out."""
+    """After each epoch, the test accuracy of the copies that `fit` does not validate."""
 
     def __init__(self, x_train, test):
         super().__init__()
@@ -86,7 +86,7 @@ class MeasureOtherCopies(keras.callbacks.Callback):
             self.ema.append(self.accuracy())
 
     def accuracy(self):
-        """In percent, of the weights in the model, with statistics that belong to them."""
+        """In percent, of the weights in the model, with their own batch-norm statistics."""
         statistics = [v.numpy() for v in self.model.non_trainable_variables]
         keras_avg.update_batch_norm(self.model, self.x_train, batch_size=256, verbose=0)
         result = self.model.evaluate(*self.test, batch_size=256, verbose=0, return_dict=True)
@@ -97,7 +97,7 @@ class MeasureOtherCopies(keras.callbacks.Callback):
 
 def train_with_averages(model, train, test):
     """Returns the curves of test accuracy over epochs, in percent, for each copy of the weights."""
-    # Raw weights are trained, averages validated. Here the raw weights come back right after.
+    # `fit` trains the raw weights and validates the averages. Then the raw weights come back.
     averages = keras_avg.callbacks.SwapAverageWeights(
         swap_on_epoch=False, batch_norm_data=train[0], log_raw=True
     )
@@ -114,7 +114,7 @@ def train_with_averages(model, train, test):
         "raw": [100 * accuracy for accuracy in history["val_raw_accuracy"]],
         "raw, statistics recomputed": others.recomputed,
         "EMA": others.ema,
-        # Until SWA has a snapshot, the averages that are validated are those inside: EMA's.
+        # Until SWA has a snapshot, `fit` validates the averages of the inner wrapper, the EMA.
         "SWA": [100 * accuracy for accuracy in history["val_accuracy"][-SWA_EPOCHS:]],
     }
 

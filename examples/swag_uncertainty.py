@@ -1,16 +1,17 @@
-"""How sure is a network? Thirty of them, drawn by SWAG around the average of one run, know better.
+"""Uncertainty from one run: SWAG draws thirty networks around the average of the weights.
 
-A network that learned from few examples is wrong more often than it says. `SWAG` keeps the mean of
-snapshots, as `SWA` does, and how they scatter around it. Networks drawn from that distribution
-agree where the data leave no choice and differ where they leave one, so the mean of their
-predictions is less sure in the right places. One training run pays for all of them.
+A network that learned from few examples is overconfident: it is wrong more often than its
+confidence says. `SWAG` keeps the mean of snapshots, as `SWA` does, and also their spread. From this
+distribution it draws networks. Where the data determine the answer, the networks agree. Elsewhere
+they differ, so the mean of their predictions has a lower confidence there. All of this needs only
+one training run.
 
-The script learns from 320 handwritten digits, and compares three predictions on digits by other
+The script learns from 320 handwritten digits. It compares three predictions on digits by other
 writers: of the raw weights, of their mean (SWA), and of thirty samples (SWAG). Batch-normalization
-statistics are recomputed for each copy. It prints accuracy, negative log-likelihood and calibration
-error, and draws how often a prediction of each confidence is right. With more data the mean alone
-is as good, and the samples add nothing: `docs/studies/swag_on_digits.py` has both cases, ten times.
-It takes about a minute:
+statistics are recomputed for each copy. The script prints accuracy, negative log-likelihood and
+calibration error. It draws how often a prediction of each confidence is right. With more data the
+mean alone is as good, and samples do not help: `docs/studies/swag_on_digits.py` has both cases,
+over ten seeds. The script takes about a minute:
 
     KERAS_BACKEND=jax python examples/swag_uncertainty.py
 """
@@ -27,10 +28,10 @@ import keras_avg
 
 EPOCHS = 20
 BATCH_SIZE = 16
-TRAIN_SIZE = 320  # few, so that there is something to be unsure about
+TRAIN_SIZE = 320  # few, so that the network cannot be sure
 SAMPLES = 30
 BINS = 10
-FEWEST = 5  # predictions that a bin must have to be drawn
+FEWEST = 5  # a bin with fewer predictions is not drawn
 
 
 def load_digits():
@@ -65,13 +66,13 @@ def train(train, epochs):
 
 
 def probabilities(model, x_train, x):
-    """Predictions of the weights that are in the model, with statistics that belong to them."""
+    """Predictions of the weights in the model, with their own batch-norm statistics."""
     keras_avg.update_batch_norm(model, x_train, batch_size=256, verbose=0)
     return model.predict(x, batch_size=256, verbose=0)
 
 
 def predictions(model, x_train, x, samples=SAMPLES, scale=1.0):
-    """The probabilities that each of the three gives to the digits."""
+    """The probabilities of the digits, by each of the three copies."""
     found = {"raw": probabilities(model, x_train, x)}
     with keras_avg.average_weights(model):
         found["SWA"] = probabilities(model, x_train, x)
@@ -84,7 +85,7 @@ def predictions(model, x_train, x, samples=SAMPLES, scale=1.0):
 
 
 def reliability(found, y):
-    """For each bin of confidence: how many predictions, their mean confidence, how many right."""
+    """For each bin of confidence: its predictions, their mean confidence, how many are right."""
     confidence, right = found.max(axis=1), found.argmax(axis=1) == y
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     rows = [(np.sum(b), confidence[b].mean(), right[b].mean()) for b in masks(bins) if b.any()]

@@ -1,10 +1,10 @@
 """Twenty networks on the digits: raw, EMA, SWA and schedule-free, with intervals, and the cost.
 
-Every copy of the weights has the rate that is best for it on pictures that are not in the test, by
-five networks of other seeds: an average likes a higher rate than the weights it is made of. The
-averages of the training whose raw weights are in the first row are there too. SGD with a cosine is
-there as what one would use without any average. The cost is the processor time of `fit` for one
-network, in units of that with the bare optimizer: medians of ratios within a round.
+Each method is trained at the learning rate that is best for it. Five networks with other seeds
+chose the rates, on pictures that are not in the test. An average works best at a higher rate than
+the raw weights. The rows "of that training" are averages of the training in the first row. SGD with
+a cosine is the usual choice without an average. The cost is the processor time of `fit` for one
+network, divided by the time of the bare optimizer. It is a median of ratios within a round.
 
     KERAS_BACKEND=jax python docs/studies/averages_on_digits.py --seeds 20
 """
@@ -26,7 +26,7 @@ FREE_RATES = (0.3, 1.0, 3.0, 10.0)
 OTHER_SEEDS = {"seeds": 5, "first_seed": 1000}
 LIKELIHOOD = "negative log-likelihood"
 RAW, COSINE = "raw, constant rate", "raw, cosine"
-COPIES = {"EMA": 1, "SWA": 0}  # places in the nest, outermost first
+COPIES = {"EMA": 1, "SWA": 0}  # places among the nested wrappers, outermost first
 FREE = "ScheduleFree"
 
 
@@ -44,7 +44,7 @@ def one_constant_rate(rate, known, unseen, epochs, seeds, first_seed=0):
 
 
 def others(rates, known, unseen, epochs, seeds, first_seed=0):
-    """The scores of the trainings that have one copy to judge, of those with a rate."""
+    """The scores of the trainings with one copy of the weights, for each method with a rate."""
     found = {}
     if COSINE in rates:
         optimizer = digits.cosine(rates[COSINE], digits.steps(known, epochs))

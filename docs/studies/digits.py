@@ -1,9 +1,9 @@
-"""Many networks at once on the handwritten digits, one for each seed, and what they score.
+"""Trains many networks at once on the handwritten digits, one for each seed, and scores them.
 
-The networks of all seeds are slices of one model: the kernel of a layer has the seed as its first
-axis, and the loss is the sum over seeds. SGD and all averages of this package work element by
-element, so that each network learns as it would alone, from its own start and in its own order of
-pictures, and twenty of them take hardly longer than one.
+The networks of all seeds are slices of one model. The first axis of each kernel is the seed, and
+the loss is the sum over seeds. SGD and all averages of this package work element by element. So
+each network learns exactly as it would alone, with its own first weights and its own order of
+pictures. Twenty networks take hardly longer than one.
 """
 
 import keras
@@ -14,14 +14,17 @@ import keras_avg
 
 BATCH_SIZE = 32
 HIDDEN = 64
-# Per step of the learning rate. SGD with a momentum m goes 1 / (1 - m) times as far for the same
-# gradient, so its weight decay is as many times larger to mean the same.
+# In units of the learning rate. With a momentum m, SGD moves 1 / (1 - m) times as far for the same
+# gradient. So its weight decay is larger by the same factor, to have the same effect.
 WEIGHT_DECAY = 0.001
 MOMENTUM = 0.9
 
 
 def parts():
-    """Pictures and digits in the order of their writers: to train, to choose rates, to test."""
+    """Pictures and digits in three parts: for training, for the choice of rates, for the test.
+
+    They are in the order of their writers.
+    """
     x, y = sklearn.datasets.load_digits(return_X_y=True)
     x = x.astype("float32") / 16
     edges = (0, 1024, 1280, len(x))
@@ -29,13 +32,13 @@ def parts():
 
 
 def to_train_on_all():
-    """All pictures but those of the test, and the test."""
+    """All pictures except those of the test, and those of the test."""
     train, choice, test = parts()
     return tuple(map(np.concatenate, zip(train, choice, strict=True))), test
 
 
 def networks(seeds, first_seed):
-    """One hidden layer each, with Glorot's uniform start."""
+    """Networks with one hidden layer each, and Glorot's uniform first weights."""
     keras.utils.set_random_seed(first_seed)
     layers = [keras.Input((seeds, 64))]
     for inputs, outputs, activation in ((64, HIDDEN, "relu"), (HIDDEN, 10, None)):
@@ -60,7 +63,7 @@ def compiled(optimizer, seeds, first_seed=0):
 
 
 def in_own_order(known, seeds, first_seed):
-    """The pictures and digits for each network, each in another order."""
+    """The pictures and digits for each network. Each network has its own order."""
     random = np.random.default_rng(first_seed)
     order = np.stack([random.permutation(len(known[0])) for _ in range(seeds)], axis=1)
     return known[0][order], known[1][order]
@@ -74,7 +77,7 @@ def fit(model, known, epochs, first_seed=0, initial_epoch=0):
 
 
 def scores(model, unseen):
-    """Accuracy in percent and negative log-likelihood, a list each, of the weights in the model."""
+    """Lists of accuracy in percent and negative log-likelihood, of the weights in the model."""
     x, y = unseen
     seeds = model.output_shape[1]
     logits = model.predict(np.repeat(x[:, None], seeds, axis=1), batch_size=512, verbose=0)
@@ -88,7 +91,7 @@ def scores(model, unseen):
 
 
 def average_scores(model, unseen, optimizer=None):
-    """The same of the averages, of the outermost wrapper or of the one given."""
+    """The scores of the averages of `optimizer`. Default: those of the outermost wrapper."""
     with (optimizer or model.optimizer).average_weights():
         return scores(model, unseen)
 
@@ -116,11 +119,12 @@ def steps(known, epochs):
 
 
 def best(rates, likelihood):
-    """The rate with the smallest mean negative log-likelihood, and all that was found.
+    """The rate with the smallest mean negative log-likelihood, and the mean of each rate.
 
     Args:
         rates: The rates to try.
-        likelihood: Function of a rate: the negative log-likelihoods on the pictures to choose by.
+        likelihood: Function of a rate. It returns the negative log-likelihoods on the pictures
+            for the choice.
     """
     found = {rate: float(np.mean(likelihood(rate))) for rate in rates}
     return min(found, key=lambda rate: found[rate] if np.isfinite(found[rate]) else np.inf), found

@@ -1,4 +1,4 @@
-"""What the studies share: intervals over seeds, tables, and the files beside the script."""
+"""Functions that the studies share: intervals over seeds, tables, and the result files."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import scipy.stats
 
 
 def interval(values):
-    """Mean and half the width of the 95 % interval of the mean (Student's t)."""
+    """The mean, and half the width of its 95 % interval (Student's t)."""
     values = np.asarray(values, "float64")
     if len(values) < 2:
         return float(values.mean()), float("nan")
@@ -25,7 +25,7 @@ def cell(score, values):
 
 
 def by_method(runs):
-    """Out of one dict of methods and scores for each seed: lists, with one value for each seed."""
+    """Turn one dict of methods and scores for each seed into lists with a value for each seed."""
     return {
         method: {score: [run[method][score] for run in runs] for score in runs[0][method]}
         for method in runs[0]
@@ -33,11 +33,11 @@ def by_method(runs):
 
 
 def table(found, compared_with):
-    """Markdown: each method and score, and the difference in accuracy, seed by seed.
+    """A Markdown table of each method and score, with the difference in accuracy, seed by seed.
 
     Args:
         found: Dict of methods, of dicts of scores, of lists with one value for each seed.
-        compared_with: The method to take the differences from.
+        compared_with: The method that the differences are taken from.
     """
     scores = list(found[compared_with])
     heading = f"{scores[0]}, less {compared_with}"
@@ -52,16 +52,16 @@ def table(found, compared_with):
 
 
 def save(path, description, settings, seeds, values, compared_with, **more):
-    """Write and print the results: a JSON file, and a page with the tables beside it.
+    """Write the results into a JSON file, and the tables into a page beside it. Print the page.
 
     Args:
-        path: Where the JSON goes; the page has the ending `.md`.
+        path: The path of the JSON file. The page has the same name with the ending `.md`.
         description: The docstring of the study.
-        settings: Dict: all that was chosen, and how.
-        seeds: Integer.
+        settings: Dict. The settings, and how they were chosen.
+        seeds: Integer. The number of seeds.
         values: Dict of headings, of methods, of scores, of lists with one value for each seed.
-        compared_with: The method that differences are taken from.
-        **more: Dicts of numbers, each a small table of its own.
+        compared_with: The method that the differences are taken from.
+        **more: Dicts of numbers. Each becomes a small table of its own.
     """
     path = pathlib.Path(path)
     about = {

@@ -1,9 +1,9 @@
-"""ScheduleFree at a constant rate beside SGD with a cosine, which has to know the end.
+"""ScheduleFree at a constant rate beside SGD with a cosine schedule.
 
-One training with `ScheduleFree(SGD)` is judged after 5, 10 and 20 epochs. A cosine schedule is made
-for one length: there is a training for each. Rates are chosen on pictures that are not in the test,
-by five networks of other seeds; for the cosine at each length, for ScheduleFree once, for all of
-them together.
+One training with `ScheduleFree(SGD)` is tested after 5, 10 and 20 epochs. A cosine schedule is made
+for one length, so there is one training with it for each length. Five networks with other seeds
+chose the rates, on pictures that are not in the test. The cosine has one rate for each length.
+ScheduleFree has one rate for all lengths.
 
     KERAS_BACKEND=jax python docs/studies/schedule_free_beside_cosine.py --seeds 10
 """
@@ -23,7 +23,7 @@ LIKELIHOOD = "negative log-likelihood"
 
 
 def schedule_free(rate, lengths, known, unseen, seeds, first_seed=0):
-    """The scores at each length, all of one training."""
+    """The scores of one training at each length."""
     model = digits.compiled(digits.schedule_free(rate), seeds, first_seed)
     found, done = {}, 0
     for length in lengths:

@@ -1,11 +1,10 @@
 """Ten runs of SWAG on handwritten digits: accuracy, likelihood and calibration, with intervals.
 
-Two trainings of the network of `examples/swag_uncertainty.py`, tested on the same pictures, by
-writers that no training saw:
+The network of `examples/swag_uncertainty.py` is trained in two ways. Both are tested on the same
+pictures, whose writers are not in the training data:
 
-* 320 pictures at a high rate, as in the example;
-* 1280 pictures with more weight decay, where the raw network is too sure of itself only now and
-  then.
+* 320 pictures at a high rate, as in the example.
+* 1280 pictures with more weight decay. Here the raw network is only sometimes overconfident.
 
     KERAS_BACKEND=jax python docs/studies/swag_on_digits.py --seeds 10
 """
@@ -31,7 +30,7 @@ SETTINGS = {
 
 
 def data(pictures):
-    """The first `pictures` to train on, the same 517 to test on."""
+    """The first `pictures` for training, and always the same 517 for the test."""
     x, y = sklearn.datasets.load_digits(return_X_y=True)
     x = x.reshape(-1, 8, 8, 1).astype("float32") / 16
     return (x[:pictures], y[:pictures]), (x[1280:], y[1280:])
