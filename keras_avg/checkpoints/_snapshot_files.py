@@ -11,12 +11,14 @@ import numpy as np
 from keras import ops
 
 from keras_avg import _keras_internals
-from keras_avg.checkpoints import _files
+from keras_avg.checkpoints import _files, _runs
 from keras_avg.checkpoints._profiles import Profile
+from keras_avg.checkpoints._runs import Run
 
 FORMAT = "keras_avg averages 1"
 NAME = re.compile(r"averages-(\d+)\.h5")
 REST = "rest"
+ROUNDING, TINY = 1e-3, 1e-7  # of float16, and of its smallest numbers
 
 
 class Kept(NamedTuple):
@@ -51,7 +53,7 @@ def updates_of(path: pathlib.Path) -> int:
     return int(found[1])
 
 
-def write(path: pathlib.Path, model: Any, averages: Sequence[Kept], dtype: str) -> None:
+def write(path: pathlib.Path, model: Any, averages: Sequence[Kept], dtype: str, run: Run) -> None:
     """Write a snapshot. If the process is killed at any moment, there is a whole file or none.
 
     Args:
@@ -59,10 +61,12 @@ def write(path: pathlib.Path, model: Any, averages: Sequence[Kept], dtype: str) 
         model: The model. Its variables that have no average are written as they are.
         averages: List of averages.
         dtype: String. Arrays with numbers that are too large for it are written in float32.
+        run: The run that writes.
     """
     aside = path.with_name(f"{path.name}.part")  # No function reads a file with this name.
     try:
         with h5py.File(aside, "w") as file:
+            file.attrs.update(format=FORMAT, **run.attributes())
             _fill(file, model, averages, dtype)
         _to_disk(aside)
         os.replace(aside, path)
@@ -74,7 +78,6 @@ def write(path: pathlib.Path, model: Any, averages: Sequence[Kept], dtype: str) 
 
 
 def _fill(file: Any, model: Any, averages: Sequence[Kept], dtype: str) -> None:
-    file.attrs["format"] = FORMAT
     averaged = {place for kept in averages for place in kept.values}
     paths = list(map(_keras_internals.path_of, model.variables))
     rest = {i: v for i, v in enumerate(model.variables) if i not in averaged}
@@ -116,8 +119,24 @@ class Stored(NamedTuple):
     start: int
 
 
-def described(path: pathlib.Path) -> list[Stored]:
-    """The descriptions of the averages in a file.
+class Snapshot(NamedTuple):
+    """The description of a file.
+
+    Attributes:
+        file: The file.
+        updates: Integer. The number of updates before the snapshot.
+        run: The run that wrote it.
+        averages: List of the averages in it.
+    """
+
+    file: pathlib.Path
+    updates: int
+    run: Run
+    averages: list[Stored]
+
+
+def described(path: pathlib.Path) -> Snapshot:
+    """The description of a file.
 
     Raises:
         ValueError: If it is not a file of snapshots, or if it is damaged.
@@ -126,10 +145,30 @@ def described(path: pathlib.Path) -> list[Stored]:
         with h5py.File(path, "r") as file:
             if file.attrs.get("format") != FORMAT:
                 raise OSError("it was not written by SaveAverages")
+            run = _runs.of_file(file.attrs)
             groups = {name: dict(file[name].attrs) for name in file if name != REST}
-    except (OSError, KeyError) as error:
+            averages = [
+                Stored(path, name, Profile(float(a["gamma"]), float(a["time"])), int(a["start"]))
+                for name, a in sorted(groups.items())
+            ]
+    except (OSError, KeyError, ValueError) as error:
         raise _files.unreadable(str(path), error) from error
-    return [
-        Stored(path, name, Profile(float(a["gamma"]), float(a["time"])), int(a["start"]))
-        for name, a in sorted(groups.items())
-    ]
+    return Snapshot(path, updates_of(path), run, averages)
+
+
+def all_described(directory: pathlib.Path) -> list[Snapshot]:
+    """The descriptions of all files in a directory, oldest first. None if it does not exist."""
+    return [described(file) for file in in_directory(directory)] if directory.is_dir() else []
+
+
+def are_in(stored: Stored, values: Mapping[int, Any]) -> bool:
+    """Whether an average in a file has these values, up to the rounding of float16."""
+    with h5py.File(stored.file, "r") as file:
+        group = file[stored.group]
+        if {str(place) for place in values} != set(group):
+            return False
+        return all(
+            group[str(place)].shape == tuple(value.shape)
+            and np.allclose(group[str(place)][...], ops.convert_to_numpy(value), ROUNDING, TINY)
+            for place, value in values.items()
+        )

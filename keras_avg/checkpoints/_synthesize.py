@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_avg import _checks
 from keras_avg._types import Path
-from keras_avg.checkpoints import _files, _snapshot_files, _weights
+from keras_avg.checkpoints import _files, _runs, _snapshot_files, _weights
 from keras_avg.checkpoints._places import places_in
 from keras_avg.checkpoints._profiles import Combination, Profile, combine
 from keras_avg.checkpoints._snapshot_files import REST, Stored
@@ -39,7 +39,8 @@ def synthesize(
 
     Args:
         model: A `keras.Model` that is built.
-        directory: Path of the directory of `SaveAverages`, of one run.
+        directory: Path of the directory of `SaveAverages`. If several runs wrote into it one after
+            the other, the newest run is used, together with the snapshots from which it went on.
         sigma_rel: Number in (0, 12 ** -0.5], as for `keras_avg.decays.PowerFunction`. The result is
             good between the lengths in the snapshots, and somewhat beyond them.
         verbose: `"auto"` or 1 for a progress bar and a table of the result, 2 for a line and the
@@ -53,11 +54,13 @@ def synthesize(
 
     Warns:
         UserWarning: If the relative error is above 5 %. Then there are too few snapshots, or the
-            wanted length is too far from the lengths in the snapshots.
+            wanted length is too far from the lengths in the snapshots. If snapshots of an earlier
+            run are left out.
 
     Raises:
         ValueError: If `sigma_rel` is out of range. If the directory or a snapshot in it is missing.
-            If a file is damaged, of another model, or of averages that began at other steps. The
+            If a file is damaged, of another model, or of averages that began at other steps. If
+            two runs wrote into the directory at the same time, or files were copied into it. The
             model's weights do not change then.
         RuntimeError: If the model holds the averages of its optimizer now.
 
@@ -97,18 +100,26 @@ def synthesize(
 
 def _stored(directory: Any) -> list[Stored]:
     folder = pathlib.Path(os.fspath(directory))
-    files = _snapshot_files.in_directory(folder) if folder.is_dir() else []
-    if not files:
+    found = _snapshot_files.all_described(folder)
+    if not found:
         raise ValueError(
             f"There are no averages in the directory {str(folder)!r}. Train with "
             "keras_avg.callbacks.SaveAverages(directory), around a MovingAverage whose decay is "
             "a keras_avg.decays.PowerFunction."
         )
-    stored = [each for file in files for each in _snapshot_files.described(file)]
+    run = _runs.newest(found, folder)
+    if others := [each for each in found if not run.has(each)]:
+        warnings.warn(
+            f"The directory {str(folder)!r} has snapshots that are not part of the newest run, or "
+            "that it has not reached again after a restart. They are left out: "
+            f"{_runs.names(others)}.",
+            stacklevel=3,
+        )
+    stored = [average for each in found if run.has(each) for average in each.averages]
     if len(starts := {each.start for each in stored}) > 1:
         raise ValueError(
             f"The averages in {str(folder)!r} began at different steps. Received: start_step="
-            f"{sorted(starts)}. Their profiles do not add up: keep one run in a directory."
+            f"{sorted(starts)}. Their profiles do not add up: use one start_step for all averages."
         )
     return stored
 
