@@ -47,9 +47,17 @@ def in_directory(directory: Any) -> list[pathlib.Path]:
 
 
 def updates_of(path: pathlib.Path) -> int:
-    """The number of updates before a snapshot, from the name of its file."""
+    """The number of updates before a snapshot, from the name of its file.
+
+    Raises:
+        ValueError: If the file has another name.
+    """
     found = NAME.fullmatch(path.name)
-    assert found is not None
+    if found is None:
+        raise ValueError(
+            "A file of SaveAverages has a name such as averages-0000001200.h5. Received: "
+            f"{str(path)!r}."
+        )
     return int(found[1])
 
 
@@ -117,6 +125,9 @@ class Stored(NamedTuple):
     group: str
     profile: Profile
     start: int
+    arrays: int
+    numbers: int
+    dtype: str
 
 
 class Snapshot(NamedTuple):
@@ -127,12 +138,14 @@ class Snapshot(NamedTuple):
         updates: Integer. The number of updates before the snapshot.
         run: The run that wrote it.
         averages: List of the averages in it.
+        rest: Integer. The number of variables in it that have no average.
     """
 
     file: pathlib.Path
     updates: int
     run: Run
     averages: list[Stored]
+    rest: int
 
 
 def described(path: pathlib.Path) -> Snapshot:
@@ -146,14 +159,19 @@ def described(path: pathlib.Path) -> Snapshot:
             if file.attrs.get("format") != FORMAT:
                 raise OSError("it was not written by SaveAverages")
             run = _runs.of_file(file.attrs)
-            groups = {name: dict(file[name].attrs) for name in file if name != REST}
-            averages = [
-                Stored(path, name, Profile(float(a["gamma"]), float(a["time"])), int(a["start"]))
-                for name, a in sorted(groups.items())
-            ]
+            averages = [_stored(path, name, file[name]) for name in sorted(file) if name != REST]
+            rest = len(file[REST])
     except (OSError, KeyError, ValueError) as error:
         raise _files.unreadable(str(path), error) from error
-    return Snapshot(path, updates_of(path), run, averages)
+    return Snapshot(path, updates_of(path), run, averages, rest)
+
+
+def _stored(path: pathlib.Path, name: str, group: Any) -> Stored:
+    profile = Profile(float(group.attrs["gamma"]), float(group.attrs["time"]))
+    dtypes = sorted({array.dtype.name for array in group.values()})
+    numbers = sum(array.size for array in group.values())
+    start = int(group.attrs["start"])
+    return Stored(path, name, profile, start, len(group), numbers, " and ".join(dtypes))
 
 
 def all_described(directory: pathlib.Path) -> list[Snapshot]:
