@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 
 import keras
 import numpy as np
@@ -344,6 +345,17 @@ def test_a_length_far_from_the_snapshots_causes_a_warning(tmp_path):
     with pytest.warns(UserWarning, match=r"sigma_rel=0\.25 is made up with a relative error of"):
         row = checkpoints.synthesize(small.model(), tmp_path, 0.25, verbose=0)
     assert row["relative_error"] > 0.05
+
+
+@pytest.mark.slow_on("jax", "tensorflow")
+@pytest.mark.parametrize(("sigma_rel", "warns"), [(0.02, True), (0.08, False), (0.25, True)])
+def test_a_length_beyond_many_snapshots_causes_a_warning_sooner(tmp_path, sigma_rel, warns):
+    trained(tmp_path, epochs=32)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        row = checkpoints.synthesize(small.model(), tmp_path, sigma_rel, verbose=0)
+    assert row["relative_error"] < 0.05
+    assert any("of lengths 0.05 to 0.1" in str(each.message) for each in found) == warns
 
 
 @pytest.mark.slow_on("jax", "tensorflow")

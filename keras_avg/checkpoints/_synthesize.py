@@ -17,7 +17,9 @@ from keras_avg.checkpoints._profiles import Combination, Profile, combine
 from keras_avg.checkpoints._snapshot_files import REST, Stored
 from keras_avg.decays import PowerFunction
 
-ENOUGH = 0.05  # If the relative error of the profile is larger, a warning says so.
+# If the relative error of the profile is larger, a warning says so. Beyond the lengths of the
+# stored averages the error grows fast, so the warning comes earlier there.
+ENOUGH, ENOUGH_BEYOND = 0.05, 0.01
 
 
 def synthesize(
@@ -53,9 +55,9 @@ def synthesize(
         is changed in place.
 
     Warns:
-        UserWarning: If the relative error is above 5 %. Then there are too few snapshots, or the
-            wanted length is too far from the lengths in the snapshots. If snapshots of an earlier
-            run are left out.
+        UserWarning: If the relative error is above 5 %, or above 1 % for a length beyond those of
+            the snapshots. Then there are too few snapshots, or the wanted length is too far from
+            theirs. Also if snapshots of an earlier run are left out.
 
     Raises:
         ValueError: If `sigma_rel` is out of range. If the directory or a snapshot in it is missing.
@@ -94,7 +96,7 @@ def synthesize(
     if verbose:
         print("  ".join(f"{name:>17}" for name in row))
         print("  ".join(f"{value:>17.4g}" for value in row.values()))
-    _warn_of_error(row)
+    _warn_of_error(row, stored)
     return row
 
 
@@ -168,11 +170,14 @@ def _own_places(model: Any, arrays: dict[int, Any]) -> list[int]:
     return [number for number in sorted(arrays) if number < len(model.variables)]
 
 
-def _warn_of_error(row: dict[str, float]) -> None:
-    if row["relative_error"] > ENOUGH:
+def _warn_of_error(row: dict[str, float], stored: list[Stored]) -> None:
+    lengths = [PowerFunction(gamma=each.profile.gamma).sigma_rel for each in stored]
+    is_between = min(lengths) * (1 - ENOUGH) <= row["sigma_rel"] <= max(lengths) * (1 + ENOUGH)
+    if row["relative_error"] > (ENOUGH if is_between else ENOUGH_BEYOND):
         warnings.warn(
             f"The average of sigma_rel={row['sigma_rel']:.4g} is made up with a relative error of "
-            f"{row['relative_error']:.2g}, from {row['snapshots']} averages. Save snapshots more "
-            "often, or keep averages whose lengths are on both sides of it.",
+            f"{row['relative_error']:.2g}, from {row['snapshots']} averages of lengths "
+            f"{min(lengths):.4g} to {max(lengths):.4g}. Save snapshots more often, or keep "
+            "averages whose lengths are on both sides of it.",
             stacklevel=3,
         )
