@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import small_training as small
 from keras_avg import SWA, MovingAverage, averaging_optimizers, checkpoints, swap_weights
 from keras_avg.callbacks import SaveAverages
 from keras_avg.checkpoints._profiles import Profile, combine
+from keras_avg.checkpoints._snapshot_files import described
 from keras_avg.decays import PowerFunction
 
 KEPT = (0.05, 0.10)
@@ -118,6 +120,16 @@ def test_averages_may_begin_late_and_have_a_period(tmp_path):
 
 class TestSaveAverages:
     @pytest.mark.slow_on("jax", "tensorflow")
+    def test_a_file_tells_the_updates_from_the_start_to_the_last_averaging(self, tmp_path):
+        trained(tmp_path, epochs=2, start_step=3, average_period=4)
+        for updates, last in ((6, 4), (12, 12)):
+            with h5py.File(tmp_path / f"averages-{updates:010d}.h5") as file:
+                for name, gamma in (("average_0", 6.937), ("average_1", 16.97)):
+                    told = file[name].attrs
+                    assert (told["time"], told["start"]) == (last - 3, 3)
+                    assert told["gamma"] == pytest.approx(gamma, rel=1e-3)
+
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_a_snapshot_is_saved_at_the_end_of_each_epoch(self, tmp_path):
         trained(tmp_path / "run" / "averages", epochs=3)
         expected = [f"averages-{6 * epoch:010d}.h5" for epoch in (1, 2, 3)]
@@ -129,6 +141,13 @@ class TestSaveAverages:
         assert names(tmp_path) == [f"averages-{n:010d}.h5" for n in (4, 8, 12)]
         small.fit(model, callbacks=[SaveAverages(tmp_path, 4)])
         assert names(tmp_path) == [f"averages-{n:010d}.h5" for n in range(4, 25, 4)]
+
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_the_time_of_a_profile_is_that_of_the_last_averaging_since_the_start(self, tmp_path):
+        trained(tmp_path, epochs=2, start_step=2, average_period=5)
+        found = [described(tmp_path / name).averages for name in names(tmp_path)]
+        # After 6 and 12 updates, the last averagings were after 5 and 10.
+        assert [[each.profile.time for each in averages] for averages in found] == [[3, 3], [8, 8]]
 
     @pytest.mark.slow_on("jax", "tensorflow")
     def test_snapshots_count_only_real_updates(self, tmp_path):
