@@ -6,7 +6,6 @@ import subprocess
 import sys
 import warnings
 
-import h5py
 import keras
 import numpy as np
 import pytest
@@ -119,16 +118,6 @@ def test_averages_may_begin_late_and_have_a_period(tmp_path):
 
 
 class TestSaveAverages:
-    @pytest.mark.slow_on("jax", "tensorflow")
-    def test_a_file_tells_the_updates_from_the_start_to_the_last_averaging(self, tmp_path):
-        trained(tmp_path, epochs=2, start_step=3, average_period=4)
-        for updates, last in ((6, 4), (12, 12)):
-            with h5py.File(tmp_path / f"averages-{updates:010d}.h5") as file:
-                for name, gamma in (("average_0", 6.937), ("average_1", 16.97)):
-                    told = file[name].attrs
-                    assert (told["time"], told["start"]) == (last - 3, 3)
-                    assert told["gamma"] == pytest.approx(gamma, rel=1e-3)
-
     @pytest.mark.slow_on("jax", "tensorflow")
     def test_a_snapshot_is_saved_at_the_end_of_each_epoch(self, tmp_path):
         trained(tmp_path / "run" / "averages", epochs=3)

@@ -65,20 +65,6 @@ def test_a_window_is_the_mean_of_the_snapshots_between_two_files(tmp_path, kinds
         expect_mean(model, far_off)
 
 
-@pytest.mark.slow_on("jax", "tensorflow")
-def test_a_window_is_computed_in_float64_and_rounded_once(tmp_path):
-    model = small.model(SWA(keras.optimizers.Adam(0.01), 0, 1))
-    files, sums = [tmp_path / "earlier.keras", tmp_path / "later.keras"], []
-    for file in files:
-        small.fit(model, epochs=3)
-        model.save(file)
-        number = model.optimizer.num_snapshots
-        sums.append([number * small.numpy(a).astype("float64") for a in model.optimizer.averages()])
-    checkpoints.window(model, *files)
-    expected = [((after - before) / 18).astype("float32") for before, after in zip(*sums)]
-    small.assert_same_bits([small.numpy(v) for v in model.trainable_variables], expected)
-
-
 @pytest.mark.slow_on("tensorflow")
 def test_a_window_is_computed_in_float64_and_rounded_once(tmp_path):
     files, _, _ = run(tmp_path)
