@@ -9,12 +9,12 @@ from typing import Any, NoReturn
 
 import keras
 
-from keras_avg import checkpoints
-from keras_avg.checkpoints._averages_in_file import averages_in
-from keras_avg.checkpoints._contents import KINDS, opened
+from keras_avg import _atomic, checkpoints
+from keras_avg.checkpoints import _info_of_file
+from keras_avg.checkpoints._contents import opened
 from keras_avg.checkpoints._merge_weights import CURVES
 
-UNSAID = ("name", "sequential_update")  # These arguments do not describe the rule.
+WRITTEN = (".keras", ".weights.h5")  # the endings of the files that `average` writes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         "info",
         help="say which averages a file holds",
         description="Say which averages a file holds, of which rule, how many snapshots they are "
-        "of, and which copy is in the model. Of arrays only the shapes are read.",
+        "of, and which copy is in the model. Files of callbacks.SaveAverages are described too. Of "
+        "arrays only the shapes are read.",
     )
     info.add_argument("file", metavar="FILE")
     info.set_defaults(run=_info)
@@ -76,7 +77,8 @@ def _average(options: Any) -> None:
     _warn_of_order(options.files, options.last is not None or len(set(weights)) > 1)
     model = _model(files)
     checkpoints.average(model, files, weights)
-    (model.save if options.out.endswith(".keras") else model.save_weights)(options.out)
+    with _atomic.written_aside(options.out) as aside:
+        (model.save if options.out.endswith(".keras") else model.save_weights)(aside)
     print(f"{options.out}: the mean of {len(files)} files, {files[0]} to {files[-1]}")
 
 
@@ -103,8 +105,8 @@ def _weights(text: str, number: int) -> list[float]:
 
 
 def _refuse_output(out: str, files: Sequence[str]) -> None:
-    if not out.endswith(KINDS):
-        raise ValueError(f"--out must end in {', '.join(KINDS)}. Received: {out!r}.")
+    if not out.endswith(WRITTEN):
+        raise ValueError(f"--out must end in {' or '.join(WRITTEN)}. Received: {out!r}.")
     if os.path.realpath(out) in map(os.path.realpath, files):
         raise ValueError(f"--out must not be one of the files. Received: {out!r}.")
     if not os.path.isdir(os.path.dirname(out) or os.curdir):
@@ -136,38 +138,8 @@ def _model(files: Sequence[str]) -> Any:
 
 
 def _info(options: Any) -> None:
-    with opened(options.file) as contents:
-        found = averages_in(contents)
-        print(f"{options.file}: {len(contents.arrays)} arrays")
-        in_model = [each for each in found if each.counter("averages_in_model")]
-        for each in found:
-            print(f"{each.path}: {_rule(each.config)}")
-            print(f"  updates: {each.counter('updates')}")
-            print(f"  snapshots: {each.counter('snapshots')}")
-            for name, arrays in each.stores().items():
-                numbers = sum(array.size for array in arrays.values())
-                print(f"  {name}: {len(arrays)} arrays, {numbers} numbers")
-            if why := each.why_none():
-                print(f"  {' '.join(why.split())}")
-        if not found:
-            print("averages: none")
-        held = f"the averages of {in_model[0].path}" if in_model else "the raw weights"
-        print(f"in the model: {held}")
-
-
-def _rule(config: Any) -> str:
-    if config is None:
-        return "averages of an unknown rule (only .keras files say)"
-    shown = {
-        name: value
-        for name, value in config["config"].items()
-        if isinstance(value, str | int | float) and value is not False and name not in UNSAID
-    }
-    decay = config["config"].get("average_decay")
-    if isinstance(decay, dict):
-        inside = ", ".join(f"{name}={value!r}" for name, value in decay["config"].items())
-        shown["average_decay"] = f"{decay['class_name']}({inside})"
-    return f"{config['class_name']}({', '.join(f'{n}={v}' for n, v in shown.items())})"
+    for line in _info_of_file.lines(options.file):
+        print(line)
 
 
 if __name__ == "__main__":

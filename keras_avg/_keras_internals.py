@@ -210,9 +210,53 @@ def check_attached(variables: Iterable[Any]) -> None:
         )
 
 
-def refuse_stateless_scope(member: str) -> None:
-    """Refuse to replace the values of variables where the JAX trainer has already replaced them."""
-    if keras.backend.backend() == "jax" and in_stateless_scope():
+def scopes() -> Iterator[Any]:
+    """The `StatelessScope`s in which this runs, the innermost first."""
+    scope = get_stateless_scope()
+    while scope is not None:
+        yield scope
+        scope = scope.original_scope
+
+
+def is_trainer_taking_values() -> bool:
+    """Whether a variable is read now because the JAX trainer takes its value away.
+
+    Raises:
+        RuntimeError: If the trainer takes it to train.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    for _ in range(7):  # `value` of a variable, and a list comprehension, are between them.
+        frame = frame.f_back if frame else None
+        if frame is not None and frame.f_code.co_name == "_get_jax_state":
+            if frame.f_locals.get("optimizer_variables"):
+                raise RuntimeError(
+                    "A model cannot train in `reading_averages()`: what is assigned there is lost. "
+                    "End the context before the step."
+                )
+            return True
+    return False
+
+
+def assign_outside_scopes(variable: Any, value: Any) -> None:
+    """Assign to a variable itself, whatever `StatelessScope` there is."""
+    variable._direct_assign(value)
+
+
+def give_back_value(variable: Any, value: Any) -> None:
+    """Give a variable its value again if the JAX trainer has taken it away."""
+    if variable._value is None:
+        variable._value = value
+
+
+def refuse_stateless_scope(member: str, but: type) -> None:
+    """Refuse to replace the values of variables where the JAX trainer has already replaced them.
+
+    Args:
+        member: The name of the method, for the message.
+        but: A class of scopes that are allowed.
+    """
+    is_foreign = any(not isinstance(scope, but) for scope in scopes())
+    if keras.backend.backend() == "jax" and is_foreign:
         raise RuntimeError(
             f"`{member}` does not work in a function of states, as a compiled JAX step is one. "
             "Call `model.stateless_call(optimizer.stateless_average(optimizer_variables), "

@@ -1,5 +1,6 @@
 """`python -m keras_avg` averages files and describes them without a script."""
 
+import pathlib
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import small_training as small
 
 from keras_avg import SWA, MovingAverage, average_weights, checkpoints
 from keras_avg.__main__ import main
+from keras_avg.callbacks import SaveAverages
 from keras_avg.decays import PowerFunction
 
 
@@ -73,6 +75,24 @@ class TestAverage:
         small.assert_same_bits(values_in(out), [small.numpy(v) for v in model.variables])
 
     @pytest.mark.slow_on("tensorflow")
+    @pytest.mark.parametrize("kind", ["keras", "weights.h5"])
+    def test_an_error_while_writing_keeps_the_old_file(self, tmp_path, monkeypatch, capsys, kind):
+        files, out = written(tmp_path), tmp_path / f"soup.{kind}"
+        out.write_bytes(b"an older soup")
+        before = sorted(tmp_path.iterdir())
+
+        def fails(model, filepath):
+            pathlib.Path(filepath).write_bytes(b"half")
+            raise OSError("no space left")
+
+        for name in ("save", "save_weights"):
+            monkeypatch.setattr(keras.Sequential, name, fails)
+        assert main(["average", *files, "--out", str(out)]) == 2
+        assert "no space left" in capsys.readouterr().err
+        assert out.read_bytes() == b"an older soup"
+        assert sorted(tmp_path.iterdir()) == before
+
+    @pytest.mark.slow_on("tensorflow")
     def test_the_command_warns_if_files_are_sorted_as_text(self, tmp_path, capsys):
         files = written(tmp_path, 11)
         files.sort()  # 0, 1, 10, 2
@@ -90,6 +110,7 @@ class TestAverage:
         (["average", "0.keras", "none.keras", "--out", "soup.keras"], "none.keras"),
         (["average", "0.keras", "bad.keras", "--out", "soup.keras"], "bad.keras"),
         (["average", "0.keras", "--out", "soup.txt"], "soup.txt"),
+        (["average", "0.keras", "--out", "soup.weights.json"], "must end in .keras or .weights.h5"),
         (["average", "0.keras", "--out", "0.keras"], "must not be one of the files"),
         (["average", "0.keras", "--out", "none/soup.keras"], "no directory"),
         (["average", "0.keras", "--out", "soup.keras", "--weights", "sqrt"], "--weights"),
@@ -104,6 +125,8 @@ class TestAverage:
         (["info", "bad.keras"], "bad.keras"),
         (["info", "bad.weights.h5"], "bad.weights.h5"),
         (["info", "bad.txt"], "must end in"),
+        (["info", "averages-0000000001.h5"], "averages-0000000001.h5"),
+        (["info", "old.h5"], "not written by SaveAverages"),
         (["mean"], "mean"),
         ([], "COMMAND"),
     ],
@@ -115,7 +138,8 @@ def test_an_error_prints_one_line_and_returns_status_2(
     monkeypatch.chdir(tmp_path)
     small.model().save("0.keras")
     small.model().save_weights("0.weights.h5")
-    for name in ("bad.keras", "bad.weights.h5", "bad.txt"):
+    small.model().save("old.h5")
+    for name in ("bad.keras", "bad.weights.h5", "bad.txt", "averages-0000000001.h5"):
         (tmp_path / name).write_text("no file of Keras")
     try:
         status = main(arguments)
@@ -158,6 +182,24 @@ class TestInfo:
         assert "average: 6 arrays, 55 numbers" in outer
         held = "the averages of optimizer" if swapped else "the raw weights"
         assert printed.splitlines()[-1] == f"in the model: {held}"
+
+    @pytest.mark.slow_on("tensorflow")
+    def test_info_describes_a_snapshot_of_save_averages(self, tmp_path, capsys):
+        decay = PowerFunction(0.1)
+        model = small.model(MovingAverage("adam", average_decay=decay, start_step=2))
+        small.fit(model, epochs=2, callbacks=[SaveAverages(tmp_path)])
+        file = tmp_path / "averages-0000000012.h5"
+        assert main(["info", str(file)]) == 0
+        head, updates, run, *rest = capsys.readouterr().out.splitlines()
+        assert head == f"{file}: a snapshot of SaveAverages, for keras_avg.checkpoints.synthesize"
+        assert updates == "updates: 12"
+        assert run.startswith("run: ")
+        assert rest == [
+            f"average_0: PowerFunction(gamma={decay.gamma:.6g}, sigma_rel=0.1)",
+            "  updates: 10, from step 2 on",
+            "  average: 6 arrays, 55 numbers, float16",
+            f"without an average: {len(model.non_trainable_variables)} arrays",
+        ]
 
     @pytest.mark.slow_on("tensorflow")
     def test_info_says_that_a_file_has_no_averages(self, tmp_path, capsys):

@@ -217,6 +217,21 @@ def test_bad_arguments_of_schedule_free_are_refused(make, received):
         make()
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_z_decays_once_an_update_and_not_at_each_micro_step(decay):
+    rows = np.random.default_rng(5).normal(size=(4, 1, 3)).astype("float32")
+    reached = []
+    for micro_steps in (1, 3):
+        accumulating = micro_steps if micro_steps > 1 else None
+        inner = keras.optimizers.SGD(0.1, gradient_accumulation_steps=accumulating)
+        optimizer = ScheduleFree(inner, weight_decay_at_y=decay)
+        variable = keras.Variable([1.0, -2.0, 0.5])
+        for gradient in rows:
+            small.apply(optimizer, [variable], gradient, times=micro_steps)
+        reached.append([small.numpy(variable), small.numpy(optimizer.get_slot(variable, "z"))])
+    np.testing.assert_allclose(reached[0], reached[1], rtol=1e-6)
+
+
 def test_decay_of_primal_average_is_refused_and_names_average_decay():
     with pytest.raises(TypeError, match="average_decay"):
         PrimalAverage("sgd", decay=0.9)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 
 import keras
 import numpy as np
@@ -13,6 +14,7 @@ import small_training as small
 from keras_avg import SWA, MovingAverage, averaging_optimizers, checkpoints, swap_weights
 from keras_avg.callbacks import SaveAverages
 from keras_avg.checkpoints._profiles import Profile, combine
+from keras_avg.checkpoints._snapshot_files import described
 from keras_avg.decays import PowerFunction
 
 KEPT = (0.05, 0.10)
@@ -130,6 +132,13 @@ class TestSaveAverages:
         assert names(tmp_path) == [f"averages-{n:010d}.h5" for n in range(4, 25, 4)]
 
     @pytest.mark.slow_on("jax", "tensorflow")
+    def test_the_time_of_a_profile_is_that_of_the_last_averaging_since_the_start(self, tmp_path):
+        trained(tmp_path, epochs=2, start_step=2, average_period=5)
+        found = [described(tmp_path / name).averages for name in names(tmp_path)]
+        # After 6 and 12 updates, the last averagings were after 5 and 10.
+        assert [[each.profile.time for each in averages] for averages in found] == [[3, 3], [8, 8]]
+
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_snapshots_count_only_real_updates(self, tmp_path):
         inner = keras.optimizers.SGD(0.01, gradient_accumulation_steps=2)
         model = small.model(MovingAverage(inner, average_decay=PowerFunction(0.1)))
@@ -213,8 +222,84 @@ def test_a_kill_during_writing_leaves_only_whole_files_to_read(tmp_path):
     assert names(tmp_path) == [*whole, "averages-0000000018.h5.part"]
     row = checkpoints.synthesize(small.model(), tmp_path, 0.1, verbose=0)
     assert row["snapshots"] == 4
-    trained(tmp_path, epochs=3)
+    with pytest.warns(UserWarning, match="an earlier run"):
+        trained(tmp_path, epochs=3)
     assert names(tmp_path) == [*whole, "averages-0000000018.h5"]
+
+
+class TestSeveralRuns:
+    def exact(self, epochs, sigma=0.1):
+        """The average that a run without interruption keeps."""
+        model = small.fit(small.model(optimizer((sigma,))), epochs=epochs)
+        return flat(model.optimizer.averages())
+
+    def synthesized(self, folder, sigma=0.1):
+        model = small.model()
+        checkpoints.synthesize(model, folder, sigma, verbose=0)
+        return flat(model.trainable_variables)
+
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_a_resumed_run_goes_on_in_its_directory(self, tmp_path):
+        model = trained(tmp_path / "averages", epochs=3)
+        model.save(tmp_path / "m.keras")
+        loaded = keras.saving.load_model(tmp_path / "m.keras")
+        small.fit(loaded, epochs=2, callbacks=[SaveAverages(tmp_path / "averages")])
+        found = self.synthesized(tmp_path / "averages")
+        wanted = self.exact(5)
+        assert np.linalg.norm(found - wanted) < STORED * np.linalg.norm(wanted)
+
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_updates_after_the_backup_are_left_out_until_they_are_written_again(self, tmp_path):
+        model = trained(tmp_path / "averages", epochs=1)
+        model.save(tmp_path / "backup.keras")
+        small.fit(model, epochs=3, callbacks=[SaveAverages(tmp_path / "averages")])
+        loaded = keras.saving.load_model(tmp_path / "backup.keras")
+        small.fit(loaded, epochs=1, callbacks=[SaveAverages(tmp_path / "averages")])
+        assert len(names(tmp_path / "averages")) == 4
+        wanted = self.exact(2)
+        with pytest.warns(UserWarning, match=r"left out: averages-0000000018\.h5, averages-"):
+            found = self.synthesized(tmp_path / "averages")
+        assert np.linalg.norm(found - wanted) < STORED * np.linalg.norm(wanted)
+        small.fit(loaded, epochs=2, callbacks=[SaveAverages(tmp_path / "averages")])
+        assert self.synthesized(tmp_path / "averages") is not None  # and no warning
+
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_a_new_run_causes_a_warning_and_is_not_mixed_with_the_old_one(self, tmp_path):
+        trained(tmp_path, epochs=4)
+        model = small.model(optimizer((0.1,)))
+        model.optimizer.learning_rate = 0.5
+        with pytest.warns(UserWarning, match=r"an earlier run: averages-.*another directory"):
+            small.fit(model, epochs=2, callbacks=[SaveAverages(tmp_path)])
+        with pytest.warns(UserWarning, match="left out: averages-0000000018"):
+            found = self.synthesized(tmp_path)
+        wanted = flat(model.optimizer.averages())
+        assert np.linalg.norm(found - wanted) < STORED * np.linalg.norm(wanted)
+
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_a_model_of_another_run_cannot_go_on(self, tmp_path):
+        trained(tmp_path / "run", epochs=2)
+        before = (tmp_path / "run" / "averages-0000000012.h5").read_bytes()
+        other = small.model(optimizer())
+        other.optimizer.learning_rate = 0.5
+        small.fit(other)
+        with pytest.raises(ValueError, match="its averages differ, though both are of 12 updates"):
+            small.fit(other, callbacks=[SaveAverages(tmp_path / "run")])
+        longer = small.fit(small.model(optimizer((0.2,))), epochs=3)
+        with pytest.raises(ValueError, match=r"average of gamma=.*Use one directory for each run"):
+            small.fit(longer, callbacks=[SaveAverages(tmp_path / "run")])
+        assert (tmp_path / "run" / "averages-0000000012.h5").read_bytes() == before
+
+    @pytest.mark.slow_on("jax", "tensorflow")
+    def test_files_of_runs_that_did_not_know_of_each_other_are_refused(self, tmp_path):
+        model = trained(tmp_path / "one", epochs=2)
+        trained(tmp_path / "two", epochs=3)
+        last = "averages-0000000018.h5"
+        os.replace(tmp_path / "two" / last, tmp_path / "one" / last)
+        match = r"several runs.*Received: averages-0000000006\.h5, averages-0000000018\.h5"
+        with pytest.raises(ValueError, match=match):
+            self.synthesized(tmp_path / "one")
+        with pytest.raises(ValueError, match=match):
+            small.fit(model, callbacks=[SaveAverages(tmp_path / "one")])
 
 
 class TestRefused:
@@ -249,10 +334,9 @@ class TestRefused:
 
     @pytest.mark.slow_on("jax", "tensorflow")
     def test_averages_that_began_at_different_steps_are_refused(self, tmp_path):
-        trained(tmp_path, epochs=1)
-        trained(tmp_path, epochs=2, start_step=3)
-        os.replace(tmp_path / "averages-0000000012.h5", tmp_path / "averages-0000000018.h5")
-        trained(tmp_path, epochs=2)
+        inner = MovingAverage("adam", average_decay=PowerFunction(0.05), start_step=3)
+        model = small.model(MovingAverage(inner, average_decay=PowerFunction(0.1)))
+        small.fit(model, callbacks=[SaveAverages(tmp_path)])
         self.expect(small.model(), tmp_path, 0.1, r"different steps.*\[0, 3\]")
 
     @pytest.mark.slow_on("jax", "tensorflow")
@@ -269,6 +353,17 @@ def test_a_length_far_from_the_snapshots_causes_a_warning(tmp_path):
     with pytest.warns(UserWarning, match=r"sigma_rel=0\.25 is made up with a relative error of"):
         row = checkpoints.synthesize(small.model(), tmp_path, 0.25, verbose=0)
     assert row["relative_error"] > 0.05
+
+
+@pytest.mark.slow_on("jax", "tensorflow")
+@pytest.mark.parametrize(("sigma_rel", "warns"), [(0.02, True), (0.08, False), (0.25, True)])
+def test_a_length_beyond_many_snapshots_causes_a_warning_sooner(tmp_path, sigma_rel, warns):
+    trained(tmp_path, epochs=32)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        row = checkpoints.synthesize(small.model(), tmp_path, sigma_rel, verbose=0)
+    assert row["relative_error"] < 0.05
+    assert any("of lengths 0.05 to 0.1" in str(each.message) for each in found) == warns
 
 
 @pytest.mark.slow_on("jax", "tensorflow")

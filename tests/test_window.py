@@ -66,6 +66,21 @@ def test_a_window_is_the_mean_of_the_snapshots_between_two_files(tmp_path, kinds
 
 
 @pytest.mark.slow_on("tensorflow")
+def test_a_window_is_computed_in_float64_and_rounded_once(tmp_path):
+    files, _, _ = run(tmp_path)
+    loaded = [keras.saving.load_model(file).optimizer for file in files]
+    n1, n2 = (optimizer.num_snapshots for optimizer in loaded)
+    a1, a2 = ([small.numpy(a).astype("float64") for a in o.averages()] for o in loaded)
+    expected = [
+        ((n2 * late - n1 * early) / (n2 - n1)).astype("float32")
+        for early, late in zip(a1, a2, strict=True)
+    ]
+    model = small.model()
+    checkpoints.window(model, *files)
+    small.assert_same_bits([small.numpy(v) for v in model.trainable_variables], expected)
+
+
+@pytest.mark.slow_on("tensorflow")
 def test_a_window_takes_statistics_from_the_later_file(tmp_path):
     files, _, trained = run(tmp_path)
     model = small.model()

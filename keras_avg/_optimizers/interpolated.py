@@ -39,7 +39,8 @@ class Interpolated(AveragedOptimizerWrapper):
     #     x <- x + c (z - x)
     #     variables <- x + (1 - b) (z - x)
     # The last line is y. In this form it equals x to the last bit if z equals x. It is computed
-    # from x and z after every call, even if the call was not an update, so y is never stored.
+    # from x and z after every call, even if the call was not an update, so y is never stored. A
+    # call that was not an update (a micro-step of gradient accumulation) must not change z.
 
     def stores(self) -> dict[str, str]:
         return {"average": "variable", "z": "variable"}
@@ -49,13 +50,19 @@ class Interpolated(AveragedOptimizerWrapper):
 
     def accumulate(self, due: bool | Tensor, step: Tensor) -> None:
         x, z = self.kept["average"], self.kept["z"]
-        z.lerp_if(True, lambda: 1.0)
         x.lerp_if(due, lambda: _backend.scalar(lambda: self.value_weight(step)))
-        share = 1.0 - self.interpolation
-        z.show_if(True, lambda z, x: x + ops.cast(share, x.dtype) * (z - x), x)
+        z.show_if(True, self._between, x)
 
     def get_config(self) -> Config:
         return super().get_config() | {"interpolation": self.interpolation}
+
+    def _between(self, z: Any, x: Any) -> Any:
+        """The point y, at which the gradient is taken."""
+        return x + ops.cast(1.0 - self.interpolation, x.dtype) * (z - x)
+
+    def _after_inner_step(self, step: Any, moved: Any) -> None:
+        self.kept["z"].lerp_if(moved, lambda: 1.0)
+        super()._after_inner_step(step, moved)
 
     def _after_averages_were_assigned(self) -> None:
         """Set z to the averages, because training goes on from there."""

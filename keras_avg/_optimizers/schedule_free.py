@@ -112,10 +112,16 @@ class ScheduleFree(Interpolated):
         ratio = _backend.scalar(lambda: _quotient(before, largest) ** self.rate_power)
         self._sum.assign(self._read(self._sum) * ratio)
         self._largest_rate.assign(largest)
-        if self.weight_decay_at_y:
-            shrink = rate * self.weight_decay_at_y
-            self.kept["z"].assign_if(True, lambda z, y: z - ops.cast(shrink, z.dtype) * y)
-        super().before_step()
+        if not self.weight_decay_at_y:
+            super().before_step()
+            return
+        shrink = rate * self.weight_decay_at_y
+
+        def decayed(z: Any, x: Any) -> Any:
+            return z - ops.cast(shrink, z.dtype) * self._between(z, x)
+
+        # The store keeps the old z, because the call may turn out not to be an update.
+        self.kept["z"].show_if(True, decayed, self.kept["average"])
 
     def accumulate(self, due: bool | Tensor, step: Tensor) -> None:
         before, largest = self._read(self._sum), self._read(self._largest_rate)

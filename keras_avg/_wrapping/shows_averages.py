@@ -13,6 +13,7 @@ from keras_avg._types import Config, Tensor, Variable
 from keras_avg._wrapping import arguments, bindings, fitting, nesting
 from keras_avg._wrapping.files import StateFile
 from keras_avg._wrapping.optimizer_wrapper import OptimizerWrapper
+from keras_avg._wrapping.reading import Reading
 from keras_avg._wrapping.store import Store
 from keras_avg._wrapping.swap import Swap, supersede
 
@@ -165,14 +166,16 @@ class ShowsAverages(OptimizerWrapper):
         made, and training goes on as if nothing had been read. Values that are assigned inside
         (batch-normalization statistics, seeds) are lost, so call the model with `training=False`.
 
-        On TensorFlow this also works in a `tf.function`. On JAX it works only outside of compiled
-        code. In a compiled JAX step, call the teacher with the averages from the state:
+        On TensorFlow this also works in a `tf.function` that enters the context itself. A function
+        that was compiled outside of the context reads the raw values. On JAX the context works only
+        outside of compiled code. In a compiled JAX step, call the teacher with the averages from
+        the state:
         `model.stateless_call(optimizer.stateless_average(state), non_trainable, x)`.
 
         Raises:
             ValueError: If there is no snapshot yet. (In compiled code this is not checked.) If a
                 variable is not a Keras variable, because then Keras cannot replace its value.
-            RuntimeError: In a compiled JAX step.
+            RuntimeError: In a compiled JAX step. If a step is taken inside.
 
         Example:
 
@@ -182,7 +185,7 @@ class ShowsAverages(OptimizerWrapper):
         ```
         """
         swap = self._checked_swap("reading_averages")
-        _keras_internals.refuse_stateless_scope("reading_averages")
+        _keras_internals.refuse_stateless_scope("reading_averages", but=Reading)
         _keras_internals.check_attached([*self._own_variables.by_name.values(), *swap.variables])
         if _backend.concrete(self._snapshots.read()) == 0:
             self._refuse_without_snapshot("to read")
@@ -191,7 +194,7 @@ class ShowsAverages(OptimizerWrapper):
                 f"Only Keras variables can be read with another value in their place. Received: "
                 f"{native}, which are variables of the framework. Use `average_weights()`."
             )
-        with keras.StatelessScope(list(zip(swap.variables, self.averages(), strict=True))):
+        with Reading(swap.variables, self.averages(), bindings.models_of([self])):
             yield
 
     @contextlib.contextmanager
@@ -517,6 +520,11 @@ class ShowsAverages(OptimizerWrapper):
             _backend.start_averages(self._updates.read(), kept, variables)
 
     def _refuse_training(self) -> None:
+        if any(isinstance(scope, Reading) for scope in _keras_internals.scopes()):
+            raise RuntimeError(
+                f"'{self.name}' cannot train in `reading_averages()`: what is assigned there is "
+                "lost. End the context before the step."
+            )
         if self._swap is not None:
             self._swap.refuse_while_in("training")
 

@@ -11,13 +11,15 @@ import numpy as np
 
 from keras_avg import _checks
 from keras_avg._types import Path
-from keras_avg.checkpoints import _files, _snapshot_files, _weights
+from keras_avg.checkpoints import _files, _runs, _snapshot_files, _weights
 from keras_avg.checkpoints._places import places_in
 from keras_avg.checkpoints._profiles import Combination, Profile, combine
 from keras_avg.checkpoints._snapshot_files import REST, Stored
 from keras_avg.decays import PowerFunction
 
-ENOUGH = 0.05  # If the relative error of the profile is larger, a warning says so.
+# If the relative error of the profile is larger, a warning says so. Beyond the lengths of the
+# stored averages the error grows fast, so the warning comes earlier there.
+ENOUGH, ENOUGH_BEYOND = 0.05, 0.01
 
 
 def synthesize(
@@ -39,7 +41,8 @@ def synthesize(
 
     Args:
         model: A `keras.Model` that is built.
-        directory: Path of the directory of `SaveAverages`, of one run.
+        directory: Path of the directory of `SaveAverages`. If several runs wrote into it one after
+            the other, the newest run is used, together with the snapshots from which it went on.
         sigma_rel: Number in (0, 12 ** -0.5], as for `keras_avg.decays.PowerFunction`. The result is
             good between the lengths in the snapshots, and somewhat beyond them.
         verbose: `"auto"` or 1 for a progress bar and a table of the result, 2 for a line and the
@@ -52,12 +55,14 @@ def synthesize(
         is changed in place.
 
     Warns:
-        UserWarning: If the relative error is above 5 %. Then there are too few snapshots, or the
-            wanted length is too far from the lengths in the snapshots.
+        UserWarning: If the relative error is above 5 %, or above 1 % for a length beyond those of
+            the snapshots. Then there are too few snapshots, or the wanted length is too far from
+            theirs. Also if snapshots of an earlier run are left out.
 
     Raises:
         ValueError: If `sigma_rel` is out of range. If the directory or a snapshot in it is missing.
-            If a file is damaged, of another model, or of averages that began at other steps. The
+            If a file is damaged, of another model, or of averages that began at other steps. If
+            two runs wrote into the directory at the same time, or files were copied into it. The
             model's weights do not change then.
         RuntimeError: If the model holds the averages of its optimizer now.
 
@@ -91,24 +96,32 @@ def synthesize(
     if verbose:
         print("  ".join(f"{name:>17}" for name in row))
         print("  ".join(f"{value:>17.4g}" for value in row.values()))
-    _warn_of_error(row)
+    _warn_of_error(row, stored)
     return row
 
 
 def _stored(directory: Any) -> list[Stored]:
     folder = pathlib.Path(os.fspath(directory))
-    files = _snapshot_files.in_directory(folder) if folder.is_dir() else []
-    if not files:
+    found = _snapshot_files.all_described(folder)
+    if not found:
         raise ValueError(
             f"There are no averages in the directory {str(folder)!r}. Train with "
             "keras_avg.callbacks.SaveAverages(directory), around a MovingAverage whose decay is "
             "a keras_avg.decays.PowerFunction."
         )
-    stored = [each for file in files for each in _snapshot_files.described(file)]
+    run = _runs.newest(found, folder)
+    if others := [each for each in found if not run.has(each)]:
+        warnings.warn(
+            f"The directory {str(folder)!r} has snapshots that are not part of the newest run, or "
+            "that it has not reached again after a restart. They are left out: "
+            f"{_runs.names(others)}.",
+            stacklevel=3,
+        )
+    stored = [average for each in found if run.has(each) for average in each.averages]
     if len(starts := {each.start for each in stored}) > 1:
         raise ValueError(
             f"The averages in {str(folder)!r} began at different steps. Received: start_step="
-            f"{sorted(starts)}. Their profiles do not add up: keep one run in a directory."
+            f"{sorted(starts)}. Their profiles do not add up: use one start_step for all averages."
         )
     return stored
 
@@ -157,11 +170,14 @@ def _own_places(model: Any, arrays: dict[int, Any]) -> list[int]:
     return [number for number in sorted(arrays) if number < len(model.variables)]
 
 
-def _warn_of_error(row: dict[str, float]) -> None:
-    if row["relative_error"] > ENOUGH:
+def _warn_of_error(row: dict[str, float], stored: list[Stored]) -> None:
+    lengths = [PowerFunction(gamma=each.profile.gamma).sigma_rel for each in stored]
+    is_between = min(lengths) * (1 - ENOUGH) <= row["sigma_rel"] <= max(lengths) * (1 + ENOUGH)
+    if row["relative_error"] > (ENOUGH if is_between else ENOUGH_BEYOND):
         warnings.warn(
             f"The average of sigma_rel={row['sigma_rel']:.4g} is made up with a relative error of "
-            f"{row['relative_error']:.2g}, from {row['snapshots']} averages. Save snapshots more "
-            "often, or keep averages whose lengths are on both sides of it.",
+            f"{row['relative_error']:.2g}, from {row['snapshots']} averages of lengths "
+            f"{min(lengths):.4g} to {max(lengths):.4g}. Save snapshots more often, or keep "
+            "averages whose lengths are on both sides of it.",
             stacklevel=3,
         )
