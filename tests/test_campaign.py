@@ -31,15 +31,8 @@ def test_every_law_holds_on_random_walks():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("first", "number"), [(0, 137), (138, 12)])
-def test_hostile_files_are_refused_or_harmless(first, number):
-    assert run("hostile.py", "--seed", first, "--files", number)["faults"] == 0
-
-
-@pytest.mark.thorough
-@pytest.mark.xfail(reason="docs/campaign.md, What is open")
-def test_a_file_with_a_damaged_part_is_not_half_loaded():
-    assert run("hostile.py", "--seed", 137, "--files", 1)["faults"] == 0
+def test_hostile_files_are_refused_or_harmless():
+    assert run("hostile.py", "--files", 150)["faults"] == 0
 
 
 @pytest.mark.thorough

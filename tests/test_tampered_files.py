@@ -161,6 +161,18 @@ def test_what_is_inside_takes_nothing_of_a_file_that_was_refused(tmp_path, build
     small.assert_same_bits(model.optimizer.get_weights(), saved.optimizer.get_weights())
 
 
+def test_what_is_outside_takes_nothing_of_a_file_that_was_refused_inside(tmp_path):
+    saved, model = (trained(SWA(MovingAverage("adam"), 0, 2)) for _ in range(2))
+    small.fit(model)
+    saved.save_weights(tmp_path / "m.weights.h5")
+    with h5py.File(tmp_path / "m.weights.h5", "r+") as file:
+        put("updates", 0.5)(file["optimizer/inner_optimizer/vars"])
+    before = model.optimizer.get_weights()
+    with pytest.raises(ValueError, match=r"counts. Received: 0\.5"):
+        model.load_weights(tmp_path / "m.weights.h5")
+    small.assert_same_bits(model.optimizer.get_weights(), before)
+
+
 @pytest.mark.parametrize(
     "around",
     [

@@ -95,12 +95,18 @@ class StateFile:
             raise
 
     def check(self, store: Mapping[str, Any], swap: Swap | None) -> None:
-        """Refuse a file that does not fit. Only the index of the file is read."""
+        """Refuse a file that does not fit. Only its index and its counters are read."""
         index = _keras_internals.index_of(store)
         labels = belonging.read(index)
-        if swap is not None and not labels.why_none:
-            self._checked_names(labels, index, swap)
-            self._check_parts(store)
+        if swap is None:
+            return
+        if labels.why_none:
+            self._counters_in(store, index)
+            return
+        names = self._checked_names(labels, index, swap)
+        self._check_parts(store)
+        if names is not None:
+            self._check_counts(store, names, swap)
 
     def why_without_averages(self) -> str:
         """A sentence for messages that says why the loaded file has no averages, or ""."""
@@ -164,17 +170,31 @@ class StateFile:
         self, why: str, store: Any, index: dict[str, Any], swap: Swap
     ) -> None:
         """Load only the counters. Then the averages are as they were before the first snapshot."""
-        counters = {name: self._own.by_name[name] for name in belonging.COUNTERS}
-        fitting.check_fit(self._optimizer.name, counters, index)
-        fitting.check_dtypes(self._optimizer.name, counters, index)
-        stored = {name: store[name][...] for name in counters}
-        fitting.check_numbers(self._optimizer.name, counters, stored)
-        fitting.assign(counters, stored)
+        stored = self._counters_in(store, index)
+        fitting.assign({name: self._own.by_name[name] for name in stored}, stored)
         swap.hold(None)
         self._why_none = why
         swap.why_raw_values_are_lost = self.why_without_averages()
         if why == "replaced":
             self._warn_of_dropped("All averages")
+
+    def _counters_in(self, store: Any, index: dict[str, Any]) -> dict[str, Any]:
+        """The counters in a file that has nothing else, checked."""
+        counters = {name: self._own.by_name[name] for name in belonging.COUNTERS}
+        fitting.check_fit(self._optimizer.name, counters, index)
+        fitting.check_dtypes(self._optimizer.name, counters, index)
+        stored = {name: store[name][...] for name in counters}
+        fitting.check_numbers(self._optimizer.name, counters, stored)
+        return stored
+
+    def _check_counts(self, store: Any, names: dict[str, str], swap: Swap) -> None:
+        """Refuse impossible counts, such as NaN. Only integers are read. Their shapes fit."""
+        known = self._own.by_name | self._raw_variables(swap)
+        variables, values = {}, {}
+        for there, here in names.items():
+            if here in known and fitting.counts(known[here]):
+                variables[here], values[here] = known[here], store[there][...]
+        fitting.check_numbers(self._optimizer.name, variables, values)
 
     def _leave_parts_as_they_are(self, store: Any) -> None:
         """Make Keras skip the inner optimizers. Otherwise it loads them from the refused file."""

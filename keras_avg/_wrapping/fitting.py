@@ -64,8 +64,13 @@ def check_numbers(name: str, variables: dict[str, Any], values: Mapping[str, Any
                 f"its variable {_named(variable, key)} has dtype {dtype}. "
                 f"Received: dtype {value.dtype}.",
             )
-        if "int" in dtype and not _are_counts(value, np.iinfo(dtype).max):
+        if counts(variable) and not _are_counts(value, np.iinfo(dtype).max):
             _refuse(name, f"its variable {_named(variable, key)} counts. Received: {value}.")
+
+
+def counts(variable: Any) -> bool:
+    """Whether the variable is a counter, so that only whole numbers fit."""
+    return "int" in keras.backend.standardize_dtype(variable.dtype)
 
 
 def _are_counts(value: np.ndarray, largest: int) -> bool:
