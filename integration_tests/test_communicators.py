@@ -64,7 +64,7 @@ def test_workers_can_be_started_by_torchrun():
     check(workers.torchrun("sums.py", 2))
 
 
-@pytest.mark.slow_on("tensorflow")
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("fault", ["kill", "stall"])
 @pytest.mark.parametrize("failing", [1, 0])
@@ -104,7 +104,7 @@ def test_a_frozen_worker_is_an_error_on_the_others(tmp_path):
         assert result["waited"] < TIMEOUT + SLACK
 
 
-@pytest.mark.slow_on("tensorflow")
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.skipif(BACKEND == "torch", reason="torch.distributed can be started at any time")
 def test_joining_after_the_first_variable_is_refused():
     ((code, result, err),) = workers.finish(workers.start("join.py", 2, "late", 60, absent=[1]))

@@ -127,7 +127,7 @@ def test_a_round_at_every_step_of_plain_sgd_equals_data_parallel_training():
         np.testing.assert_allclose(flat(result["weights"]), weights, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.mark.slow_on("tensorflow")
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_the_center_is_in_the_model_after_training_with_both_callbacks():
     first, second = train(2, batches=[20, 13], swap=True)
     np.testing.assert_array_equal(flat(first["weights"]), flat(first["center"]))
@@ -161,6 +161,7 @@ class TestFailure:
             assert np.all(np.isfinite(flat(result["weights"])))
             assert (tmp_path / f"{rank}.weights.h5").exists()
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_a_restarted_job_ends_with_the_weights_of_an_undisturbed_one(self, tmp_path):
         batches, epochs = [9, 9], 4
         options = {
@@ -193,6 +194,7 @@ class TestMistakes:
         assert all(result.get("steps", 0) == 0 for result in results)
         return [result["error"] for result in results]
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.skipif(not COMPILED, reason="torch trains eagerly, and averages in `apply`")
     def test_a_missing_callback_is_an_error_on_every_worker(self):
         for error in self.errors(callback=False):

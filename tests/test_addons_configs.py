@@ -62,6 +62,7 @@ def test_a_recorded_swa_config_is_loaded(config):
     assert (optimizer.inner_optimizer.momentum, optimizer.inner_optimizer.nesterov) == (0.5, True)
 
 
+@pytest.mark.slow_on("jax")
 def test_a_recorded_moving_average_config_is_loaded():
     optimizer = MovingAverage.from_config(RECORDED_MOVING_AVERAGE)
     assert optimizer.average_decay == 0.75

@@ -276,6 +276,7 @@ class TestWrappersAreFound:
 
 
 class TestTogetherWithOtherCallbacks:
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize("first", [True, False])
     def test_the_best_checkpoint_has_the_loss_that_was_logged(self, first, tmp_path):
         path = tmp_path / "best.keras"
@@ -291,6 +292,7 @@ class TestTogetherWithOtherCallbacks:
         small.assert_same_bits(trainable(loaded), averages(loaded))
         fit(loaded, SwapAverageWeights())  # training goes on
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize("first", [True, False])
     def test_early_stopping_restores_the_averages_that_were_best(self, first):
         stopping = keras.callbacks.EarlyStopping(
@@ -307,6 +309,7 @@ class TestTogetherWithOtherCallbacks:
         assert len(history) < 10
         np.testing.assert_allclose(loss(model), min(history), rtol=TOLERANCE)
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.sample(2)
     @pytest.mark.parametrize("first", [True, False])
     @pytest.mark.parametrize("arguments", [{}, {"batch_norm_data": small.X}])
@@ -332,6 +335,7 @@ class TestTogetherWithOtherCallbacks:
         model.optimizer.swap_weights()
         small.assert_same_bits(trainable(model), trainable(plain))
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize("first", [True, False])
     def test_a_backup_resumes_from_the_raw_weights(self, first, tmp_path):
         class Dies(keras.callbacks.Callback):
@@ -363,6 +367,7 @@ class TestTogetherWithOtherCallbacks:
         fit(model, SwapAverageWeights(), plateau, epochs=3)
         np.testing.assert_allclose(model.optimizer.learning_rate, 0.1 * 0.5**2)
 
+    @pytest.mark.slow_on("tensorflow")
     def test_swap_average_weights_works_with_several_steps_per_execution(self):
         if keras.backend.backend() == "torch":
             pytest.skip("torch runs one step per execution")

@@ -755,6 +755,7 @@ def test_adding_a_slot_is_refused_while_the_trainer_holds_the_state():
     assert all("model.jax_state_sync()" in error for error in errors)
 
 
+@pytest.mark.slow_on("jax")
 def test_a_shadow_copy_starts_from_the_variables():
     model = noisy_model()
     optimizer = SWA("sgd", 0, 1)

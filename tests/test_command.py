@@ -208,7 +208,7 @@ class TestInfo:
         assert "averages: none\nin the model: the raw weights\n" in capsys.readouterr().out
 
 
-@pytest.mark.slow_on("tensorflow")
+@pytest.mark.slow_on("jax", "tensorflow")
 def test_python_runs_the_package_as_a_command(tmp_path):
     program = [sys.executable, "-m", "keras_avg", "info", str(tmp_path / "none.keras")]
     done = subprocess.run(program, capture_output=True, text=True, timeout=300)

@@ -197,6 +197,7 @@ class TestReadingAverages:
         keras_avg.swap_weights(model)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.sample(4, jax=2, tensorflow=1)
 @pytest.mark.parametrize("change", ["freeze", "quantize"])
 @pytest.mark.parametrize("exclude", [["hidden/kernel"], ["hidden/kernel", "bias|norm"]], ids=str)

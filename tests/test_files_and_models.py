@@ -57,6 +57,7 @@ class TestLayersThatStoreSomethingElse:
         model.fit(x, Y, epochs=5, batch_size=8, verbose=0)
         return model, x
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.sample(2)
     @pytest.mark.parametrize("kind", LOW_RANK)
     def test_averages_that_a_low_rank_file_lacks_are_refused_with_advice(self, kind, tmp_path):
@@ -147,6 +148,7 @@ class TestQuantizedModels:
         model.compile(model.optimizer, "mse")
         return model
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     @pytest.mark.sample(2)
     @pytest.mark.parametrize("use", USES)
     @pytest.mark.parametrize("optimizer", [None, lambda: SWA(MovingAverage("sgd"), 0, 1)])
@@ -167,6 +169,7 @@ class TestQuantizedModels:
         with pytest.raises(ValueError, match="then quantize and save"):
             keras_avg.swap_weights(loaded)
 
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_weights_of_a_quantized_model_load_into_a_new_one(self, tmp_path):
         model = self.quantized(self.trained())
         model.save_weights(tmp_path / "model.weights.h5")

@@ -95,6 +95,7 @@ def test_the_check_of_the_original_gives_the_same_numbers():
     assert worker == [([2.0, 3.0], [0.0, 1.0], 0), ([3.0, 4.0], [3.0, 4.0], 1)]
 
 
+@pytest.mark.slow_on("tensorflow")
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize(
     ("arguments", "outer"),

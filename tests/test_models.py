@@ -93,6 +93,7 @@ class TestFunctionsOfAModel:
             if _has(wrapper, v)
         ]
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize("kind", MAKERS)
     def test_swap_weights_swaps_the_averages_in_and_out(self, kind):
         model = self.model(kind)
@@ -108,6 +109,7 @@ class TestFunctionsOfAModel:
             small.assert_same_bits(trainable(model), averages)
         small.assert_same_bits(trainable(model), raw)
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.sample(4)
     @pytest.mark.parametrize("swapped", [False, True])
     @pytest.mark.parametrize("kind", MAKERS)
@@ -121,6 +123,7 @@ class TestFunctionsOfAModel:
         assert not any(w.averages_in_model for w in keras_avg.averaging_optimizers(model))
         small.fit(model, epochs=1)
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.sample(2)
     @pytest.mark.parametrize("kind", MAKERS)
     def test_the_error_names_functions_that_put_the_raw_weights_back(self, kind, tmp_path):
@@ -162,6 +165,7 @@ class TestFunctionsOfAModel:
         small.assert_same_bits(trainable(model), raw)
         assert not first.averages_in_model
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize(
         "use", [keras_avg.swap_weights, keras_avg.assign_average_vars, lambda m: averages_of(m)]
     )
@@ -241,6 +245,7 @@ class TestOneOptimizerInTwoModels:
         small.fit(first, epochs=1)
         return first, second
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize(
         "use",
         [
@@ -319,6 +324,7 @@ class TestALayerThatTwoModelsShare:
                 [np.ones(v.shape) for v in second.trainable_variables],
             )
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize("frozen", [False, True])
     def test_a_model_with_averages_may_be_compiled_again(self, frozen):
         first, _ = self.models()

@@ -104,7 +104,7 @@ RULES = {
 }
 
 
-@pytest.mark.slow_on("tensorflow")
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.parametrize("rule", RULES)
 def test_the_variance_of_the_average_equals_the_formula(rule, record_property):
     make, expected = RULES[rule]

@@ -186,6 +186,7 @@ def test_no_recording_is_missing():
     assert len(TORCH) == 16
 
 
+@pytest.mark.slow_on("jax")
 @pytest.mark.sample(12)
 @_recorded(ADDONS, left_out=TRAINED_OTHERWISE)
 def test_training_equals_recordings_of_addons(recording, as_gradient, note_deviation):

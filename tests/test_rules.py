@@ -100,7 +100,7 @@ def test_a_rule_is_saved_resumed_and_swapped_bit_for_bit(name, way, swapped, tmp
     small.assert_same_bits(loaded.get_weights(), model.get_weights())
 
 
-@pytest.mark.slow_on("jax")
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.parametrize("name", RULES)
 def test_stores_beside_bfloat16_variables_are_float32(name, dtype_policy):
     dtype_policy("bfloat16")
@@ -155,6 +155,7 @@ def test_a_slot_is_found_by_its_store():
     np.testing.assert_allclose(optimizer.get_slot(variable, "square"), [1.0, (4 + 1) / 2])
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.parametrize("name", RULES)
 def test_averages_of_a_rule_are_computed_from_a_functional_state(name):
     rule, _ = RULES[name]

@@ -264,6 +264,7 @@ def _recorded_schedule(recording, **changes):
     return getattr(schedules, recording.schedule)(**arguments)
 
 
+@pytest.mark.slow_on("tensorflow")
 @recorded(CYCLICAL)
 def test_rates_equal_recordings_of_addons(recording, note_deviation):
     schedule = _recorded_schedule(recording)
@@ -415,6 +416,7 @@ def test_a_saved_model_goes_on_with_the_schedule(schedule, tmp_path):
 # Training.
 
 
+@pytest.mark.slow_on("tensorflow")
 @pytest.mark.sample(3)
 @each
 def test_compiled_training_follows_the_rates(schedule):

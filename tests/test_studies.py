@@ -43,6 +43,7 @@ def test_a_study_writes_a_value_for_each_seed(name, tmp_path, monkeypatch, modul
     assert results.with_suffix(".md").read_text().startswith("# ")
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.parametrize("kind", ["ema_and_swa", "schedule_free"])
 def test_a_network_learns_beside_others_as_it_learns_alone(kind, module):
     digits = module("digits")

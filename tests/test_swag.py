@@ -108,7 +108,7 @@ def test_only_the_diagonal_is_drawn_with_less_than_two_columns(rank):
 
 
 class TestTheContext:
-    @pytest.mark.slow_on("tensorflow")
+    @pytest.mark.slow_on("jax", "tensorflow")
     def test_the_same_seed_gives_the_same_sample(self):
         model = trained()
         samples = []

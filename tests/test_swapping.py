@@ -370,6 +370,7 @@ def test_a_new_optimizer_starts_from_the_averages_that_another_left_in_the_model
 
 
 class TestFilesWrittenWhileSwapped:
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.sample(2)
     @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
     @pytest.mark.parametrize(

@@ -442,6 +442,7 @@ class TestBackups:
         x, y = small.X[: 4 * batches], small.Y[: 4 * batches]
         model.fit(x, y, batch_size=4, epochs=3, shuffle=False, verbose=0, callbacks=callbacks)
 
+    @pytest.mark.slow_on("tensorflow")
     def test_a_worker_that_has_finished_keeps_its_backup_while_others_train(self, tmp_path):
         models, seen = [small.model() for _ in range(2)], []
 
@@ -460,6 +461,7 @@ class TestBackups:
         assert seen[2]  # This was after two rounds.
         assert not any((tmp_path / rank).exists() for rank in "01")
 
+    @pytest.mark.slow_on("tensorflow")
     def test_backups_of_different_epochs_are_refused_and_one_workers_backup_serves_all(
         self, tmp_path
     ):

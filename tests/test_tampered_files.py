@@ -138,6 +138,7 @@ TAMPERED = {
 }
 
 
+@pytest.mark.slow_on("tensorflow")
 @pytest.mark.parametrize(
     "build",
     [
@@ -173,6 +174,7 @@ def test_what_is_outside_takes_nothing_of_a_file_that_was_refused_inside(tmp_pat
     small.assert_same_bits(model.optimizer.get_weights(), before)
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.parametrize(
     "around",
     [
@@ -240,6 +242,7 @@ def test_an_array_inside_whose_values_are_in_another_file_is_refused_before_anyt
     expect_own_state_kept(model, load, ValueError, "Received: dtype of another file")
 
 
+@pytest.mark.slow_on("tensorflow")
 @pytest.mark.parametrize("label", ["gone", "may_not_fit", "why_none", "path"])
 @pytest.mark.parametrize("value", [7, np.zeros(3), h5py.Empty("f4")], ids=["7", "zeros", "empty"])
 def test_labels_that_are_no_text_say_nothing(swapped_file, label, value):
@@ -406,6 +409,7 @@ class TestNoCodeRuns:
             },
         }
 
+    @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize("kind", ["lambda", "function", "class", "module"])
     @pytest.mark.parametrize(
         "place", ["optimizer", "average_decay", "gradient_aggregator", "learning_rate", "itself"]

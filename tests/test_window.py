@@ -102,7 +102,7 @@ def test_the_earlier_file_may_be_from_before_the_first_snapshot(tmp_path):
     small.assert_same_bits([small.numpy(v) for v in model.trainable_variables], expected)
 
 
-@pytest.mark.slow_on("tensorflow")
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.parametrize("kind", ["keras", "weights.h5"])
 @pytest.mark.parametrize(
     "wrap",

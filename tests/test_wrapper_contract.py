@@ -114,6 +114,7 @@ def test_a_snapshot_takes_place_after_every_real_update_that_is_due(wrapper):
     assert all(w.has_average for w in wrappers)
 
 
+@pytest.mark.slow_on("tensorflow")
 @pytest.mark.sample(5)
 @each_wrapper
 def test_paths_of_all_variables_are_unique(wrapper):
@@ -169,6 +170,7 @@ def test_stores_of_low_precision_variables_are_float32(wrapper, dtype_policy):
             assert np.max(deviation) <= AVERAGE_TOLERANCE
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @each_wrapper
 def test_a_nonfinite_variable_is_not_averaged_with_skip_nonfinite(wrapper, bad):
@@ -183,6 +185,7 @@ def test_a_nonfinite_variable_is_not_averaged_with_skip_nonfinite(wrapper, bad):
     assert optimizer.num_snapshots == snapshots
 
 
+@pytest.mark.slow_on("jax", "tensorflow")
 @pytest.mark.sample(4)
 @each_wrapper
 def test_steps_by_hand_and_compiled_steps_can_alternate(wrapper):
