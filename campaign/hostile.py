@@ -355,7 +355,7 @@ class Campaign:
                 self.check_halves(into, before, source)
             self.check_use(into)
             self.give_back(number)
-        elif model is not None and model.optimizer is not None:
+        elif getattr(model, "optimizer", None) is not None:
             self.check_use(model)
         return f"{kind}: {result}"
 
@@ -425,6 +425,7 @@ def main():
     options.add_argument("--seconds", type=float, default=float("inf"))
     chosen = options.parse_args()
     warnings.simplefilter("ignore")
+    keras.config.disable_traceback_filtering()  # The last frame says in whose code an error is.
     signal.signal(signal.SIGALRM, _hangs)
     resource.setrlimit(resource.RLIMIT_AS, (VIRTUAL, VIRTUAL))
     sys.addaudithook(_audit)

@@ -513,6 +513,12 @@ def test_a_legacy_h5_file_that_keras_3_writes_is_loaded_and_trains(tmp_path):
     assert small.fit(loaded).optimizer.num_snapshots == small.BATCHES
 
 
+@pytest.mark.parametrize("config", [{}, {"config": {}}, {"class_name": ["SGD"], "config": {}}])
+def test_a_config_that_names_no_class_is_refused(config):
+    with pytest.raises(ValueError, match=r"must name its class.*Received"):
+        SWA(config)
+
+
 @pytest.mark.parametrize("key", ["class_name", "module", "registered_name"])
 def test_an_optimizer_whose_name_is_no_text_is_refused(key):
     inner = {"class_name": "SGD", "module": "keras.optimizers", "config": {}} | {key: ["SGD"]}

@@ -57,6 +57,13 @@ def test_two_ways_to_clip_exclude_each_other():
         SWA("sgd", clipnorm=1.0, clipvalue=1.0)
 
 
+@pytest.mark.parametrize("argument", ["clipnorm", "clipvalue", "global_clipnorm"])
+@pytest.mark.parametrize("value", [[1.0], {}, "1", True, float("nan")], ids=repr)
+def test_a_clipping_argument_that_is_no_number_is_refused(argument, value):
+    with pytest.raises(ValueError, match=f"`{argument}` must be a number. Received"):
+        SWA("sgd", **{argument: value})
+
+
 def test_the_aggregator_comes_first_then_transformers_then_clipping():
     transformed = step(
         (3.0,), gradient_aggregator=minus_one, gradient_transformers=[doubled, minus_one]

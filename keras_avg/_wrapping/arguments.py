@@ -19,6 +19,12 @@ def inner_optimizer(identifier: Any, wrapper: str) -> Any:
             f'Pass a Keras optimizer, its name or its config: {wrapper}("adam").'
         )
     if isinstance(identifier, dict):
+        if not isinstance(identifier.get("class_name"), str):
+            raise ValueError(
+                f"The config of the optimizer that {wrapper} wraps must name its class: "
+                '{"class_name": "Adam", "config": {...}}. '
+                f"Received: optimizer={identifier!r}."
+            )
         identifier = copy.deepcopy(identifier)  # Keras rewrites the config it is given
     optimizer = keras.optimizers.get(identifier)
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):

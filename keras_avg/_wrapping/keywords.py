@@ -2,10 +2,12 @@
 
 import functools
 import inspect
+import math
 from typing import Any
 
 import keras
 
+from keras_avg import _checks
 from keras_avg._wrapping import foreign_words
 
 CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
@@ -25,7 +27,7 @@ def split(wrapper: type, keywords: dict[str, Any]) -> tuple[dict, dict]:
 
     Raises:
         TypeError: If `decay` is given to a wrapper whose rule has a decay of its own.
-        ValueError: If an argument is unknown, or belongs to the inner optimizer.
+        ValueError: If an argument is unknown, belongs to the inner optimizer, or is no number.
     """
     kind, known = wrapper.__name__, known_arguments(wrapper)
     for argument, value in keywords.items():
@@ -40,6 +42,9 @@ def split(wrapper: type, keywords: dict[str, Any]) -> tuple[dict, dict]:
             f"Argument(s) not recognized: {unknown}. {kind} takes: {', '.join(known)}."
         )
     clipping = {k: v for k, v in keywords.items() if k in CLIPPING}
+    for argument, value in clipping.items():
+        if value is not None and math.isnan(_checks.number(value)):
+            raise ValueError(f"`{argument}` must be a number. Received: {argument}={value!r}.")
     rate = {k: v for k, v in keywords.items() if k not in CLIPPING and v is not None}
     if "lr" in rate and "learning_rate" in rate:
         raise ValueError(
