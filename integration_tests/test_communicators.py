@@ -64,7 +64,7 @@ def test_workers_can_be_started_by_torchrun():
     check(workers.torchrun("sums.py", 2))
 
 
-@pytest.mark.slow_on("jax", "tensorflow")
+@pytest.mark.thorough
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("fault", ["kill", "stall"])
 @pytest.mark.parametrize("failing", [1, 0])

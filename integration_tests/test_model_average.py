@@ -108,7 +108,7 @@ def alone_traces():
     return json.loads(done.stdout.strip().splitlines()[-1])["traces"]
 
 
-@pytest.mark.slow_on("jax", "tensorflow")
+@pytest.mark.thorough
 def test_a_round_at_every_step_of_plain_sgd_equals_data_parallel_training():
     results = train(2, interval=1, inner={"learning_rate": 0.05})
 
@@ -127,7 +127,7 @@ def test_a_round_at_every_step_of_plain_sgd_equals_data_parallel_training():
         np.testing.assert_allclose(flat(result["weights"]), weights, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.mark.slow_on("jax", "tensorflow")
+@pytest.mark.thorough
 def test_the_center_is_in_the_model_after_training_with_both_callbacks():
     first, second = train(2, batches=[20, 13], swap=True)
     np.testing.assert_array_equal(flat(first["weights"]), flat(first["center"]))
@@ -161,7 +161,7 @@ class TestFailure:
             assert np.all(np.isfinite(flat(result["weights"])))
             assert (tmp_path / f"{rank}.weights.h5").exists()
 
-    @pytest.mark.slow_on("jax", "tensorflow")
+    @pytest.mark.thorough
     def test_a_restarted_job_ends_with_the_weights_of_an_undisturbed_one(self, tmp_path):
         batches, epochs = [9, 9], 4
         options = {
@@ -209,13 +209,13 @@ class TestMistakes:
             assert "interval_steps=3" in error
             assert "steps_per_execution=2" in error
 
-    @pytest.mark.slow_on("jax", "tensorflow")
+    @pytest.mark.thorough
     def test_workers_with_different_models_are_refused(self):
         for error in self.errors(units=[1, 2]):
             assert error.startswith("ValueError")
             assert "number of elements. Received, by rank: [5, 10]" in error
 
-    @pytest.mark.slow_on("jax", "tensorflow")
+    @pytest.mark.thorough
     def test_a_wrong_number_of_workers_is_refused(self):
         processes = workers.start("train.py", 2, json.dumps({"num_worker": 3}))
         for code, _, err in workers.finish(processes):
