@@ -27,7 +27,7 @@ import keras_avg  # noqa: E402
 
 SEED, RATE, BATCH_SIZE, TRAIN_SIZE, EPOCHS = 0, 0.3, 32, 1280, 16
 KEPT = (0.05, 0.10)
-LENGTHS = (0.04, 0.05, 0.06, 0.075, 0.09, 0.10, 0.125, 0.15, 0.175, 0.20)
+LENGTHS = (0.05, 0.06, 0.075, 0.09, 0.10, 0.125, 0.15)
 
 
 def load_digits():

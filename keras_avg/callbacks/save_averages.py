@@ -59,7 +59,7 @@ class SaveAverages(keras.callbacks.Callback):
     inner = keras_avg.MovingAverage("adam", average_decay=keras_avg.decays.PowerFunction(0.05))
     optimizer = keras_avg.MovingAverage(inner, average_decay=keras_avg.decays.PowerFunction(0.10))
     model.compile(optimizer=optimizer, loss="mse")
-    saved = keras_avg.callbacks.SaveAverages("run/averages", every_steps=500)
+    saved = keras_avg.callbacks.SaveAverages("run/averages")  # after each epoch
     model.fit(x, y, epochs=20, callbacks=[saved])
     keras_avg.checkpoints.synthesize(model, "run/averages", 0.07)
     ```
