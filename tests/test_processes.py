@@ -17,13 +17,18 @@ def run(program, *arguments):
     return subprocess.run(command, timeout=300, capture_output=True, text=True, check=False)
 
 
-def test_training_killed_in_the_middle_of_an_epoch_ends_where_it_would_have(tmp_path):
-    undisturbed = run("train_and_be_killed.py", tmp_path / "one", tmp_path / "one.npz")
+WITH_A_RING = [pytest.param(name, marks=pytest.mark.thorough) for name in ("LAWA", "SWAG")]
+
+
+@pytest.mark.parametrize("wrapper", ["SWA", *WITH_A_RING])
+def test_training_killed_in_the_middle_of_an_epoch_ends_where_it_would_have(wrapper, tmp_path):
+    program = ("train_and_be_killed.py", wrapper)
+    undisturbed = run(*program, tmp_path / "one", tmp_path / "one.npz")
     assert undisturbed.returncode == 0, undisturbed.stderr
 
-    killed = run("train_and_be_killed.py", tmp_path / "two", tmp_path / "two.npz", 2, 3)
+    killed = run(*program, tmp_path / "two", tmp_path / "two.npz", 2, 3)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    restarted = run("train_and_be_killed.py", tmp_path / "two", tmp_path / "two.npz")
+    restarted = run(*program, tmp_path / "two", tmp_path / "two.npz")
     assert restarted.returncode == 0, restarted.stderr
 
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:

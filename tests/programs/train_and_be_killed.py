@@ -1,6 +1,6 @@
 """Trains with a backup at each epoch, and writes the result. It kills itself at EPOCH and BATCH.
 
-python train_and_be_killed.py FOLDER RESULT [EPOCH BATCH]
+python train_and_be_killed.py WRAPPER FOLDER RESULT [EPOCH BATCH]
 """
 
 import os
@@ -16,6 +16,12 @@ import small_training as small
 
 import keras_avg
 
+WRAPPERS = {
+    "SWA": lambda inner: keras_avg.SWA(inner, start_averaging=3, average_period=2),
+    "LAWA": lambda inner: keras_avg.LAWA(inner, 4, start_averaging=3, average_period=2),
+    "SWAG": lambda inner: keras_avg.SWAG(inner, start_averaging=3, average_period=2, rank=4),
+}
+
 
 class Kills(keras.callbacks.Callback):
     def __init__(self, epoch, batch):
@@ -30,9 +36,9 @@ class Kills(keras.callbacks.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(folder, result, *when):
+def main(wrapper, folder, result, *when):
     inner = keras_avg.MovingAverage(keras.optimizers.Adam(0.02))
-    model = small.model(keras_avg.SWA(inner, start_averaging=3, average_period=2))
+    model = small.model(WRAPPERS[wrapper](inner))
     callbacks = [
         keras_avg.callbacks.SwapAverageWeights(batch_norm_data=small.X),
         keras_avg.callbacks.BackupAndRestore(os.path.join(folder, "backup")),
