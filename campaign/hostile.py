@@ -172,7 +172,7 @@ def tamper(content, chance):
             group, _, last = name.rpartition("/")
             try:
                 ARRAYS[kind](opened[group], last, chance)
-            except (ValueError, TypeError, OSError, KeyError, RuntimeError):
+            except (ValueError, TypeError, OSError, KeyError, RuntimeError, MemoryError):
                 continue  # HDF5 itself refuses to write it
             kinds.append(kind)
     return file.getvalue()
@@ -364,7 +364,8 @@ class Campaign:
         ours = "keras_avg" in frames[-1].filename and "campaign" not in frames[-1].filename
         inside = any("/keras_avg/" in f.filename for f in frames)
         # An error about the model's state has no "Received", because no argument was wrong.
-        says_why = isinstance(error, RuntimeError) or "Received" in str(error)
+        received = "Received" in str(error) or "not recognized: {" in str(error)
+        says_why = isinstance(error, RuntimeError) or received
         clear = isinstance(error, CLEAR) and (not ours or says_why)
         if (ours or inside) and not clear:
             raise FaultError(f"unclear: {type(error).__name__}: {error}") from error
