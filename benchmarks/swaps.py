@@ -45,13 +45,14 @@ def measure(sizes: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
         ours = model_of(shapes, ways[averages.EMA]())
         keras_own = model_of(shapes, ways[averages.USE_EMA]())
         calls = {
-            COPY: framework.copy(parameters),
             "keras_avg.swap_weights": _twice(lambda model=ours: keras_avg.swap_weights(model)),
             "SwapAverageWeights": _validated(keras_avg.callbacks.SwapAverageWeights(), ours),
             "Keras SwapEMAWeights": _validated(keras.callbacks.SwapEMAWeights(), keras_own),
         }
-        seconds = measuring.interleaved(calls, rounds)
-        for name in list(calls)[1:]:
+        for name, call in calls.items():
+            # One at a time. If one way returns freed memory to the system, the next would have to
+            # ask for it again, which takes as long as several copies.
+            seconds = measuring.interleaved({COPY: framework.copy(parameters), name: call}, rounds)
             row = {"parameters": parameters, "tensors": tensors, "name": name}
             row["copies"] = measuring.ratio(seconds[name], seconds[COPY])
             row["ms"] = 1000 * measuring.summary(seconds[name])["median"]

@@ -109,8 +109,11 @@ def test_a_swap_in_and_back_writes_three_copies():
     class Writes(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
             result = function(*arguments, **(keywords or {}))
-            if function.overloadpacket.__name__ in ("clone", "copy_", "_to_copy"):
+            name = function.overloadpacket.__name__
+            if name in ("clone", "copy_", "_to_copy"):
                 written.append(result.numel())
+            elif name == "_foreach_copy_":
+                written.extend(target.numel() for target in arguments[0])
             return result
 
     with Writes():

@@ -7,14 +7,16 @@ Each file defines the same names with the same signatures, in the same order:
 * `copy(tensor)`: the same values in a new buffer. On JAX, train steps donate their state, and a
   buffer that two variables share cannot be donated twice. On torch, variables are views of storage
   that the next step overwrites.
-* `set_aside(variable)`: the value of a variable, which stays the same when the variable is assigned
-  a new one. It is copied only on torch, where an assignment writes into the same memory.
+* `set_aside(variables)`: a list of their values, which stay the same when the variables are given
+  new ones. They are copied only on torch, where an assignment writes into the same memory.
 * `to_assign(tensor)`: a tensor that can be assigned to a variable. It is copied only on JAX, where
   the variable keeps the tensor's buffer and a train step donates it.
 * `detached(variable)`: the value of a variable, tensor or NumPy array, as a tensor without
   gradients. It is not copied.
 * `value(variable, dtype)`: the value of a variable or tensor, as a tensor. If `dtype` is given, it
   is cast. It is copied only if necessary.
+* `assign_all(variables, tensors)`: assigns one tensor to each variable, which keeps its dtype. A
+  variable may keep the tensor's buffer.
 * `assign_quotients(sources, divisor, targets, ...)`: divides variables, tensors or NumPy arrays by
   a number, and assigns the results to the variables in `targets`. Each further list of variables
   gets the values of the list before. Each variable keeps its own dtype and buffer. One value goes
@@ -93,6 +95,7 @@ __all__ = [
     "Counter",
     "after",
     "all_finite",
+    "assign_all",
     "assign_if",
     "assign_quotients",
     "concrete",

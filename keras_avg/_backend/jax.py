@@ -14,11 +14,17 @@ def widest_float() -> str:
 
 
 def copy(tensor: Any) -> Any:
+    tensor = tensor.value if isinstance(tensor, keras.Variable) else tensor
+    if isinstance(tensor, jax.Array):
+        return _copied(tensor)
     return jnp.array(tensor, copy=True)
 
 
-def set_aside(variable: Any) -> Any:
-    return keras.ops.convert_to_tensor(variable)
+_copied = jax.jit(jnp.copy)  # takes a third of the time of `jnp.array(tensor, copy=True)`
+
+
+def set_aside(variables: Sequence[Any]) -> list[Any]:
+    return [value(variable) for variable in variables]
 
 
 def to_assign(tensor: Any) -> Any:
@@ -36,6 +42,11 @@ def value(variable: Any, dtype: Any = None) -> Any:
     # If a cast to float32 follows a rounding to bfloat16, XLA leaves out the rounding. Then the
     # average would be of the unrounded result of the step, and not of the variable.
     return jax.lax.optimization_barrier(tensor).astype(dtype)
+
+
+def assign_all(variables: Sequence[Any], tensors: Sequence[Any]) -> None:
+    for variable, tensor in zip(variables, tensors, strict=True):
+        variable.assign(tensor)
 
 
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:

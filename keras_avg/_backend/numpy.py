@@ -19,8 +19,8 @@ def copy(tensor: Any) -> Any:
     return np.array(_array(tensor), copy=True)
 
 
-def set_aside(variable: Any) -> Any:
-    return copy(variable)
+def set_aside(variables: Sequence[Any]) -> list[Any]:
+    return [copy(variable) for variable in variables]
 
 
 def to_assign(tensor: Any) -> Any:
@@ -34,6 +34,11 @@ def detached(variable: Any) -> Any:
 def value(variable: Any, dtype: Any = None) -> Any:
     array = _array(variable)
     return array if dtype is None else array.astype(dtype)
+
+
+def assign_all(variables: Sequence[Any], tensors: Sequence[Any]) -> None:
+    for variable, tensor in zip(variables, tensors, strict=True):
+        variable.assign(tensor)
 
 
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:

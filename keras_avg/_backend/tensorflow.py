@@ -8,6 +8,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_avg import _keras_internals
+
 WRITES = re.compile("^Assign|^ResourceApply|^ResourceSparseApply|^ResourceScatter")
 SOURCES = ("Placeholder", "IteratorGetNext", "OptionalGetValue")
 CONDITIONS = ("If", "StatelessIf", "PartitionedCall", "StatefulPartitionedCall", "While")
@@ -21,8 +23,9 @@ def copy(tensor: Any) -> Any:
     return tf.identity(tensor)
 
 
-def set_aside(variable: Any) -> Any:
-    return tf.identity(variable)
+def set_aside(variables: Sequence[Any]) -> list[Any]:
+    # Not `tf.identity` or `tf.convert_to_tensor`: their lookups take as long as a small copy.
+    return [v.value() if isinstance(v, tf.Variable) else v for v in _native(variables)]
 
 
 def to_assign(tensor: Any) -> Any:
@@ -36,6 +39,15 @@ def detached(variable: Any) -> Any:
 def value(variable: Any, dtype: Any = None) -> Any:
     tensor = tf.convert_to_tensor(variable)
     return tensor if dtype is None else tf.cast(tensor, dtype)
+
+
+def assign_all(variables: Sequence[Any], tensors: Sequence[Any]) -> None:
+    if _keras_internals.in_stateless_scope():
+        for variable, tensor in zip(variables, tensors, strict=True):
+            variable.assign(tensor)
+        return
+    for variable, tensor in zip(_native(variables), tensors, strict=True):
+        variable.assign(tf.cast(tensor, variable.dtype), read_value=False)
 
 
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:

@@ -33,8 +33,10 @@ def copy(tensor: Any) -> Any:
     return keras.ops.convert_to_tensor(tensor).detach().clone()
 
 
-def set_aside(variable: Any) -> Any:
-    return copy(variable)
+@outside_graph
+@torch.no_grad()
+def set_aside(variables: Sequence[Any]) -> list[Any]:
+    return [_tensor(variable).detach().clone() for variable in variables]
 
 
 def to_assign(tensor: Any) -> Any:
@@ -48,6 +50,16 @@ def detached(variable: Any) -> Any:
 def value(variable: Any, dtype: Any = None) -> Any:
     tensor = detached(variable)
     return tensor if dtype is None else tensor.to(_torch_dtype(dtype))
+
+
+@outside_graph
+@torch.no_grad()
+def assign_all(variables: Sequence[Any], tensors: Sequence[Any]) -> None:
+    if _keras_internals.in_stateless_scope():
+        for variable, tensor in zip(variables, tensors, strict=True):
+            variable.assign(tensor)
+    elif variables:  # One call for all. Python takes longer than the memory for small tensors.
+        torch._foreach_copy_([_tensor(v) for v in variables], [_tensor(t) for t in tensors])
 
 
 @outside_graph

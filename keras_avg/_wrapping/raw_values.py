@@ -87,13 +87,12 @@ class RawValues:
         return [places.get(id(variable)) for variable in self._statistics()]
 
     def put_back(self) -> None:
-        for variable, tensor in zip(self.variables, self.tensors, strict=True):
-            variable.assign(tensor)
+        _backend.assign_all(self.variables, self.tensors)
 
     def exchange(self) -> None:
         """Exchange the raw values and the values in the model, one variable at a time."""
         for i, variable in enumerate(self.variables):
-            held = _backend.set_aside(variable)
+            (held,) = _backend.set_aside([variable])
             variable.assign(self.tensors[i])
             self.tensors[i] = held
 

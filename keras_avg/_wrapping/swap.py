@@ -60,8 +60,7 @@ class Swap:
                 f"The model holds the averages of '{other._owner.name}' already. Received: "
                 f"swap_weights() of '{self._owner.name}'. Swap the first back before."
             )
-        aside = [_backend.set_aside(variable) for variable in self.variables]
-        raw = RawValues(self.variables, aside, self._updates())
+        raw = RawValues(self.variables, _backend.set_aside(self.variables), self._updates())
         raw.updates_of_others = self._updates_of_others()
         try:
             self.show(values)
@@ -99,9 +98,7 @@ class Swap:
 
     def show(self, values: Values) -> None:
         """Assign copies of the values to the variables."""
-        for variable, value in zip(self.variables, values(), strict=True):
-            # Not `variable.assign`: a `tf.Variable` does not cast.
-            self._owner.assign(variable, _backend.to_assign(value))
+        _backend.assign_all(self.variables, [_backend.to_assign(value) for value in values()])
 
     @contextlib.contextmanager
     def showing(self, values: Values) -> Iterator[None]:
@@ -115,7 +112,7 @@ class Swap:
                     self.put_back()
             return
         raw = self.raw_or_refuse()
-        before, mark = [_backend.set_aside(variable) for variable in self.variables], raw.mark()
+        before, mark = _backend.set_aside(self.variables), raw.mark()
         self.show(values)
         try:
             yield
