@@ -19,9 +19,11 @@ def draw(results: dict[str, Any], file: pathlib.Path) -> None:
         return
     matplotlib.use("agg")
     found = {name: parts["steps"] for name, parts in results["results"].items() if "steps" in parts}
+    title = f"One averaging step on {results['hardware']}"
     if found:
-        title = f"One averaging step on {results['hardware']}"
         _bars(found, title, file.with_name(f"{file.stem}-bars.png"))
+    found = {name: chosen for name, rows in found.items() if (chosen := _comparable(rows))}
+    if found:
         _lines(found, title, file.with_name(f"{file.stem}-sizes.png"))
 
 
@@ -56,9 +58,7 @@ def _lines(found: dict[str, Rows], title: str, file: pathlib.Path) -> None:
     for panel, (backend, rows) in zip(axes, found.items(), strict=True):
         for name in dict.fromkeys(map(_name, rows)):
             points = sorted(
-                (row["parameters"], row["cost"]["median"])
-                for row in rows
-                if _name(row) == name and row["tensors"] == BARS_AT[1] and row["dtype"] == "float32"
+                (row["parameters"], row["cost"]["median"]) for row in rows if _name(row) == name
             )
             is_ours = name.startswith("EMA every step")
             style = {"color": OURS, "linewidth": 2.5} if is_ours else {"linewidth": 1, "alpha": 0.7}
@@ -72,6 +72,11 @@ def _lines(found: dict[str, Rows], title: str, file: pathlib.Path) -> None:
         panel.legend(fontsize=6)
         panel.spines[["top", "right"]].set_visible(False)
     _save(figure, title, file)
+
+
+def _comparable(rows: Rows) -> Rows:
+    """The rows that differ only in the number of parameters."""
+    return [row for row in rows if (row["tensors"], row["dtype"]) == BARS_AT[1:]]
 
 
 def _at(rows: Rows, size: tuple[int, int, str]) -> Rows:

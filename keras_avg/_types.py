@@ -5,8 +5,8 @@ Keras has no types for tensors: each backend has a class of its own. So `Tensor`
 """
 
 import os
-from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, TypedDict
 
 import keras
 
@@ -58,3 +58,43 @@ Tape: TypeAlias = Any
 
 Aggregation: TypeAlias = str | Any
 """How a strategy combines the replicas' values: a string, or a `tf.VariableAggregation`."""
+
+
+class DecayingInnerKeywords(TypedDict, total=False):
+    """Keywords for the inner optimizer. The rule has a decay of its own."""
+
+    clipnorm: float | None
+    clipvalue: float | None
+    global_clipnorm: float | None
+    learning_rate: Rate
+    lr: Rate
+
+
+class DecayingAverageKeywords(DecayingInnerKeywords, total=False):
+    """Keywords of a wrapper that names `sequential_update` itself."""
+
+    average_dtype: DType | None
+    skip_nonfinite: bool
+    gradient_transformers: Sequence[GradientFunction] | None
+    gradient_aggregator: GradientFunction | None
+    exclude: Sequence[str] | None
+
+
+class DecayingWrapperKeywords(DecayingAverageKeywords, total=False):
+    """Keywords of any wrapper whose rule has a decay of its own."""
+
+    sequential_update: bool
+
+
+class InnerKeywords(DecayingInnerKeywords, total=False):
+    """Keywords for the inner optimizer."""
+
+    decay: float
+
+
+class AverageKeywords(DecayingAverageKeywords, InnerKeywords, total=False):
+    """Keywords of a wrapper that names `sequential_update` itself."""
+
+
+class WrapperKeywords(DecayingWrapperKeywords, AverageKeywords, total=False):
+    """Keywords of any wrapper."""

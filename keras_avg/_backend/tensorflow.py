@@ -258,7 +258,18 @@ def _move(averages: Sequence[Any], values: Sequence[Any], weight: Any) -> None:
 
 
 def start_averages(updates: Any, averages: Sequence[Any], variables: Sequence[Any]) -> None:
-    assign_if(updates == 0, averages, variables, lambda a, v: [copy(value) for value in v])
+    if tf.executing_eagerly() or tf.distribute.has_strategy():
+        assign_if(updates == 0, averages, variables, lambda a, v: [copy(value) for value in v])
+        return
+
+    def start(count: Any) -> Any:
+        for average, value in zip(_native(averages), variables, strict=True):
+            average.assign(tf.cast(value, average.dtype), read_value=False)
+        return count + 1
+
+    # The loop runs once or never. For a `cond`, XLA would copy all averages and variables at each
+    # step. For a loop, it copies about half as much.
+    tf.while_loop(lambda count: count == 0, start, [tf.convert_to_tensor(updates)])
 
 
 def loss_gradients(

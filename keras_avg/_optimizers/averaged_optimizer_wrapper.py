@@ -1,15 +1,26 @@
 """The base class of all rules. A rule says when an averaging is due, and with which weight."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import ops
 
 from keras_avg import _backend, _checks, _keras_internals
-from keras_avg._types import Config, DType, GradientFunction, OptimizerLike, Tensor, Variable
+from keras_avg._types import (
+    Config,
+    DType,
+    GradientFunction,
+    InnerKeywords,
+    OptimizerLike,
+    Tensor,
+    Variable,
+)
 from keras_avg._wrapping import arguments
 from keras_avg._wrapping.shows_averages import ShowsAverages
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
@@ -125,7 +136,7 @@ class AveragedOptimizerWrapper(ShowsAverages):
         gradient_transformers: Sequence[GradientFunction] | None = None,
         gradient_aggregator: GradientFunction | None = None,
         exclude: Sequence[str] | None = None,
-        **kwargs: Any,
+        **kwargs: "Unpack[InnerKeywords]",
     ) -> None:
         _refuse_without_rule(type(self))
         sequential_update = _checks.truth("sequential_update", sequential_update)

@@ -1,13 +1,16 @@
 """Bias-corrected exponential moving average: it does not lag behind the weights."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import ops
 
 from keras_avg import _backend, _checks
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
-from keras_avg._types import Config, OptimizerLike, Tensor
+from keras_avg._types import Config, OptimizerLike, Tensor, WrapperKeywords
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
@@ -71,7 +74,7 @@ class BEMA(AveragedOptimizerWrapper):
         start_step: int = 0,
         average_period: int = 1,
         name: str | None = "BEMA",
-        **kwargs: Any,
+        **kwargs: "Unpack[WrapperKeywords]",
     ) -> None:
         power = _checks.non_negative("power", power)
         bias_power = _checks.non_negative("bias_power", bias_power)

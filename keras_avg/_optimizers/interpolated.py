@@ -1,13 +1,16 @@
 """The base of `ScheduleFree` and `PrimalAverage`, which train between an average and an iterate."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
 from keras_avg import _backend, _checks
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
-from keras_avg._types import Config, OptimizerLike, Tensor
+from keras_avg._types import Config, OptimizerLike, Tensor, WrapperKeywords
 from keras_avg._wrapping import nesting
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Interpolated(AveragedOptimizerWrapper):
@@ -24,7 +27,11 @@ class Interpolated(AveragedOptimizerWrapper):
     owns_variables = True
 
     def __init__(
-        self, optimizer: OptimizerLike, interpolation: float, name: str | None, **kwargs: Any
+        self,
+        optimizer: OptimizerLike,
+        interpolation: float,
+        name: str | None,
+        **kwargs: "Unpack[WrapperKeywords]",
     ) -> None:
         interpolation = _checks.fraction("interpolation", interpolation)
         super().__init__(optimizer, name=name, **kwargs)

@@ -1,14 +1,17 @@
 """Latest weight averaging: the mean of the last few snapshots."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import keras
 from keras import ops
 
 from keras_avg import _checks
 from keras_avg._optimizers.snapshots_at_intervals import SnapshotsAtIntervals
-from keras_avg._types import Config, OptimizerLike, Tensor
+from keras_avg._types import Config, OptimizerLike, Tensor, WrapperKeywords
 from keras_avg._wrapping.store import LONGEST_RING, Ring
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
@@ -68,7 +71,7 @@ class LAWA(SnapshotsAtIntervals):
         start_averaging: int = 0,
         average_period: int = 100,
         name: str | None = "LAWA",
-        **kwargs: Any,
+        **kwargs: "Unpack[WrapperKeywords]",
     ) -> None:
         window = _checks.whole_number(
             "window", window, minimum=1, unit="snapshots", below=LONGEST_RING

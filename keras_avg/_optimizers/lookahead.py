@@ -1,12 +1,15 @@
 """Lookahead: slow weights follow the fast weights, and then replace them."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import keras
 
 from keras_avg import _checks
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
-from keras_avg._types import Config, OptimizerLike, Tensor
+from keras_avg._types import AverageKeywords, Config, OptimizerLike, Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
@@ -67,7 +70,7 @@ class Lookahead(AveragedOptimizerWrapper):
         name: str | None = "Lookahead",
         *,
         sequential_update: bool = True,
-        **kwargs: Any,
+        **kwargs: "Unpack[AverageKeywords]",
     ) -> None:
         period = _checks.whole_number("sync_period", sync_period, minimum=1)
         step_size = _checks.fraction("slow_step_size", slow_step_size)

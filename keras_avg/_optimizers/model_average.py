@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import ops
@@ -10,13 +10,16 @@ from keras import ops
 from keras_avg import _backend, _checks, _keras_internals
 from keras_avg._keras2.classic_steps import variables_in
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
-from keras_avg._types import Config, OptimizerLike, Tensor, Variable
+from keras_avg._types import AverageKeywords, Config, OptimizerLike, Tensor, Variable
 from keras_avg._workers import arguments
 from keras_avg._workers.inner_state import InnerState
 from keras_avg._workers.meeting import Meeting
 from keras_avg._workers.rounds import Rounds
 from keras_avg._wrapping import nesting
 from keras_avg.distributed import Communicator
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
@@ -134,7 +137,7 @@ class ModelAverage(AveragedOptimizerWrapper):
         inner_state: str = "keep",
         communicator: Communicator | None = None,
         sequential_update: bool = True,
-        **kwargs: Any,
+        **kwargs: "Unpack[AverageKeywords]",
     ) -> None:
         interval = _checks.whole_number("interval_steps", interval_steps, minimum=1)
         start = _checks.whole_number("start_step", start_step, minimum=0)

@@ -1,14 +1,17 @@
 """The exponential moving average of the weights."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import ops
 
 from keras_avg import _backend, _checks
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
-from keras_avg._types import Config, OptimizerLike, Tensor
+from keras_avg._types import Config, DecayingAverageKeywords, OptimizerLike, Tensor
 from keras_avg.decays import Decay
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
 
@@ -87,7 +90,7 @@ class MovingAverage(AveragedOptimizerWrapper):
         start_step: int = 0,
         dynamic_decay: bool = False,
         average_period: int = 1,
-        **kwargs: Any,
+        **kwargs: "Unpack[DecayingAverageKeywords]",
     ) -> None:
         sequential_update = _checks.truth("sequential_update", sequential_update, "average_decay")
         average_decay = _capped(_decay(average_decay), num_updates)

@@ -1,12 +1,15 @@
 """Primal averaging trains between a moving average and the inner optimizer's iterate."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import keras
 
 from keras_avg import _checks
 from keras_avg._optimizers.interpolated import Interpolated
-from keras_avg._types import Config, OptimizerLike, Tensor
+from keras_avg._types import Config, DecayingWrapperKeywords, OptimizerLike, Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
@@ -63,7 +66,7 @@ class PrimalAverage(Interpolated):
         interpolation: float = 0.7,
         average_decay: float = 0.9967,
         name: str | None = "PrimalAverage",
-        **kwargs: Any,
+        **kwargs: "Unpack[DecayingWrapperKeywords]",
     ) -> None:
         average_decay = _checks.fraction("average_decay", average_decay)
         super().__init__(optimizer, interpolation, name, **kwargs)

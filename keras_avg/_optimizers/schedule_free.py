@@ -1,14 +1,17 @@
 """Schedule-free learning: an average over the whole run replaces the learning-rate schedule."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import ops
 
 from keras_avg import _backend, _checks, _keras_internals
 from keras_avg._optimizers.interpolated import Interpolated
-from keras_avg._types import Config, OptimizerLike, Tensor, Variable
+from keras_avg._types import Config, OptimizerLike, Tensor, Variable, WrapperKeywords
 from keras_avg._wrapping import nesting
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
@@ -74,7 +77,7 @@ class ScheduleFree(Interpolated):
         rate_power: float = 2.0,
         weight_decay_at_y: float = 0.0,
         name: str | None = "ScheduleFree",
-        **kwargs: Any,
+        **kwargs: "Unpack[WrapperKeywords]",
     ) -> None:
         weight_power = _checks.non_negative("weight_power", weight_power)
         rate_power = _checks.non_negative("rate_power", rate_power)

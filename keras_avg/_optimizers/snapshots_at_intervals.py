@@ -1,10 +1,13 @@
 """The base of the rules that take a snapshot at regular steps of training."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from keras_avg import _checks
 from keras_avg._optimizers.averaged_optimizer_wrapper import AveragedOptimizerWrapper
-from keras_avg._types import Config, OptimizerLike, Tensor
+from keras_avg._types import Config, OptimizerLike, Tensor, WrapperKeywords
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class SnapshotsAtIntervals(AveragedOptimizerWrapper):
@@ -24,7 +27,7 @@ class SnapshotsAtIntervals(AveragedOptimizerWrapper):
         start_averaging: int,
         average_period: int,
         name: str | None,
-        **kwargs: Any,
+        **kwargs: "Unpack[WrapperKeywords]",
     ) -> None:
         start = _checks.whole_number("start_averaging", start_averaging, minimum=0)
         period = _checks.whole_number("average_period", average_period, minimum=1)

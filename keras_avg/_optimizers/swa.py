@@ -1,13 +1,16 @@
 """Stochastic weight averaging: the equal-weight mean of snapshots."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import keras
 from keras import ops
 
 from keras_avg import _backend
 from keras_avg._optimizers.snapshots_at_intervals import SnapshotsAtIntervals
-from keras_avg._types import OptimizerLike, Tensor
+from keras_avg._types import AverageKeywords, OptimizerLike, Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @keras.saving.register_keras_serializable(package="keras_avg")
@@ -79,7 +82,7 @@ class SWA(SnapshotsAtIntervals):
         average_period: int = 10,
         name: str | None = "SWA",
         sequential_update: bool = True,
-        **kwargs: Any,
+        **kwargs: "Unpack[AverageKeywords]",
     ) -> None:
         super().__init__(
             optimizer,

@@ -2,15 +2,18 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import ops
 
 from keras_avg import _backend, _checks
 from keras_avg._optimizers.snapshots_at_intervals import SnapshotsAtIntervals
-from keras_avg._types import Config, OptimizerLike, Tensor
+from keras_avg._types import Config, OptimizerLike, Tensor, WrapperKeywords
 from keras_avg._wrapping.store import LONGEST_RING, Ring
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 SMALLEST_VARIANCE = 1e-30
 
@@ -87,7 +90,7 @@ class SWAG(SnapshotsAtIntervals):
         average_period: int = 10,
         rank: int = 20,
         name: str | None = "SWAG",
-        **kwargs: Any,
+        **kwargs: "Unpack[WrapperKeywords]",
     ) -> None:
         rank = _checks.whole_number("rank", rank, minimum=0, unit="columns", below=LONGEST_RING)
         super().__init__(optimizer, start_averaging, average_period, name, **kwargs)

@@ -17,7 +17,8 @@ config: dict[str, object] = {"class_name": "SGD", "config": {}}
 wrappers: list[keras_avg.AveragedOptimizerWrapper] = [
     keras_avg.SWA("sgd", start_averaging=5, average_period=2, skip_nonfinite=True),
     keras_avg.SWAG(keras.optimizers.SGD(rate), rank=3),
-    keras_avg.LAWA(config, window=3),
+    keras_avg.LAWA(config, window=3, clipnorm=1.0, average_dtype="float32"),
+    keras_avg.SWA("sgd", learning_rate=rate, decay=0.1, exclude=None),
     keras_avg.BEMA("adam", power=0.5, average_period=50),
     keras_avg.Lookahead("sgd", sync_period=6, slow_step_size=0.5),
     keras_avg.MovingAverage("adam", average_decay=0.99, exclude=["bias"]),

@@ -9,6 +9,11 @@ model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
 
 keras_avg.SWA("sgd", average_period="x")  # type: ignore[arg-type]
 keras_avg.SWA(0.1)  # type: ignore[arg-type]
+keras_avg.SWA("sgd", clipnorm="1")  # type: ignore[arg-type]
+keras_avg.SWAG("sgd", exclude=3)  # type: ignore[arg-type]
+keras_avg.LAWA("sgd", windows=3)  # type: ignore[call-arg]
+keras_avg.ModelAverage("sgd", use_ema=True)  # type: ignore[call-arg]
+keras_avg.MovingAverage("sgd", decay=0.9)  # type: ignore[call-arg]
 keras_avg.MovingAverage("sgd", average_decay="0.99")  # type: ignore[arg-type]
 keras_avg.MovingAverage("sgd", num_updates=[3])  # type: ignore[arg-type]
 keras_avg.ModelAverage("sgd", communicator="gloo")  # type: ignore[arg-type]
