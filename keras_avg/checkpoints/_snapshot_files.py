@@ -1,6 +1,5 @@
 """Writes and reads files of averages. Each snapshot is one file: a whole file, or none."""
 
-import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ import h5py
 import numpy as np
 from keras import ops
 
-from keras_avg import _keras_internals
+from keras_avg import _atomic, _keras_internals
 from keras_avg.checkpoints import _files, _runs
 from keras_avg.checkpoints._profiles import Profile
 from keras_avg.checkpoints._runs import Run
@@ -71,18 +70,9 @@ def write(path: pathlib.Path, model: Any, averages: Sequence[Kept], dtype: str, 
         dtype: String. Arrays with numbers that are too large for it are written in float32.
         run: The run that writes.
     """
-    aside = path.with_name(f"{path.name}.part")  # No function reads a file with this name.
-    try:
-        with h5py.File(aside, "w") as file:
-            file.attrs.update(format=FORMAT, **run.attributes())
-            _fill(file, model, averages, dtype)
-        _to_disk(aside)
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # Other systems cannot open directories.
-        _to_disk(path.parent)  # This writes the new name to the disk.
+    with _atomic.written_aside(path) as aside, h5py.File(aside, "w") as file:
+        file.attrs.update(format=FORMAT, **run.attributes())
+        _fill(file, model, averages, dtype)
 
 
 def _fill(file: Any, model: Any, averages: Sequence[Kept], dtype: str) -> None:
@@ -108,14 +98,6 @@ def _narrow(array: Any, dtype: str) -> Any:
     with np.errstate(over="ignore"):
         narrow = array.astype(dtype)
     return narrow if np.isfinite(narrow).all() else array.astype(np.promote_types(dtype, "f4"))
-
-
-def _to_disk(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Stored(NamedTuple):
