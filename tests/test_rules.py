@@ -181,7 +181,8 @@ def test_a_rule_needs_no_additional_traces():
     model = small.fit(small.model(Counts("sgd")), epochs=1)
     before = len(traces)
     small.fit(model, epochs=2)
-    expected = 2 * small.BATCHES if keras.backend.backend() == "torch" else 0
+    # Torch compiles nothing, and calls it where something is due: at every second step.
+    expected = small.BATCHES if keras.backend.backend() == "torch" else 0
     assert len(traces) - before == expected
 
 

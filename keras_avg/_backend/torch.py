@@ -18,6 +18,7 @@ import torch
 from keras_avg import _keras_internals
 
 IN_CACHE = 2**16  # elements. So many stay in the processor's cache until they are read again.
+IN_CACHES = 2**18  # elements. So many occupy all cores, and stay in their caches.
 ON_GPU = 2**24  # elements. So many need few kernels, and little memory beside the averages.
 SMALL = 2**13  # elements: less, and several tensors together fit into the cache
 
@@ -251,7 +252,7 @@ def _pieces(
     some: list[tuple[Any, Any]] = []
     size = 0
     for average, value in zip(averages, values, strict=True):
-        limit = IN_CACHE if average.is_cpu else ON_GPU
+        limit = IN_CACHES if average.is_cpu else ON_GPU
         for pair in _split((average, value), limit):
             if some and size + pair[0].numel() > limit:
                 yield _columns(some)

@@ -56,9 +56,8 @@ class Interpolated(AveragedOptimizerWrapper):
         self.kept["z"].flow_back_if(True)
 
     def accumulate(self, due: bool | Tensor, step: Tensor) -> None:
-        x, z = self.kept["average"], self.kept["z"]
-        x.lerp_if(due, lambda: _backend.scalar(lambda: self.value_weight(step)))
-        z.show_if(True, self._between, x)
+        average = self.kept["average"]
+        average.lerp_if(due, lambda: _backend.scalar(lambda: self.value_weight(step)))
 
     def get_config(self) -> Config:
         return super().get_config() | {"interpolation": self.interpolation}
@@ -70,6 +69,7 @@ class Interpolated(AveragedOptimizerWrapper):
     def _after_inner_step(self, step: Any, moved: Any) -> None:
         self.kept["z"].lerp_if(moved, lambda: 1.0)
         super()._after_inner_step(step, moved)
+        self.kept["z"].show_if(True, self._between, self.kept["average"])
 
     def _after_averages_were_assigned(self) -> None:
         """Set z to the averages, because training goes on from there."""

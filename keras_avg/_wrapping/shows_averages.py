@@ -36,6 +36,7 @@ class ShowsAverages(OptimizerWrapper):
         self.exclude = exclude
         #: The stores, by the names that `stores()` gives them. Empty before `build`.
         self.kept: dict[str, Store] = {}
+        self._starting = Store([], [])  # all variables of the stores that begin with the model's
         self._state_file = StateFile(self, self._own_variables, self._parts_on_file)
         self._swap: Swap | None = None
 
@@ -494,8 +495,14 @@ class ShowsAverages(OptimizerWrapper):
             if i not in excluded and _keras_internals.is_averageable(v)
         }
         dtypes = {i: self.average_dtype or _wide_enough(v) for i, v in averaged.items()}
-        kept = {s: self._own_variables.add_store(s, averaged, dtypes) for s in self.stores()}
+        first_values = self.stores()
+        kept = {s: self._own_variables.add_store(s, averaged, dtypes) for s in first_values}
         self.kept = {s: Store(own, list(averaged.values())) for s, own in kept.items()}
+        starting = [store for s, store in self.kept.items() if first_values[s] == "variable"]
+        self._starting = Store(
+            [v for store in starting for v in store.kept],
+            [v for store in starting for v in store.variables],
+        )
         self._swap = Swap(self, list(averaged.values()), flag, self.updates_so_far)
 
     def _after_build(self) -> None:
@@ -512,12 +519,8 @@ class ShowsAverages(OptimizerWrapper):
 
     def _before_inner_step(self) -> None:
         """At the first update, copy the variables into the stores that begin with them."""
-        starts = self.stores()
-        begin = [store for name, store in self.kept.items() if starts[name] == "variable"]
-        if begin:
-            kept = [v for store in begin for v in store.kept]
-            variables = [v for store in begin for v in store.variables]
-            _backend.start_averages(self._updates.read(), kept, variables)
+        if self._starting.kept:
+            self._starting.start(self._updates.read())
 
     def _refuse_training(self) -> None:
         if any(isinstance(scope, Reading) for scope in _keras_internals.scopes()):
