@@ -249,7 +249,10 @@ def _move(averages: Sequence[Any], values: Sequence[Any], weight: Any) -> None:
 
     def copy_all() -> None:
         for average, value in zip(averages, values, strict=True):
-            average.assign(tf.cast(value, average.dtype), read_value=False)
+            value = tf.cast(value, average.dtype)
+            # For a bare copy, XLA would copy the average in the other branch too.
+            value = value if isinstance(weight, float) else tf.where(weight == 1, value, average)
+            average.assign(value, read_value=False)
 
     if isinstance(weight, float):
         (copy_all if weight == 1.0 else add)()
