@@ -177,6 +177,11 @@ class TestTheContext:
         with pytest.raises(ValueError, match="no snapshot yet"), model.optimizer.sample_weights():
             pass
 
+    def test_sample_weights_before_the_build_is_refused_by_its_name(self):
+        sampling = SWAG("sgd").sample_weights()
+        with pytest.raises(ValueError, match="`sample_weights` has nothing to work on"), sampling:
+            pass
+
     @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize(
         ("arguments", "received"),

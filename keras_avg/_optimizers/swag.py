@@ -141,6 +141,7 @@ class SWAG(SnapshotsAtIntervals):
         scale = _checks.non_negative("scale", scale)
         if seed is not None:
             seed = _checks.whole_number("seed", seed, minimum=0, unit="units")
+        self._check_built("sample_weights")
         with self.showing(lambda: self._sample(seed, scale)):
             yield
 
