@@ -443,7 +443,8 @@ class TestNoCodeRuns:
         assert b"posix" in arrays.getvalue() or b"io" in arrays.getvalue()
         replace(path, "model.weights.h5", arrays.getvalue(), "model.weights.npz")
 
-        with pytest.raises(ValueError, match="allow_pickle"):
+        since_316 = "Expected a model.weights.h5 file"  # the message of Keras 3.16
+        with pytest.raises(ValueError, match=f"allow_pickle|{since_316}"):
             keras.saving.load_model(path)
 
     def test_a_pickle_instead_of_an_array_runs_no_code(self, swapped_file, marker):

@@ -198,7 +198,8 @@ class TestAStepThatHadNoBatch:
 
     def test_a_step_without_a_batch_counts_with_a_bare_optimizer(self):
         model = self.fit(optimizers.Adam())
-        assert int(model.optimizer.iterations) == EPOCHS * (small.BATCHES + 1)
+        counts_too_much = tuple(map(int, keras.__version__.split(".")[:2])) < (3, 16)
+        assert int(model.optimizer.iterations) == EPOCHS * (small.BATCHES + counts_too_much)
 
     @pytest.mark.parametrize(
         ("wrapper", "snapshots"),
