@@ -269,6 +269,26 @@ class TestTrainingWhileSwapped:
         small.assert_same_bits(trainable(model), raw)
         small.fit(model, epochs=1)
 
+    @pytest.mark.parametrize("eagerly", [False, True])
+    def test_a_loaded_model_that_never_trained_refuses_training_and_keeps_its_statistics(
+        self, eagerly, tmp_path
+    ):
+        model = trained()
+        keras_avg.swap_weights(model)
+        model.save_weights(tmp_path / "m.weights.h5")
+        loaded = small.model(SWA(optimizers.Adam(0.01), 0, 2))
+        loaded.run_eagerly = eagerly
+        loaded.optimizer.build(loaded.trainable_variables)
+        loaded.load_weights(tmp_path / "m.weights.h5")
+        before = loaded.get_weights()
+
+        with pytest.raises(RuntimeError, match="so training is refused"):
+            small.fit(loaded, epochs=1)
+
+        small.assert_same_bits(loaded.get_weights(), before)
+        keras_avg.swap_weights(loaded)
+        small.fit(loaded, epochs=1)
+
     @pytest.mark.slow_on("jax", "tensorflow")
     def test_a_second_fit_without_the_callback_is_refused(self):
         model = small.model(SWA(optimizers.Adam(0.01), 0, 2))

@@ -52,6 +52,12 @@ def note_training_model(wrapper: Any) -> None:
             note_model(wrapper, model)
 
 
+def note_loaded_model(wrapper: Any, model: Any) -> None:
+    """Remember a model whose file is being loaded, if the wrapper is its optimizer and fits it."""
+    if _is_at_work(wrapper, model) and not _foreign_variables(wrapper, model):
+        note_model(wrapper, model)
+
+
 def models_of(wrappers: Iterable[Any]) -> list[Any]:
     """The models that some wrappers are known to work for."""
     return [model for wrapper in wrappers for model in _models_of(wrapper)]

@@ -130,6 +130,7 @@ class StateFile:
         held = self._raw_values_from(raw, swap) if raw else None
         if held and (model := bindings.model_on_file(self._optimizer)) is not None:
             held.bind_statistics(model)
+            bindings.note_loaded_model(self._optimizer, model)
         self._own.add_what_is_stored(stored)
         fitting.assign({name: self._own.by_name[name] for name in stored}, stored)
         swap.hold(held)

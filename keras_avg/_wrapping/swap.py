@@ -151,7 +151,8 @@ class Swap:
         else:
             _under_way.add(self)
             refuse = _refusing(self)
-            for model in models:  # A model that is not compiled yet is refused by its first trace.
+            for model in models:  # A step that is not compiled yet is refused by its first trace.
+                train_function.make_if_eager(model)
                 train_function.watch(model, id(self), refuse)
 
     def note_state(self) -> None:

@@ -10,6 +10,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import keras
+
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
@@ -76,6 +78,19 @@ def leave(model: Any, key: Any) -> None:
         function.instead.pop(key, None)
         if not function.contexts:
             model.train_function = function.function
+
+
+def make_if_eager(model: Any) -> None:
+    """Let a model that runs eagerly make its train function now, if it has none.
+
+    A step that will be compiled is traced first, and a context that raises during the trace stops
+    it before anything changes. An eager step has no trace. Its forward pass has already changed
+    batch-normalization statistics when the optimizer is called.
+    """
+    is_eager = keras.backend.backend() == "torch" or getattr(model, "run_eagerly", False)
+    is_ready = getattr(model, "compiled", False) and getattr(model, "train_function", 0) is None
+    if is_eager and is_ready and getattr(model, "steps_per_execution", 1) == 1:
+        model.make_train_function()
 
 
 def forget(model: Any) -> None:
