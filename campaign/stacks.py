@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from keras import optimizers
 
 import keras_avg
+from keras_avg._wrapping import nesting
 
 
 class Snapshots:
@@ -149,6 +150,7 @@ def wrapper(draw, kinds):
 
 NOTHING_FLOWS_BACK = ["SWA", "LAWA", "SWAG", "MovingAverage", "BEMA"]
 TRANSPARENT = [*NOTHING_FLOWS_BACK, "Lookahead", "ModelAverage"]
+IN_MEMBERS = [*NOTHING_FLOWS_BACK, "Lookahead"]
 OPAQUE = ["ScheduleFree", "PrimalAverage", "slow Lookahead"]
 
 
@@ -189,15 +191,8 @@ class Stack:
 
     def __repr__(self):
         around = "LossScaleOptimizer, " * self.loss_scale
-        kinds = [f"{type(w).__name__}({w.rule()})" for w in self._chain() if hasattr(w, "rule")]
+        kinds = [f"{type(w).__name__}({w.rule()})" for w in _wrappers_in(self.wrapped())]
         return f"<{around}{', '.join(kinds)} of {self.inner}; {self.outermost}>"
-
-    def _chain(self):
-        optimizer, found = self.wrapped(), []
-        while hasattr(optimizer, "inner_optimizer"):
-            found.append(optimizer)
-            optimizer = optimizer.inner_optimizer
-        return found
 
     def wrapped(self):
         optimizer = INNER[self.inner]()
@@ -223,8 +218,53 @@ class Stack:
         return optimizers.LossScaleOptimizer(optimizer, initial_scale=8.0, dynamic_growth_steps=3)
 
 
+class Members(Stack):
+    """A `MultiOptimizer` with two wrapped members: one for kernels, and one for all others.
+
+    Args:
+        rest: List of pairs as `wrapper` draws them, of the member for all others.
+        kernels: The same, of the member for kernels.
+    """
+
+    def __init__(self, rest, kernels):
+        super().__init__("members", [], {}, False, True)
+        self.rest, self.kernels = rest, kernels
+
+    def __repr__(self):
+        kinds = [f"{type(w).__name__}({w.rule()})" for w in _wrappers_in(self.wrapped())]
+        return f"<MultiOptimizer of {', '.join(kinds)}>"
+
+    def wrapped(self):
+        return self._of(
+            _wrap(optimizers.SGD(0.05, momentum=0.5), self.rest),
+            _wrap(optimizers.Adam(0.01), self.kernels),
+        )
+
+    def twin(self):
+        return self._of(optimizers.SGD(0.05, momentum=0.5), optimizers.Adam(0.01))
+
+    def followers(self):
+        return [make() for _, make in [*reversed(self.kernels), *reversed(self.rest)]]
+
+    def _of(self, rest, kernels):
+        return optimizers.MultiOptimizer(optimizers.OptimizerMap(rest, {".*kernel": kernels}))
+
+
+def _wrap(optimizer, wrappers):
+    for make, _ in wrappers:
+        optimizer = make(optimizer)
+    return optimizer
+
+
+def _wrappers_in(optimizer):
+    return [each for each in nesting.walk(optimizer) if hasattr(each, "rule")]
+
+
 @st.composite
 def stacks(draw):
+    if hasattr(optimizers, "MultiOptimizer") and draw(st.integers(0, 5)) == 0:
+        some = st.lists(wrapper(IN_MEMBERS), min_size=1, max_size=2)
+        return Members(draw(some), draw(some))
     is_transparent = draw(st.integers(0, 4)) > 0
     inner = draw(st.sampled_from(sorted(INNER)))
     wrappers = draw(st.lists(wrapper(TRANSPARENT), min_size=1, max_size=3))

@@ -14,6 +14,7 @@ is trained in the same way, and not changed otherwise. After each rule:
 import argparse
 import contextlib
 import copy
+import gc
 import json
 import pathlib
 import pickle
@@ -34,6 +35,7 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 from keras import ops
 
 import keras_avg
+from keras_avg._wrapping import nesting
 from keras_avg.callbacks import AverageModelCheckpoint, BackupAndRestore, SwapAverageWeights
 
 TOLERANCE = 1e-5  # of averages of a few dozen float32 values of order 1
@@ -63,16 +65,15 @@ def numpy(variable):
     return np.array(ops.convert_to_numpy(variable), copy=True)
 
 
-def innermost(optimizer):
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    return optimizer
-
-
 def same(ours, theirs, what):
     assert len(ours) == len(theirs), f"{what}: {len(ours)} and {len(theirs)}"
     for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         np.testing.assert_array_equal(one, other, err_msg=f"{what}, array {i}")
+
+
+def shares_variables(wrapper, other):
+    ours = {id(v) for v in wrapper.averaged_variables}
+    return any(id(v) in ours for v in other.averaged_variables)
 
 
 def everything(model):
@@ -149,7 +150,7 @@ class Walk(RuleBasedStateMachine):
             if not self.started:
                 before = values
             self.twin.train_on_batch(x[i : i + BATCH], y[i : i + BATCH])
-            updates = int(ops.convert_to_numpy(innermost(self.twin.optimizer).iterations))
+            updates = int(ops.convert_to_numpy(nesting.innermost(self.twin.optimizer).iterations))
             if updates == self.updates:
                 continue
             if not self.started:
@@ -303,23 +304,29 @@ class Walk(RuleBasedStateMachine):
         before = everything(self.model)
         if not wrapper.built:
             return
-        if self.is_swapped:
-            if wrapper.averages_in_model:
-                if self.is_recomputed:
-                    return
-                wrapper.swap_weights()
-                self.is_swapped = False
-            else:
-                why = "holds the averages" if wrapper.has_average else "no snapshot"
-                self.refused((RuntimeError, ValueError), why, wrapper.swap_weights)
+        if wrapper.averages_in_model:
+            if self.is_recomputed:
+                return
+            wrapper.swap_weights()
+            self.is_swapped = bool(self.holders())
+            return
+        if any(shares_variables(wrapper, holder) for holder in self.holders()):
+            why = "holds the averages" if wrapper.has_average else "no snapshot"
+            self.refused((RuntimeError, ValueError), why, wrapper.swap_weights)
             return
         if not wrapper.has_average:
             self.refused(ValueError, "no snapshot", wrapper.swap_weights)
             return
+        was_swapped, self.is_swapped = self.is_swapped, True
         wrapper.swap_weights()
         self.law()
         wrapper.swap_weights()
+        self.is_swapped = was_swapped
         same(everything(self.model), before, "a second swap does not undo the first")
+
+    def holders(self):
+        """The wrappers whose averages are in the model."""
+        return [w for w in self.wrappers if w.averages_in_model]
 
     @precondition(lambda self: self.has_snapshot())
     @rule(broken=st.booleans(), recompute=st.booleans())
@@ -472,7 +479,7 @@ class Walk(RuleBasedStateMachine):
             try:
                 optimizer.learning_rate = rate
             except (TypeError, ValueError, AttributeError):
-                assert self.stack.inner in ("schedule", "multi")
+                assert self.stack.inner in ("schedule", "multi", "members")
 
     @rule(change=st.sampled_from(["lora", "quantize"]))
     def change_the_layers_of_a_copy(self, change):
@@ -509,8 +516,10 @@ class Walk(RuleBasedStateMachine):
         if not hasattr(self, "model"):
             return
         wrappers = self.wrappers
-        holders = [w for w in wrappers if w.averages_in_model]
-        assert len(holders) <= 1
+        holders = self.holders()
+        held = [id(v) for holder in holders for v in holder.averaged_variables]
+        assert len(set(held)) == len(held), "two averages in one variable"
+        assert bool(holders) == self.is_swapped
         for holder in holders:
             shown = [numpy(a) for a in holder.averages()]
             held = [numpy(v) for v in holder.averaged_variables]
@@ -527,10 +536,10 @@ class Walk(RuleBasedStateMachine):
         ours, theirs = self.model.optimizer, self.twin.optimizer
         if self.stack.loss_scale and ours.built and theirs.built:
             assert numpy(ours.dynamic_scale) == numpy(theirs.dynamic_scale)
-        ours, theirs = innermost(ours), innermost(theirs)
         if ours.built and theirs.built:
-            state = [[numpy(v) for v in each.variables] for each in (ours, theirs)]
-            same(*state, "the inner optimizer's state")
+            both = (nesting.leaves(ours), nesting.leaves(theirs))
+            state = [[numpy(v) for leaf in leaves for v in leaf.variables] for leaves in both]
+            same(*state, "the inner optimizers' state")
 
     def check_averages(self):
         for wrapper, follower in zip(self.wrappers, self.followers, strict=True):
@@ -572,6 +581,7 @@ def main():
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--seconds", type=float, default=float("inf"))
     chosen = options.parse_args()
+    gc.freeze()  # Keras' `quantize` collects garbage. It need not search the imported modules.
     began, done, broken = time.perf_counter(), 0, 0
     while done < chosen.walks and time.perf_counter() - began < chosen.seconds:
         seed = chosen.seed + done
