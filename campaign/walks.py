@@ -226,6 +226,7 @@ class Walk(RuleBasedStateMachine):
     )
     def restart_from_a_backup(self, died, save_freq, with_averages):
         hypothesis.assume(not self.is_swapped and not self.is_recomputed)
+        self.build_optimizer()  # Otherwise the file would not have its rate.
         folder = self.path("backup")
         x, y = self.batches(3)
         initial = self.path("initial.weights.h5")

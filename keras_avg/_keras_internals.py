@@ -281,19 +281,40 @@ def reattach_state(optimizer: Any) -> bool:
     Returns:
         Whether the variables have values now.
     """
-    frame: types.FrameType | None = sys._getframe()
-    while any(map(is_purged, optimizer.variables)):
-        frame = frame.f_back if frame else None
-        if frame is None:
+    for model, state in _fits_under_way():
+        if not any(map(is_purged, optimizer.variables)):
+            break
+        if any(array.is_deleted() for values in state for array in values):
             return False
-        model, state = frame.f_locals.get("self"), frame.f_locals.get("state")
-        if isinstance(model, keras.Model) and isinstance(state, tuple) and len(state) == 4:
-            if any(array.is_deleted() for values in state for array in values):
-                return False
-            model._jax_state = dict(zip(JAX_STATE, state, strict=True))
-            model._jax_state_synced = False
-            model.jax_state_sync()
-    return True
+        _set_jax_state(model, state)
+        model.jax_state_sync()
+    return not any(map(is_purged, optimizer.variables))
+
+
+def keep_state_of_refused_step() -> None:
+    """Let the JAX trainer restore the state from before a step that is being refused.
+
+    When `fit` fails, Keras restores the state of the last step. If `fit` has done no step, this is
+    the state after the last `train_on_batch`, so what was assigned since then would be lost.
+    """
+    for model, state in _fits_under_way():
+        _set_jax_state(model, state)
+
+
+def _set_jax_state(model: keras.Model, state: tuple[Any, ...]) -> None:
+    model._jax_state = dict(zip(JAX_STATE, state, strict=True))
+    model._jax_state_synced = False
+
+
+def _fits_under_way() -> Iterator[tuple[keras.Model, tuple[Any, ...]]]:
+    """The models of each `fit` of the JAX trainer that is under way, and their states there."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "fit" and _is_of_keras(frame):
+            model, state = frame.f_locals.get("self"), frame.f_locals.get("state")
+            if isinstance(model, keras.Model) and isinstance(state, tuple) and len(state) == 4:
+                yield model, state
+        frame = frame.f_back
 
 
 def models_among_callers(name: str) -> Iterator[Any]:

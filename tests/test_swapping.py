@@ -289,6 +289,26 @@ class TestTrainingWhileSwapped:
         keras_avg.swap_weights(loaded)
         small.fit(loaded, epochs=1)
 
+    @pytest.mark.slow_on("tensorflow")
+    @pytest.mark.parametrize(
+        "is_traced_again", [False, pytest.param(True, marks=sees_compiled_steps)]
+    )
+    def test_the_averages_stay_in_a_model_whose_last_step_was_one_batch(self, is_traced_again):
+        model = trained()
+        model.train_on_batch(small.X[:8], small.Y[:8])
+        raw = trainable(model)
+        keras_avg.swap_weights(model)
+        state = [*model.get_weights(), *model.optimizer.get_weights()]
+        if is_traced_again:
+            model.train_function = None
+
+        with pytest.raises(RuntimeError, match="so training is refused"):
+            small.fit(model)
+
+        small.assert_same_bits([*model.get_weights(), *model.optimizer.get_weights()], state)
+        keras_avg.swap_weights(model)
+        small.assert_same_bits(trainable(model), raw)
+
     @pytest.mark.slow_on("jax", "tensorflow")
     def test_a_second_fit_without_the_callback_is_refused(self):
         model = small.model(SWA(optimizers.Adam(0.01), 0, 2))
@@ -390,6 +410,23 @@ def test_a_new_optimizer_starts_from_the_averages_that_another_left_in_the_model
 
     small.assert_same_bits(trainable(model), raw)
     assert first.averages_in_model  # It cannot know that the other optimizer has trained them.
+
+
+@pytest.mark.skipif(
+    not hasattr(optimizers, "MultiOptimizer"), reason="MultiOptimizer came with Keras 3.15"
+)
+def test_a_new_optimizer_of_a_part_of_the_variables_starts_from_the_averages_of_members():
+    rest, kernels = SWA("sgd", 0, 1), SWA("adam", 0, 1)
+    members = optimizers.OptimizerMap(rest, {".*kernel": kernels})
+    model = small.fit(small.model(optimizers.MultiOptimizer(members)), epochs=1)
+    keras_avg.swap_weights(model)
+    model.layers[0].trainable = False
+    second = SWA("sgd", 0, 1)
+    model.compile(second, "mse")
+    second.build(model.trainable_variables)  # Some kernels are frozen, and biases are new here.
+
+    small.fit(model, epochs=1)
+    assert second.num_snapshots > 0
 
 
 class TestFilesWrittenWhileSwapped:

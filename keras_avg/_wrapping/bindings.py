@@ -105,6 +105,14 @@ def work_for_the_same(wrapper: Any, other: Any) -> bool:
     return _has_all(wrapper, other) or _has_all(other, wrapper)
 
 
+def has_replaced(wrapper: Any, other: Any) -> bool:
+    """Whether a model of `other` was compiled anew, so that now `wrapper` trains it instead."""
+    return any(
+        _is_at_work(wrapper, model) and not _is_at_work(other, model)
+        for model in models_of([other])
+    )
+
+
 def _has_all(wrapper: Any, other: Any) -> bool:
     variables = _keras_internals.built_variables(other)
     return all(_keras_internals.variable_index(wrapper, v) is not None for v in variables)

@@ -288,6 +288,7 @@ class OptimizerWrapper(ClassicSlots):
             # TensorFlow cannot trace the same function again after a trace that failed.
             for model in bindings.models_of([self]):
                 train_function.forget(model)
+            _keras_internals.keep_state_of_refused_step()
             raise
 
     def _variables_for(self, grads: list[Any], variables: list[Any] | None) -> list[Any]:

@@ -194,13 +194,17 @@ class Swap:
         if flag or (flag is None and (self.raw is not None or self._is_raw_lost)):
             self.raw_or_refuse()
             raise self._refusal(what)
-        if _under_way:
+        if holding(self.variables):
+            for other in holding(self.variables):
+                if bindings.has_replaced(self._owner, other._owner):
+                    _under_way.discard(other)
             refuse_while_held(self.variables, what)
 
     def refuse_compiled_training(self) -> None:
         """Refuse a train step that was compiled before the swap. It is called before each step."""
         self.notice_restored_state()
         if self in _under_way:
+            _keras_internals.keep_state_of_refused_step()
             raise self._refusal("training")
 
     def refuse_training_meanwhile(self, even_if_told: bool = False) -> None:
