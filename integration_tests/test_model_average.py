@@ -109,6 +109,27 @@ def alone_traces():
 
 
 @pytest.mark.thorough
+def test_a_worker_without_data_joins_the_rounds_of_the_others():
+    *_, without = results = train(3, batches=[9, 6, 0])
+    assert largest_deviation(results, [9, 6, 0]) <= TOLERANCE
+    assert (without["steps"], without["rounds"]) == (0, 3)
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(COMPILED, reason="torchrun is torch's launcher")
+def test_torchrun_starts_a_job_again_and_it_ends_with_the_same_weights(tmp_path):
+    options = {"batches": [9, 9], "epochs": 3, "timeout": 20}
+    failing = {"failing": [1, "kill", 9 + 4], "folder": str(tmp_path)}
+    again = workers.torchrun("train.py", 2, json.dumps(options | failing), restarts=1)
+
+    assert (tmp_path / "failed_1").exists()
+    for result, expected in zip(again, train(2, **options), strict=True):
+        np.testing.assert_array_equal(flat(result["weights"]), flat(expected["weights"]))
+        np.testing.assert_array_equal(flat(result["center"]), flat(expected["center"]))
+        assert result["steps"] == 9 * 3
+
+
+@pytest.mark.thorough
 def test_a_round_at_every_step_of_plain_sgd_equals_data_parallel_training():
     results = train(2, interval=1, inner={"learning_rate": 0.05})
 

@@ -83,17 +83,22 @@ def run(program, size, *arguments):
     return [result for _, result, _ in results]
 
 
-def torchrun(program, size):
-    """The JSON that each worker printed. Torch's own launcher starts the workers."""
+def torchrun(program, size, *arguments, restarts=0):
+    """The JSON that each worker printed. Torch's own launcher starts the workers.
+
+    If a worker fails, the launcher ends the others and starts all again, at most `restarts` times.
+    """
     with tempfile.TemporaryDirectory() as folder:
         port = environments(1)[0]["MASTER_PORT"]
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
         command += ["--master-addr", "127.0.0.1", "--master-port", port]
-        command += ["--redirects", "1", "--log-dir", folder, str(PROGRAMS / program)]
+        command += ["--max-restarts", str(restarts), "--redirects", "1", "--log-dir", folder]
+        command += [str(PROGRAMS / program), *map(str, arguments)]
         environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=120, check=False
+            command, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, done.stderr
-        logs = {int(p.parent.name): p for p in pathlib.Path(folder).rglob("stdout.log")}
-        return [_result(logs[rank].read_text()) for rank in range(size)]
+        logs = sorted(pathlib.Path(folder).rglob("stdout.log"))  # The last attempt comes last.
+        last = {int(path.parent.name): path for path in logs}
+        return [_result(last[rank].read_text()) for rank in range(size)]

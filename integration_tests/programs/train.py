@@ -83,6 +83,14 @@ def callbacks(options, communicator):
         yield Fails(*options["failing"][1:], folder / f"failed_{communicator.rank}")
 
 
+def only_join(model):
+    """What a worker without data does, because Keras refuses to fit nothing."""
+    callback = keras_avg.callbacks.SynchronizeWorkers()
+    callback.set_model(model)
+    callback.on_train_begin()
+    callback.on_train_end()
+
+
 def main(options):
     communicator = keras_avg.distributed.initialize(options["timeout"])
     rank, traces = communicator.rank, []
@@ -108,15 +116,11 @@ def main(options):
     result = {"rank": rank, "initial": initial, "error": None}
     began = time.perf_counter()
     try:
-        model.fit(
-            x,
-            y,
-            batch_size=BATCH,
-            epochs=options["epochs"],
-            shuffle=False,
-            verbose=0,
-            callbacks=list(callbacks(options, communicator)),
-        )
+        if len(x):
+            how = {"batch_size": BATCH, "epochs": options["epochs"], "shuffle": False, "verbose": 0}
+            model.fit(x, y, callbacks=list(callbacks(options, communicator)), **how)
+        else:
+            only_join(model)
     except (RuntimeError, ValueError) as error:
         result |= {"error": f"{type(error).__name__}: {error}"}
         if options["folder"]:

@@ -24,6 +24,10 @@ class SynchronizeWorkers(keras.callbacks.Callback):
 
     With one worker the callback does nothing.
 
+    Keras refuses to fit no data. A worker that has none calls the callback itself in the place of
+    `fit`: `callback.set_model(model)`, `callback.on_train_begin()`, `callback.on_train_end()`. It
+    returns when the others have finished. Its model has the mean of the last round.
+
     List `BackupAndRestore` after this callback, with a folder for each worker. Otherwise a worker
     that finishes early would delete its backup while others still train.
 

@@ -81,11 +81,18 @@ def _start(timeout: datetime.timedelta) -> None:
         backend = "nccl"
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # Then the launcher has already made the store.
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        dist.init_process_group(backend, timeout=timeout)
+        if os.environ.get("GROUP_WORLD_SIZE") != "1":  # torchrun runs on several machines.
+            dist.init_process_group(backend, timeout=timeout)
+            return
+        store = dist.TCPStore(host, port, size, is_master=False, timeout=timeout)
+        # After a restart by torchrun, the store may still have the addresses of dead workers.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"keras_avg_attempt_{attempt}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         return
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     listener = _listener(host, port).detach() if rank == 0 else None
     if rank > 0:
         _wait_for_listener(host, port, timeout.total_seconds())
