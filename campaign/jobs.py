@@ -10,6 +10,7 @@ failure.
 import argparse
 import json
 import pathlib
+import signal
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ import workers
 
 EPOCHS, BATCHES, INTERVAL = 3, 9, 3
 LONGEST = 600  # seconds for a whole job
+MEGABYTES = 64  # of each worker in a large sum; far more than the buffers of a connection
 CHIEF_DIES_WITH_ALL = keras.backend.backend() == "jax"  # the chief runs its coordination service
 
 
@@ -74,14 +76,54 @@ def goes_on(size, timeout, **options):
     return {"seconds": round(seconds, 1), "rounds": found[0][1]["rounds"]}
 
 
+def freezes(size, timeout):
+    """One worker freezes while large sums are under way, so that network buffers are full."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = workers.start("large_sums.py", size, MEGABYTES, timeout, folder)
+        while not pathlib.Path(folder, "summed_1").exists():
+            time.sleep(0.1)
+            assert processes[1].poll() is None, processes[1].communicate()
+        time.sleep(0.5)  # Sums are under way without a pause.
+        processes[1].send_signal(signal.SIGSTOP)
+        others = [p for rank, p in enumerate(processes) if rank != 1]
+        found = workers.finish(others, LONGEST)
+        processes[1].kill()
+        processes[1].communicate()
+    for code, result, err in found:
+        assert code == 0, err
+        assert "has lost" in result["error"], result
+        assert result["kept"], result
+    return {"seconds until all others knew": round(max(r["waited"] for _, r, _ in found), 1)}
+
+
+def restarts(size, timeout):
+    """Torch's launcher starts the job again after one worker was killed."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"epochs": EPOCHS, "interval": INTERVAL, "batches": [BATCHES] * size,
+            "folder": folder, "timeout": timeout, "failing": [1, "kill", BATCHES + 4]}  # fmt: skip
+        again = workers.torchrun("train.py", size, json.dumps(options), restarts=1)
+        assert pathlib.Path(folder, "failed_1").exists()
+    expected, _ = run(size, timeout=timeout)
+    for result, (_, right, _) in zip(again, expected, strict=True):
+        assert result["error"] is None, result
+        assert result["weights"] == right["weights"]
+        assert result["center"] == right["center"]
+        assert result["steps"] == EPOCHS * BATCHES
+    return {"restarts": 1}
+
+
 SCENARIOS = {
     "one is killed": lambda n, t: fails(n, t, [1], "kill"),
     "one stalls": lambda n, t: fails(n, t, [1], "stall"),
     "two are killed": lambda n, t: fails(n, t, [1, n - 1], "kill"),
     "the chief is killed": lambda n, t: fails(n, t, [0], "kill"),
     "one is slow": lambda n, t: goes_on(n, t, slow=[1, 0.1]),
+    "one has no data": lambda n, t: goes_on(n, t, batches=[BATCHES] * (n - 1) + [0]),
+    "one freezes in a large sum": freezes,
     "uneven shards": lambda n, t: goes_on(n, t, batches=[3 + 2 * i for i in range(n)]),
 }
+if keras.backend.backend() == "torch":
+    SCENARIOS["one is killed, and torchrun starts again"] = restarts
 
 
 def main():

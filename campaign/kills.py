@@ -9,6 +9,7 @@ failures are counted, but are no error of this program.
 
 import argparse
 import collections
+import functools
 import json
 import multiprocessing
 import os
@@ -20,37 +21,57 @@ import tempfile
 import time
 import warnings
 
+import h5py
 import keras
+import killed_jobs
 import numpy as np
 
 import keras_avg
-from keras_avg.callbacks import AverageModelCheckpoint, BackupAndRestore, SwapAverageWeights
+from keras_avg.callbacks import (
+    AverageModelCheckpoint,
+    BackupAndRestore,
+    SaveAverages,
+    SwapAverageWeights,
+)
 
 EPOCHS, BATCHES, BATCH, UNITS = 3, 4, 4, 400  # a save takes about as long as the steps before
 _random = np.random.default_rng(3)
 X = _random.normal(size=(BATCH * BATCHES, 16)).astype("float32")
 Y = X[:, :1]
-# Torch starts its threads at its first computation. Before that, a process can be forked safely.
-START = "fork" if keras.backend.backend() == "torch" else "spawn"
+# A server that has imported everything starts the processes. It computes nothing, because a process
+# whose framework has started its threads cannot be forked safely.
+START = multiprocessing.get_context("forkserver")
 
 BACKUPS = {
-    "ours, by epoch": lambda folder: BackupAndRestore(folder),
-    "ours, by batch": lambda folder: BackupAndRestore(folder, save_freq=1),
-    "ours, two of them": lambda folder: BackupAndRestore(folder, 3, double_checkpoint=True),
-    "Keras', by epoch": lambda folder: keras.callbacks.BackupAndRestore(str(folder)),
-    "Keras', by batch": lambda folder: keras.callbacks.BackupAndRestore(str(folder), 1),
+    "ours, by epoch": lambda folder: [BackupAndRestore(folder / "backup")],
+    "ours, by batch": lambda folder: [BackupAndRestore(folder / "backup", save_freq=1)],
+    "ours, two of them": lambda folder: [
+        BackupAndRestore(folder / "backup", 3, double_checkpoint=True)
+    ],
+    "ours, with SaveAverages": lambda folder: [
+        SaveAverages(folder / "averages", every_steps=2, dtype="float32"),
+        BackupAndRestore(folder / "backup", save_freq=1),
+    ],
+    "Keras', by epoch": lambda folder: [keras.callbacks.BackupAndRestore(str(folder / "backup"))],
+    "Keras', by batch": lambda folder: [
+        keras.callbacks.BackupAndRestore(str(folder / "backup"), 1)
+    ],
 }
 FILES = {
-    "AverageModelCheckpoint, model": lambda path: AverageModelCheckpoint(
-        False, path.with_suffix(".keras"), save_freq=1
-    ),
-    "AverageModelCheckpoint, weights": lambda path: AverageModelCheckpoint(
-        False, path.with_suffix(".weights.h5"), save_freq=1, save_weights_only=True
-    ),
-    "Keras' ModelCheckpoint": lambda path: keras.callbacks.ModelCheckpoint(
-        path.with_suffix(".keras"), save_freq=1
-    ),
+    "AverageModelCheckpoint, model": lambda folder: [
+        AverageModelCheckpoint(False, folder / "file.keras", save_freq=1)
+    ],
+    "AverageModelCheckpoint, weights": lambda folder: [
+        AverageModelCheckpoint(
+            False, folder / "file.weights.h5", save_freq=1, save_weights_only=True
+        )
+    ],
+    "SaveAverages": lambda folder: [SaveAverages(folder / "file", every_steps=1)],
+    "Keras' ModelCheckpoint": lambda folder: [
+        keras.callbacks.ModelCheckpoint(folder / "file.keras", save_freq=1)
+    ],
 }
+JOBS = {"ours, of two workers": killed_jobs.one}
 
 
 class Tells(keras.callbacks.Callback):
@@ -75,7 +96,10 @@ def build():
         keras.layers.Dense(1),
     ]
     model = keras.Sequential(layers)
-    optimizer = keras_avg.SWA(keras_avg.MovingAverage(keras.optimizers.Adam(0.001)), 1, 2)
+    inner = keras_avg.MovingAverage(
+        keras.optimizers.Adam(0.001), average_decay=keras_avg.decays.PowerFunction(0.1)
+    )
+    optimizer = keras_avg.SWA(inner, 1, 2)
     model.compile(optimizer, "mse")
     return model
 
@@ -85,30 +109,32 @@ def train(kind, folder, result=None):
     warnings.simplefilter("ignore")
     folder = pathlib.Path(folder)
     model = build()
-    callbacks = [SwapAverageWeights()]
-    if kind in BACKUPS:
-        callbacks.append(BACKUPS[kind](folder / "backup"))
-    elif kind in FILES:
-        callbacks.append(FILES[kind](folder / "file"))
-    callbacks.append(Tells(folder))
+    own = (BACKUPS | FILES).get(kind, lambda folder: [])(folder)
+    callbacks = [SwapAverageWeights(), *own, Tells(folder)]
     how = {"batch_size": BATCH, "epochs": EPOCHS, "shuffle": False, "verbose": 0}
     model.fit(X, Y, callbacks=callbacks, **how)
     if result is not None:
         keras_avg.swap_weights(model)
         arrays = [*model.get_weights(), *model.optimizer.get_weights()]
+        for saved in sorted(folder.glob("averages/*.h5")):
+            arrays += arrays_in(saved)
         np.savez(result, *arrays)
 
 
+def arrays_in(path):
+    """All arrays of a file of averages."""
+    found = []
+    with h5py.File(path) as file:
+        file.visititems(
+            lambda name, each: found.append(each[...]) if hasattr(each, "shape") else None
+        )
+    return found
+
+
 def started(kind, folder, result):
-    process = multiprocessing.get_context(START).Process(target=train, args=(kind, folder, result))
+    process = START.Process(target=train, args=(kind, folder, result))
     process.start()
     return process
-
-
-def seconds_to_the_end(kind, folder):
-    began = time.perf_counter()
-    started(kind, folder, None).join()
-    return time.perf_counter() - began
 
 
 def killed_after(process, seconds):
@@ -126,7 +152,7 @@ def one_backup(kind, chance, seconds, undisturbed):
     with tempfile.TemporaryDirectory() as folder:
         result = pathlib.Path(folder, "result.npz")
         for _ in range(chance.choice([1, 1, 2])):
-            if not killed_after(started(kind, folder, result), chance.uniform(0.1, 1.0) * seconds):
+            if not killed_after(started(kind, folder, result), chance.uniform(0.3, 1.0) * seconds):
                 break
         process = started(kind, folder, result)
         process.join(60 + 20 * seconds)
@@ -135,27 +161,61 @@ def one_backup(kind, chance, seconds, undisturbed):
             return "hangs"
         if process.exitcode or not result.exists():
             return "cannot be opened"
-        with np.load(result) as found:
-            same = [np.array_equal(found[name], undisturbed[name]) for name in undisturbed]
-        return "ends where it would have" if all(same) else "ends elsewhere"
+        found = read(result)
+    same = found.keys() == undisturbed.keys() and all(
+        np.array_equal(found[name], undisturbed[name]) for name in undisturbed
+    )
+    return "ends where it would have" if same else "ends elsewhere"
+
+
+def read(path):
+    with np.load(path) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def one_file(kind, chance, seconds):
     """Kill training once. A file that was written before must still be complete."""
     with tempfile.TemporaryDirectory() as folder:
-        killed_after(started(kind, folder, None), chance.uniform(0.1, 1.0) * seconds)
+        killed_after(started(kind, folder, None), chance.uniform(0.3, 1.0) * seconds)
         if not pathlib.Path(folder, "saved").exists():
             return "killed before the first"
-        (path,) = [p for p in pathlib.Path(folder).glob("file.*") if p.is_file()]
         model = build()
         model.optimizer.build(model.trainable_variables)
         try:
-            model.load_weights(path)
-            if path.suffix == ".keras":
-                model = keras.saving.load_model(path)
+            open_all(model, pathlib.Path(folder))
         except Exception:
             return "cannot be opened"
         return "is whole"
+
+
+def open_all(model, folder):
+    if kept := sorted(folder.glob("file/averages-*.h5")):
+        for path in kept:
+            arrays_in(path)
+        keras_avg.checkpoints.synthesize(model, folder / "file", 0.12, verbose=0)
+        return
+    (path,) = [p for p in folder.glob("file.*") if p.is_file()]
+    model.load_weights(path)
+    if path.suffix == ".keras":
+        keras.saving.load_model(path)
+
+
+class Alone:
+    """Kills single processes. Measures first how long each kind takes without a kill."""
+
+    def __init__(self):
+        self.seconds, self.undisturbed = {}, {}
+
+    def one(self, kind, chance):
+        if kind not in self.seconds:
+            with tempfile.TemporaryDirectory() as folder:
+                began, path = time.perf_counter(), pathlib.Path(folder, "undisturbed.npz")
+                started(kind, folder, path).join()
+                self.seconds[kind] = time.perf_counter() - began
+                self.undisturbed[kind] = read(path)
+        if kind in FILES:
+            return one_file(kind, chance, self.seconds[kind])
+        return one_backup(kind, chance, self.seconds[kind], self.undisturbed[kind])
 
 
 def main():
@@ -166,26 +226,18 @@ def main():
     options.add_argument("--seconds", type=float, default=float("inf"))
     chosen = options.parse_args()
     warnings.simplefilter("ignore")
-    kinds = [k for k in [*BACKUPS, *FILES] if chosen.only is None or chosen.only in k]
+    kinds = [k for k in [*BACKUPS, *FILES, *JOBS] if chosen.only is None or chosen.only in k]
     counts = {kind: collections.Counter() for kind in kinds}
+    START.set_forkserver_preload(["keras_avg.callbacks", "h5py"])
     with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder, "undisturbed.npz")
-        started("none", folder, path).join()
-        with np.load(path) as arrays:
-            undisturbed = {name: arrays[name] for name in arrays.files}
-    began, seconds = time.perf_counter(), {}
+        started("none", folder, None).join()  # The first process waits for the server's imports.
+    began, alone = time.perf_counter(), Alone()
     for number in range(chosen.kills):
         if time.perf_counter() - began > chosen.seconds:
             break
         kind, chance = kinds[number % len(kinds)], random.Random(chosen.seed + number)
-        if kind not in seconds:
-            with tempfile.TemporaryDirectory() as folder:
-                seconds[kind] = seconds_to_the_end(kind, folder)
-        if kind in BACKUPS:
-            outcome = one_backup(kind, chance, seconds[kind], undisturbed)
-        else:
-            outcome = one_file(kind, chance, seconds[kind])
-        counts[kind][outcome] += 1
+        one = JOBS.get(kind, functools.partial(alone.one, kind))
+        counts[kind][one(chance)] += 1
     print(json.dumps({"backend": keras.backend.backend(), "seed": chosen.seed,
         "seconds": round(time.perf_counter() - began), "outcomes": counts}, indent=1))  # fmt: skip
     wrong = {"cannot be opened", "ends elsewhere", "hangs"}
