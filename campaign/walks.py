@@ -76,11 +76,14 @@ def shares_variables(wrapper, other):
     return any(id(v) in ours for v in other.averaged_variables)
 
 
+def all_variables(model):
+    scale = getattr(model.optimizer, "dynamic_scale", None)
+    return [*model.variables, *model.optimizer.variables, *([] if scale is None else [scale])]
+
+
 def everything(model):
     """All values of a model and its optimizer."""
-    variables = [*model.variables, *model.optimizer.variables]
-    scale = getattr(model.optimizer, "dynamic_scale", None)
-    return [numpy(v) for v in variables] + ([] if scale is None else [numpy(scale)])
+    return [numpy(v) for v in all_variables(model)]
 
 
 class BrokenError(Exception):
@@ -372,7 +375,17 @@ class Walk(RuleBasedStateMachine):
 
     @rule(
         route=st.sampled_from(
-            ["keras", "weights", "both", "pickle", "deepcopy", "checkpoint", "from_config"]
+            [
+                "keras",
+                "weights",
+                "sharded",
+                "both",
+                "pickle",
+                "deepcopy",
+                "clone",
+                "checkpoint",
+                "from_config",
+            ]
         )
     )
     def go_on_with_a_copy(self, route):
@@ -402,14 +415,27 @@ class Walk(RuleBasedStateMachine):
             optimizer = keras.optimizers.deserialize(config)
         copied = build(optimizer, self.is_frozen())
         copied.optimizer.build(copied.trainable_variables)
+        if route == "clone" and not self.is_swapped:  # Raw weights that are aside are no variables.
+            return self.clone()
         if route == "checkpoint" and self.has_snapshot() and not self.is_swapped:
             return self.copy_of_averages()
         if route == "both":
             self.model.save(self.path("m.keras"))
             copied.load_weights(self.path("m.keras"))
         else:
-            self.model.save_weights(self.path("m.weights.h5"))
-            copied.load_weights(self.path("m.weights.h5"))
+            name, size = {"sharded": ("m.weights.json", 1e-6)}.get(route, ("m.weights.h5", None))
+            self.model.save_weights(self.path(name), **({"max_shard_size": size} if size else {}))
+            copied.load_weights(self.path(name))
+        return copied
+
+    def clone(self):
+        """Keras' clone of the model, with the values of all variables."""
+        copied = keras.models.clone_model(self.model)
+        config = keras.optimizers.serialize(self.model.optimizer)
+        copied.compile(keras.optimizers.deserialize(config), "mse")
+        copied.optimizer.build(copied.trainable_variables)
+        for new, old in zip(all_variables(copied), all_variables(self.model), strict=True):
+            new.assign(numpy(old))
         return copied
 
     def copy_of_averages(self):
