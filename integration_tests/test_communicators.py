@@ -3,6 +3,7 @@
 import itertools
 import signal
 import threading
+import time
 
 import keras
 import numpy as np
@@ -102,6 +103,23 @@ def test_a_frozen_worker_is_an_error_on_the_others(tmp_path):
         assert code == 0, err
         assert "worker(s) 1:" in result["error"]
         assert result["waited"] < TIMEOUT + SLACK
+
+
+@pytest.mark.thorough
+def test_a_worker_that_freezes_in_a_large_sum_is_an_error_on_the_others(tmp_path):
+    """It reads nothing any more, so the network buffers of the others fill up."""
+    processes = workers.start("large_sums.py", 2, 64, TIMEOUT, tmp_path)
+    while not (tmp_path / "summed_1").exists():
+        assert processes[1].poll() is None, processes[1].communicate()
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGSTOP)
+    ((code, result, err),) = workers.finish(processes[:1])
+    processes[1].kill()
+    processes[1].communicate()
+    assert code == 0, err
+    assert "has lost" in result["error"]
+    assert result["kept"], "the arrays of the caller changed"
+    assert result["waited"] < TIMEOUT + SLACK
 
 
 @pytest.mark.slow_on("jax", "tensorflow")
