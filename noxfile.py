@@ -101,6 +101,7 @@ def campaign(session, backend):
     env = environment(backend) | {"OMP_NUM_THREADS": "1"}
     env |= compiled_once(session) if backend == "jax" else {}
     walks = "10000" if backend == "torch" else "1000"
+    failed: list[str] = []
     for program, *arguments in [
         ("walks.py", "--walks", walks),
         ("hostile.py", "--files", "5000"),
@@ -109,7 +110,12 @@ def campaign(session, backend):
         ("threads.py", "--times", "20"),
         ("jobs.py", "--sizes", "4", "8"),
     ]:
-        session.run("python", f"campaign/{program}", *arguments, env=env)
+        try:
+            session.run("python", f"campaign/{program}", *arguments, env=env)
+        except nox.command.CommandFailed:
+            failed.append(program)  # The other programs run too.
+    if failed:
+        session.error(f"violations were found by {', '.join(failed)}")
 
 
 @nox.session
