@@ -333,6 +333,7 @@ class Campaign:
                     files.append((self.folder / name).read_bytes())
                 self.sources.append((number, files, own_states(model)))
             self.models.append(trained(stack, epochs=2))
+        self.first = [[numpy(v) for v in everything(model)] for model in self.models]
 
     def one(self, seed):
         chance = random.Random(seed)
@@ -428,15 +429,28 @@ class Campaign:
                 self.check_error(error)
 
     def give_back(self, number):
-        """Replace the model by a new one in the first state."""
-        self.models[number] = trained(STACKS[number], epochs=2)
+        """Put the model into its first state. If that may not be possible, make a new one."""
+        model, first = self.models[number], self.first[number]
+        is_swapped = any(w.averages_in_model for w in keras_avg.averaging_optimizers(model))
+        if is_swapped or len(everything(model)) != len(first):
+            self.models[number] = trained(STACKS[number], epochs=2)
+            return
+        for variable, value in zip(everything(model), first, strict=True):
+            variable.assign(value)
+
+
+def everything(model):
+    scale = getattr(model.optimizer, "dynamic_scale", None)
+    return [*model.variables, *model.optimizer.variables, *([] if scale is None else [scale])]
+
+
+def numpy(variable):
+    return np.array(ops.convert_to_numpy(variable))
 
 
 def own_states(model):
-    return [
-        (w.name, [np.array(ops.convert_to_numpy(v)) for v in w.variables])
-        for w in keras_avg.averaging_optimizers(model)
-    ]
+    wrappers = keras_avg.averaging_optimizers(model)
+    return [(w.name, [numpy(v) for v in w.variables]) for w in wrappers]
 
 
 def peak():
