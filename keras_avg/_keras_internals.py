@@ -281,7 +281,7 @@ def reattach_state(optimizer: Any) -> bool:
     Returns:
         Whether the variables have values now.
     """
-    for model, state in _fits_under_way():
+    for model, state in _training_under_way():
         if not any(map(is_purged, optimizer.variables)):
             break
         if any(array.is_deleted() for values in state for array in values):
@@ -295,10 +295,14 @@ def keep_state_of_refused_step() -> None:
     """Let the JAX trainer restore the state from before a step that is being refused.
 
     When `fit` fails, Keras restores the state of the last step. If `fit` has done no step, this is
-    the state after the last `train_on_batch`, so what was assigned since then would be lost.
+    the state after the last `train_on_batch`, so what was assigned since then would be lost. The
+    same happens later if `train_on_batch` fails. It takes no values away, so nothing is to restore.
     """
-    for model, state in _fits_under_way():
-        _set_jax_state(model, state)
+    for model, state in _training_under_way():
+        if any(map(is_purged, model.variables)):
+            _set_jax_state(model, state)
+        else:
+            model._jax_state_synced = True
 
 
 def _set_jax_state(model: keras.Model, state: tuple[Any, ...]) -> None:
@@ -306,11 +310,11 @@ def _set_jax_state(model: keras.Model, state: tuple[Any, ...]) -> None:
     model._jax_state_synced = False
 
 
-def _fits_under_way() -> Iterator[tuple[keras.Model, tuple[Any, ...]]]:
-    """The models of each `fit` of the JAX trainer that is under way, and their states there."""
+def _training_under_way() -> Iterator[tuple[keras.Model, tuple[Any, ...]]]:
+    """The models that the JAX trainer trains now, and the states that it holds in the meantime."""
     frame: types.FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "fit" and _is_of_keras(frame):
+        if frame.f_code.co_name in ("fit", "train_on_batch") and _is_of_keras(frame):
             model, state = frame.f_locals.get("self"), frame.f_locals.get("state")
             if isinstance(model, keras.Model) and isinstance(state, tuple) and len(state) == 4:
                 yield model, state

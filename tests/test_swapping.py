@@ -309,6 +309,20 @@ class TestTrainingWhileSwapped:
         keras_avg.swap_weights(model)
         small.assert_same_bits(trainable(model), raw)
 
+    @pytest.mark.slow_on("tensorflow")
+    def test_a_batch_that_is_refused_in_a_callback_changes_nothing(self):
+        class Tries(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None):
+                before = self.model.get_weights()
+                with pytest.raises(RuntimeError, match="so training is refused"):
+                    self.model.train_on_batch(small.X[:8], small.Y[:8])
+                small.assert_same_bits(self.model.get_weights(), before)
+
+        model = small.model(SWA(optimizers.Adam(0.01), 0, 2))
+        small.fit(model, epochs=1, callbacks=[keras_avg.callbacks.SwapAverageWeights(), Tries()])
+        assert model.optimizer.averages_in_model
+        small.assert_same_bits(trainable(model), list(map(small.numpy, model.optimizer.averages())))
+
     @pytest.mark.slow_on("jax", "tensorflow")
     def test_a_second_fit_without_the_callback_is_refused(self):
         model = small.model(SWA(optimizers.Adam(0.01), 0, 2))

@@ -194,11 +194,10 @@ class Swap:
         if flag or (flag is None and (self.raw is not None or self._is_raw_lost)):
             self.raw_or_refuse()
             raise self._refusal(what)
-        if holding(self.variables):
-            for other in holding(self.variables):
-                if bindings.has_replaced(self._owner, other._owner):
-                    _under_way.discard(other)
-            refuse_while_held(self.variables, what)
+        for other in holding(self.variables) if _under_way else ():
+            if not bindings.has_replaced(self._owner, other._owner):
+                raise other._refusal(what)
+            _under_way.discard(other)
 
     def refuse_compiled_training(self) -> None:
         """Refuse a train step that was compiled before the swap. It is called before each step."""
