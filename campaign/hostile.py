@@ -337,6 +337,8 @@ class Campaign:
 
     def one(self, seed):
         chance = random.Random(seed)
+        for earlier in self.folder.glob("changed.*"):
+            earlier.unlink()  # If it is still open somewhere, HDF5 would read it again.
         number, (weights, whole), source = chance.choice(self.sources)
         if chance.random() < 0.65:
             kinds = [*BYTES, "arrays", "arrays", "arrays", "arrays", "labels"]
