@@ -201,10 +201,14 @@ def open_all(model, folder):
 
 
 class Alone:
-    """Kills single processes. Measures first how long each kind takes without a kill."""
+    """Kills single processes. Measures first how long each kind takes without a kill.
 
-    def __init__(self):
-        self.seconds, self.undisturbed = {}, {}
+    Args:
+        plain: Dict of the arrays of training without callbacks that write files.
+    """
+
+    def __init__(self, plain):
+        self.plain, self.seconds, self.undisturbed = plain, {}, {}
 
     def one(self, kind, chance):
         if kind not in self.seconds:
@@ -212,7 +216,9 @@ class Alone:
                 began, path = time.perf_counter(), pathlib.Path(folder, "undisturbed.npz")
                 started(kind, folder, path).join()
                 self.seconds[kind] = time.perf_counter() - began
-                self.undisturbed[kind] = read(path)
+                self.undisturbed[kind] = found = read(path)
+            same = [np.array_equal(found[name], self.plain[name]) for name in self.plain]
+            assert all(same), f"the callbacks of {kind!r} change training"
         if kind in FILES:
             return one_file(kind, chance, self.seconds[kind])
         return one_backup(kind, chance, self.seconds[kind], self.undisturbed[kind])
@@ -230,8 +236,10 @@ def main():
     counts = {kind: collections.Counter() for kind in kinds}
     START.set_forkserver_preload(["keras_avg.callbacks", "h5py"])
     with tempfile.TemporaryDirectory() as folder:
-        started("none", folder, None).join()  # The first process waits for the server's imports.
-    began, alone = time.perf_counter(), Alone()
+        path = pathlib.Path(folder, "plain.npz")
+        started("none", folder, path).join()  # The first process waits for the server's imports.
+        alone = Alone(read(path))
+    began = time.perf_counter()
     for number in range(chosen.kills):
         if time.perf_counter() - began > chosen.seconds:
             break
