@@ -108,19 +108,38 @@ def is_averageable(variable: Any) -> bool:
 
 
 def add_variable_like(
-    optimizer: Any, variable: Any, name: str, dtype: str, initializer: Any = "zeros"
+    optimizer: Any,
+    variable: Any,
+    name: str,
+    dtype: str,
+    initializer: Any = "zeros",
+    rows: int | None = None,
+    layout_of_rows: Callable[[Any], Any] = lambda layout: layout,
 ) -> Any:
     """An optimizer variable with the shape, layout and device of `variable`, but its own dtype.
 
     Keras' `add_variable_from_reference` does this, but only with the dtype of `variable`.
+
+    Args:
+        optimizer: The optimizer that gets the variable.
+        variable: A variable of the model.
+        name: String, the end of the new variable's name.
+        dtype: String, the new variable's dtype.
+        initializer: As for `add_variable`.
+        rows: Integer. If it is given, the new variable has so many rows, and each is like
+            `variable`.
+        layout_of_rows: Function from the layout of `variable` to that of a variable with rows.
     """
+    shape, layout = tuple(variable.shape), getattr(variable, "_layout", None)
+    if rows is not None:
+        shape, layout = (rows, *shape), layout_of_rows(layout)
     with _colocated(optimizer, variable):
         return keras.optimizers.Optimizer.add_variable(
             optimizer,
-            shape=variable.shape,
+            shape=shape,
             initializer=initializer,
             dtype=dtype,
-            layout=getattr(variable, "_layout", None),
+            layout=layout,
             name=f"{_flat_path(variable)}_{name}",
         )
 

@@ -28,8 +28,8 @@ def test_the_mean_and_the_square_of_two_snapshots_are_computed_in_the_head():
     # SGD(1) moves the variable to 3 and to 1. The mean is 2, and the mean of the squares is 5.
     optimizer, variable = SWAG(optimizers.SGD(1.0), 0, 1, rank=2), keras.Variable([5.0])
     small.apply(optimizer, [variable], [[2.0]], times=2)
-    for name, expected in (("average", 2), ("square", 5), ("deviation_0", 0), ("deviation_1", -1)):
-        np.testing.assert_allclose(optimizer.get_slot(variable, name), [expected])
+    for name, expected in (("average", [2]), ("square", [5]), ("deviation", [[0], [-1]])):
+        np.testing.assert_allclose(optimizer.get_slot(variable, name), expected)
 
 
 @pytest.mark.slow_on("jax")
@@ -40,9 +40,9 @@ def test_moments_and_columns_equal_those_in_numpy():
         snapshots = np.asarray(values[2::2], "float64")
         means = [snapshots[: n + 1].mean(axis=0) for n in range(len(snapshots))]
         columns = [snapshot - mean for snapshot, mean in zip(snapshots, means, strict=True)]
+        # Columns 3, 4 and 5 have replaced columns 0, 1 and 2.
         expected = {"average": means[-1], "square": (snapshots**2).mean(axis=0)}
-        for n in range(3, 6):
-            expected[f"deviation_{n % 3}"] = columns[n]
+        expected["deviation"] = np.stack(columns[3:6])
         for name, value in expected.items():
             found = model.optimizer.get_slot(variable, name)
             np.testing.assert_allclose(found, value, rtol=TOLERANCE, atol=TOLERANCE)
@@ -62,9 +62,7 @@ def test_samples_have_the_moments_of_the_distribution():
             samples.append(small.numpy(variable).astype("float64"))
     mean = small.numpy(optimizer.get_slot(variable, "average")).astype("float64")
     square = small.numpy(optimizer.get_slot(variable, "square")).astype("float64")
-    columns = np.stack(
-        [small.numpy(optimizer.get_slot(variable, f"deviation_{i}")) for i in range(4)], axis=1
-    ).astype("float64")
+    columns = small.numpy(optimizer.get_slot(variable, "deviation")).T.astype("float64")
     covariance = np.diag((square - mean**2) / 2) + columns @ columns.T / (2 * 3)
     deviation = np.sqrt(np.diag(covariance))
     error = np.abs(np.mean(samples, axis=0) - mean) / (deviation / number**0.5)
@@ -82,7 +80,8 @@ def test_one_vector_for_all_variables_weights_the_columns():
     mean = [small.numpy(v) for v in optimizer.kept["average"].kept]
     for square, value in zip(optimizer.kept["square"].kept, mean, strict=True):
         square.assign(value * value)  # There is no variance.
-    columns = [[small.numpy(v) for v in optimizer.kept[f"deviation_{i}"].kept] for i in range(3)]
+    rings = [small.numpy(ring) for ring in optimizer.rings["deviation"].kept]
+    columns = [[ring[i] for ring in rings] for i in range(3)]
     with optimizer.sample_weights(1):
         moved = flat(weights(model)) - flat(mean)
     directions = np.stack([flat(column) for column in columns], axis=1)

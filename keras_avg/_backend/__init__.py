@@ -39,8 +39,9 @@ Each file defines the same names with the same signatures, in the same order:
 * `run_if(condition, function, variables)`: if the condition is true, runs a function that assigns
   to these variables.
 * `put_if(condition, place, rings, sources, new_values)`: if the condition is true, assigns
-  `new_values(sources)` to one of several lists of variables. The integer `place` chooses the list.
-  The other lists do not change.
+  `new_values(sources)` to the rows number `place` of the variables in `rings`. The other rows do
+  not change. Compiled code writes the row in place.
+* `layout_of_ring(layout)`: the layout of a variable whose rows have the given layout.
 * `lerp_if(condition, averages, variables, weight)`: if the condition is true, assigns the `lerp` of
   averages and variables with `weight()`. It uses a multi-tensor update in place if the framework
   has one.
@@ -102,6 +103,7 @@ __all__ = [
     "copy",
     "detached",
     "eager_inference",
+    "layout_of_ring",
     "lerp",
     "lerp_if",
     "loss_gradients",

@@ -131,36 +131,33 @@ def assign_if(
 def put_if(
     condition: Any,
     place: Any,
-    rings: Sequence[Sequence[Any]],
+    rings: Sequence[Any],
     sources: Sequence[Any],
     new_values: Callable[[Sequence[Any]], Sequence[Any]],
 ) -> None:
-    def changed(ring: Sequence[Any]) -> list[Any]:
-        pairs = zip(ring, new_values(sources), strict=True)
-        return [jnp.asarray(new, target.dtype) for target, new in pairs]
-
-    if not isinstance(condition, jax.core.Tracer):
-        if condition:
-            ring = rings[int(place)]
-            for target, result in zip(ring, changed(ring), strict=True):
-                target.assign(jnp.array(result, copy=True))
-        return
-
-    def kept(ring: Sequence[Any]) -> list[Any]:
-        return [target.value for target in ring]
-
-    # Not `lax.switch`: each of its branches would return all rings. With a hundred rings, compiling
-    # would take minutes.
-    def put() -> list[list[Any]]:
+    def changed() -> list[Any]:
+        pairs = zip(rings, new_values(sources), strict=True)
         return [
-            jax.lax.cond(place == i, lambda ring=ring: changed(ring), lambda ring=ring: kept(ring))
-            for i, ring in enumerate(rings)
+            jax.lax.dynamic_update_index_in_dim(ring.value, row.astype(ring.dtype), place, 0)
+            for ring, row in pairs
         ]
 
-    results = jax.lax.cond(condition, put, lambda: [kept(ring) for ring in rings])
-    for ring, values in zip(rings, results, strict=True):
-        for target, result in zip(ring, values, strict=True):
-            target.assign(result)
+    if isinstance(condition, jax.core.Tracer):
+        results = jax.lax.cond(condition, changed, lambda: [ring.value for ring in rings])
+    elif condition:
+        results = changed()
+    else:
+        return
+    for ring, result in zip(rings, results, strict=True):
+        ring.assign(result)
+
+
+def layout_of_ring(layout: Any) -> Any:
+    sharding = getattr(layout, "backend_layout", layout)  # a layout of Keras, or of JAX
+    if sharding is None:
+        return None
+    spec = jax.sharding.PartitionSpec(None, *sharding.spec)
+    return jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
 def run_if(condition: Any, function: Callable[[], None], variables: Sequence[Any]) -> None:

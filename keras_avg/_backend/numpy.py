@@ -104,13 +104,19 @@ def assign_if(
 def put_if(
     condition: Any,
     place: Any,
-    rings: Sequence[Sequence[Any]],
+    rings: Sequence[Any],
     sources: Sequence[Any],
     new_values: Callable[[Sequence[Any]], Sequence[Any]],
 ) -> None:
     if condition:
-        for target, result in zip(rings[int(place)], new_values(sources), strict=True):
-            target.assign(result)
+        for ring, row in zip(rings, new_values(sources), strict=True):
+            rows = np.array(ring.value)
+            rows[int(place)] = row
+            ring.assign(rows)
+
+
+def layout_of_ring(layout: Any) -> None:
+    return None
 
 
 def run_if(condition: Any, function: Callable[[], None], variables: Sequence[Any]) -> None:

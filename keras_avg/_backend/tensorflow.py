@@ -141,31 +141,35 @@ def _update_if(
     condition: Any,
     targets: Sequence[Any],
     sources: Sequence[Any],
-    update: Callable[[Sequence[Any], Sequence[Any]], None],
+    update: Callable[..., None],
+    *numbers: tf.Tensor,
 ) -> None:
-    """If the condition is true, call `update(targets, sources)` on each replica with its copies."""
+    """If the condition is true, call `update(targets, sources, *numbers)` on each replica.
+
+    Each replica gets its copies of targets and sources. The numbers are the same on all replicas.
+    """
     if not targets:
         return
     if condition is True and not tf.distribute.has_strategy():
-        update(targets, sources)
+        update(targets, sources, *numbers)
         return
     condition = tf.convert_to_tensor(condition)
     if not tf.distribute.has_strategy():
-        tf.cond(condition, lambda: update(targets, sources), lambda: None)
+        tf.cond(condition, lambda: update(targets, sources, *numbers), lambda: None)
         return
 
     # Only the strategy's `update` may assign a replica's copy, and a branch of a `cond` inside a
     # replica must not call it. So the `cond` is outside of the replicas, and one `update` does all
     # assignments of a replica.
-    def update_each_replica(strategy: Any, condition: Any) -> None:
-        condition = strategy.experimental_local_results(condition)[0]
+    def update_each_replica(strategy: Any, *scalars: Any) -> None:
+        condition, *numbers = (strategy.experimental_local_results(s)[0] for s in scalars)
         (first, *rest), values = _native(targets), _native(sources)
         tf.cond(
             condition,
             lambda: (
                 strategy.extended.update(
                     first,
-                    lambda first, rest, values: update([first, *rest], values),
+                    lambda first, rest, values: update([first, *rest], values, *numbers),
                     args=(rest, values),
                     group=False,
                 )
@@ -175,45 +179,31 @@ def _update_if(
         )
 
     if tf.distribute.in_cross_replica_context():  # a strategy's scope, but outside of its steps
-        update_each_replica(tf.distribute.get_strategy(), condition)
+        update_each_replica(tf.distribute.get_strategy(), condition, *numbers)
         return
     tf.__internal__.distribute.interim.maybe_merge_call(
-        update_each_replica, tf.distribute.get_strategy(), condition
+        update_each_replica, tf.distribute.get_strategy(), condition, *numbers
     )
 
 
 def put_if(
     condition: Any,
     place: Any,
-    rings: Sequence[Sequence[Any]],
+    rings: Sequence[Any],
     sources: Sequence[Any],
     new_values: Callable[[Sequence[Any]], Sequence[Any]],
 ) -> None:
-    # Under a strategy, conditions must be outside of the replicas, so each ring has its own.
-    if tf.distribute.has_strategy():
-        for i, ring in enumerate(rings):
-            here = tf.logical_and(condition, tf.equal(place, i))
-            assign_if(here, ring, sources, lambda targets, s: new_values(s))
-        return
+    # Not `ring[place].assign`: a graph copies the whole ring for it, as XLA does if nothing is due.
+    def put(rings: Sequence[Any], sources: Sequence[Any], place: Any) -> None:
+        for ring, row in zip(_native(rings), new_values(sources), strict=True):
+            rows = tf.cast(row, ring.dtype)[tf.newaxis]
+            ring.scatter_update(tf.IndexedSlices(rows, tf.reshape(place, (1,))))
 
-    def put(ring: Sequence[Any]) -> None:
-        for target, new in zip(ring, new_values(sources), strict=True):
-            target.assign(tf.cast(new, target.dtype))
+    _update_if(condition, rings, sources, put, tf.convert_to_tensor(place))
 
-    # A binary search for the ring. Not `tf.switch_case`: each of its branches would take the
-    # variables of all rings. With a hundred rings, tracing would take a minute.
-    def put_in_place(first: int, count: int) -> None:
-        if count == 1:
-            put(rings[first])
-            return
-        half = count // 2
-        tf.cond(
-            place < first + half,
-            lambda: put_in_place(first, half),
-            lambda: put_in_place(first + half, count - half),
-        )
 
-    tf.cond(tf.convert_to_tensor(condition), lambda: put_in_place(0, len(rings)), lambda: None)
+def layout_of_ring(layout: Any) -> None:
+    return None
 
 
 def run_if(condition: Any, function: Callable[[], None], variables: Sequence[Any]) -> None:

@@ -205,13 +205,17 @@ def assign_if(
 def put_if(
     condition: Any,
     place: Any,
-    rings: Sequence[Sequence[Any]],
+    rings: Sequence[Any],
     sources: Sequence[Any],
     new_values: Callable[[Sequence[Any]], Sequence[Any]],
 ) -> None:
     if condition:
-        for target, result in zip(rings[place], new_values(sources), strict=True):
-            _tensor(target).copy_(result)
+        for ring, row in zip(rings, new_values(sources), strict=True):
+            _tensor(ring)[place].copy_(row)
+
+
+def layout_of_ring(layout: Any) -> None:
+    return None
 
 
 @outside_graph

@@ -1,6 +1,6 @@
 """The base class of all rules. A rule says when an averaging is due, and with which weight."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -53,8 +53,9 @@ class AveragedOptimizerWrapper(ShowsAverages):
     | `averages()` | which values the model holds while it is swapped |
     | `snapshots_so_far` | how many averagings there were, in compiled code too |
 
-    `self.kept["name"]` is a store. Change its values with `lerp_if` and `assign_if`. For any other
-    state, call `add_variable` or `add_weight` in `build`, as Keras' optimizers do.
+    `self.kept["name"]` is a store. Change its values with `lerp_if` and `assign_if`. If `stores()`
+    gives a name an integer, `self.rings["name"]` is a ring of so many values. For any other state,
+    call `add_variable` or `add_weight` in `build`, as Keras' optimizers do.
 
     Args:
         optimizer: The optimizer that takes the steps: a Keras optimizer, its name, or its config.
@@ -170,7 +171,7 @@ class AveragedOptimizerWrapper(ShowsAverages):
         """
         raise NotImplementedError(f"{type(self).__name__} does not define `value_weight`.")
 
-    def stores(self) -> dict[str, str]:
+    def stores(self) -> Mapping[str, str | int]:
         """Name and first value of each tensor that the rule keeps beside a variable.
 
         The default is one store, `"average"`. `average_starts_at_variable` says how it begins.

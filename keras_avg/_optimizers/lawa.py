@@ -1,5 +1,6 @@
 """Latest weight averaging: the mean of the last few snapshots."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import keras
@@ -8,7 +9,7 @@ from keras import ops
 from keras_avg import _checks
 from keras_avg._optimizers.snapshots_at_intervals import SnapshotsAtIntervals
 from keras_avg._types import Config, OptimizerLike, Tensor, WrapperKeywords
-from keras_avg._wrapping.store import LONGEST_RING, Ring
+from keras_avg._wrapping.store import LONGEST_RING
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -61,7 +62,7 @@ class LAWA(SnapshotsAtIntervals):
         Averaging, https://arxiv.org/abs/2209.14981, section 2.
     """
 
-    #: Store `k` of two workers holds comparable snapshots only if both have taken equally many.
+    #: Row `k` of two workers holds comparable snapshots only if both have taken equally many.
     means_over_workers = False
 
     def __init__(
@@ -79,22 +80,21 @@ class LAWA(SnapshotsAtIntervals):
         super().__init__(optimizer, start_averaging, average_period, name, **kwargs)
         self.window = window
 
-    # The paper averages the last k checkpoints of a queue. Here the queue is a ring of k stores.
-    # Snapshot n goes into store  n % k  and replaces the oldest one. A store that has received no
+    # The paper averages the last k checkpoints of a queue. Here the queue is a ring of k rows.
+    # Snapshot n goes into row  n % k  and replaces the oldest one. A row that has received no
     # snapshot yet holds zeros. So the mean of the min(n, k) snapshots is
-    #     (sum of all stores) / min(n, k).
+    #     (sum of all rows) / min(n, k).
 
-    def stores(self) -> dict[str, str]:
-        return {f"snapshot_{place}": "zeros" for place in range(self.window)}
+    def stores(self) -> Mapping[str, str | int]:
+        return {"snapshot": self.window}
 
     def accumulate(self, due: bool | Tensor, step: Tensor) -> None:
-        ring = Ring(list(self.kept.values()))
-        ring.put_if(due, self.snapshots_so_far, lambda variable: variable)
+        self.rings["snapshot"].put_if(due, self.snapshots_so_far, lambda variable: variable)
 
     def averages(self) -> list[Tensor]:
-        places = zip(*(store.values() for store in self.kept.values()), strict=True)
         number = ops.clip(self.snapshots_so_far, 1, self.window)
-        return [sum(snapshots) / ops.cast(number, snapshots[0].dtype) for snapshots in places]
+        rings = self.rings["snapshot"].values()
+        return [ops.sum(ring, axis=0) / ops.cast(number, ring.dtype) for ring in rings]
 
     def get_config(self) -> Config:
         return super().get_config() | {"window": self.window}

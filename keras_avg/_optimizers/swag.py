@@ -1,7 +1,7 @@
 """SWA-Gaussian: a distribution of weights around their average."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -10,7 +10,7 @@ from keras import ops
 from keras_avg import _backend, _checks
 from keras_avg._optimizers.snapshots_at_intervals import SnapshotsAtIntervals
 from keras_avg._types import Config, OptimizerLike, Tensor, WrapperKeywords
-from keras_avg._wrapping.store import LONGEST_RING, Ring
+from keras_avg._wrapping.store import LONGEST_RING
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -98,10 +98,10 @@ class SWAG(SnapshotsAtIntervals):
 
     # The paper writes the means as  (n * mean + w) / (n + 1).  As in SWA, this is written as a step
     # of weight  1 / (n + 1),  because then no rounding error grows with n. The columns of the
-    # deviation matrix D are a ring of stores. D itself is never built: D z2 is a sum of columns.
+    # deviation matrix D are a ring. D itself is never built: D z2 is a sum of columns.
 
-    def stores(self) -> dict[str, str]:
-        columns = {f"deviation_{place}": "zeros" for place in range(self.rank)}
+    def stores(self) -> Mapping[str, str | int]:
+        columns = {"deviation": self.rank} if self.rank else {}
         return {"average": "zeros", "square": "zeros"} | columns
 
     def value_weight(self, step: Tensor) -> float | Tensor:
@@ -112,7 +112,9 @@ class SWAG(SnapshotsAtIntervals):
         weight = _backend.scalar(lambda: self.value_weight(step))
         mean.lerp_if(due, lambda: weight)
         square.assign_if(due, lambda s, w: s + ops.cast(weight, s.dtype) * (w * w - s))
-        Ring(self._columns()).put_if(due, self.snapshots_so_far, lambda w, mean: w - mean, mean)
+        if self.rank:
+            columns = self.rings["deviation"]
+            columns.put_if(due, self.snapshots_so_far, lambda w, mean: w - mean, mean)
 
     @contextlib.contextmanager
     def sample_weights(self, seed: int | None = None, scale: float = 1.0) -> Iterator[None]:
@@ -147,27 +149,20 @@ class SWAG(SnapshotsAtIntervals):
 
     def _sample(self, seed: int | None, scale: float) -> list[Any]:
         generator = keras.random.SeedGenerator(seed)
-        columns = [column.values() for column in self._columns()]
         number = min(self.num_snapshots, self.rank)
         share = keras.random.normal((max(number, 1),), seed=generator)
-        # The first `number` columns are the ones that were written. Their order does not matter.
-        used = columns[:number] if number >= 2 else []
+        moments = zip(self.kept["average"].values(), self.kept["square"].values(), strict=True)
         samples = []
-        for i, (mean, square) in enumerate(
-            zip(self.kept["average"].values(), self.kept["square"].values(), strict=True)
-        ):
+        for i, (mean, square) in enumerate(moments):
             noise = keras.random.normal(mean.shape, seed=generator)
             sample = ops.cast(_deviation(mean, square), mean.dtype) * ops.cast(noise, mean.dtype)
-            if used:
-                low_rank = sum(
-                    ops.cast(share[j], mean.dtype) * column[i] for j, column in enumerate(used)
-                )
+            if number >= 2:
+                columns = _backend.value(self.rings["deviation"].kept[i])
+                # The first `number` columns are those that were written, in any order.
+                low_rank = sum(ops.cast(share[j], mean.dtype) * columns[j] for j in range(number))
                 sample = sample / 2**0.5 + low_rank / (2.0 * (number - 1)) ** 0.5
             samples.append(mean + scale * sample)
         return samples
-
-    def _columns(self) -> list[Any]:
-        return [self.kept[f"deviation_{place}"] for place in range(self.rank)]
 
     def get_config(self) -> Config:
         return super().get_config() | {"rank": self.rank}

@@ -23,7 +23,7 @@ from keras_avg._workers import alike
 
 def brought(wrapper: Any) -> list[Any]:
     """The arrays of a worker for a round: whether it has snapshots, their number, the stores."""
-    count, kept = wrapper.num_snapshots, _kept(wrapper)
+    count, kept = wrapper.num_snapshots, wrapper.kept_variables()
     has_any = np.array(count > 0, "float32")
     numbers = alike.with_squares([count])
     return [
@@ -37,13 +37,9 @@ def take(wrapper: Any, sums: Iterator[Any]) -> None:
     """Set the stores and the number of snapshots from the sums of all workers' arrays."""
     workers = float(ops.convert_to_numpy(next(sums)))
     numbers = ops.convert_to_numpy(next(sums))
-    kept = _kept(wrapper)
+    kept = wrapper.kept_variables()
     kept_by_all = list(islice(sums, len(kept)))
     if workers and (wrapper.means_over_workers or alike.are_equal(numbers, workers)):
         _backend.assign_quotients(kept_by_all, workers, kept)
         count = round(float(alike.numbers_in(numbers[0])[0]) / workers)
         wrapper.count_snapshots(count - wrapper.num_snapshots)
-
-
-def _kept(wrapper: Any) -> list[Any]:
-    return [variable for store in wrapper.kept.values() for variable in store.kept]

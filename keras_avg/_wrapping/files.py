@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from keras_avg import _keras_internals
-from keras_avg._wrapping import belonging, bindings, fitting, nesting
+from keras_avg._wrapping import belonging, bindings, fitting, nesting, rows_on_file
 from keras_avg._wrapping.own_variables import OwnVariables
 from keras_avg._wrapping.raw_values import RAW, STATISTIC, STATISTIC_NAME, SWAPPED, RawValues
 from keras_avg._wrapping.swap import Swap
@@ -61,9 +61,10 @@ class StateFile:
                     is_kept = name == "averages_in_model" and labels.why_none == "merged"
                     store[name] = variable.numpy() * is_kept
             elif found is None or found[1] not in gone:
-                store[name] = variable.numpy()
-                if found is not None:
-                    _keras_internals.set_attributes(store, name, {"path": paths[found[1]]})
+                for part, array in rows_on_file.written(name, variable.numpy(), self._own.rings):
+                    store[part] = array
+                    if found is not None:
+                        _keras_internals.set_attributes(store, part, {"path": paths[found[1]]})
             if name == belonging.COUNTERS[0]:
                 _keras_internals.set_attributes(store, name, labels.attributes())
 
@@ -76,7 +77,7 @@ class StateFile:
             raise
 
     def _load_if_there(self, store: Mapping[str, Any], swap: Swap | None) -> None:
-        index = _keras_internals.index_of(store)
+        index = self._index_of(store)
         # A file is empty if the optimizer was not built when it was saved. A store is also empty
         # when Keras loads the same file a second time.
         if not index:
@@ -96,7 +97,7 @@ class StateFile:
 
     def check(self, store: Mapping[str, Any], swap: Swap | None) -> None:
         """Refuse a file that does not fit. Only its index and its counters are read."""
-        index = _keras_internals.index_of(store)
+        index = self._index_of(store)
         labels = belonging.read(index)
         if swap is None:
             return
@@ -124,7 +125,9 @@ class StateFile:
             return
         self._check_parts(store)
 
-        stored = {here: store[there][...] for there, here in names.items()}
+        stored = {
+            here: rows_on_file.read(store, there, index[there]) for there, here in names.items()
+        }
         raw = {n: stored.pop(n) for n in list(stored) if n.startswith((RAW, SWAPPED))}
         fitting.check_numbers(self._optimizer.name, self._own.expected_in(stored), stored)
         held = self._raw_values_from(raw, swap) if raw else None
@@ -279,6 +282,9 @@ class StateFile:
             index = _keras_internals.index_of(store)
             fitting.check_fit(name, numbered, index)
             fitting.check_dtypes(name, numbered, index)
+
+    def _index_of(self, store: Any) -> dict[str, Any]:
+        return rows_on_file.joined(_keras_internals.index_of(store), self._own.rings)
 
     def _averaged(self) -> list[int]:
         """The numbers of the variables that have an average."""

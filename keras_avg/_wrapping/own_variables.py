@@ -10,6 +10,7 @@ import keras
 
 from keras_avg import _backend, _keras_internals
 from keras_avg._wrapping import nesting
+from keras_avg._wrapping.store import LONGEST_RING
 
 SLOT, WEIGHT, VARIABLE = "slot_", "weight_", "variable_"  # the names of added variables begin so
 RESERVED = (SLOT, WEIGHT, VARIABLE, "raw_", "swapped_")
@@ -34,6 +35,7 @@ class OwnVariables:
         self._optimizer = optimizer
         self.by_name: dict[str, Any] = {}
         self.stores: tuple[str, ...] = ()
+        self.rings: tuple[str, ...] = ()  # those of the stores that are rings
 
     def __getitem__(self, name: str) -> Any:
         return self.by_name[name]
@@ -54,7 +56,11 @@ class OwnVariables:
         return self.by_name[name]
 
     def add_store(
-        self, store: str, variables: Mapping[int, Any], dtypes: Mapping[int, str]
+        self,
+        store: str,
+        variables: Mapping[int, Any],
+        dtypes: Mapping[int, str],
+        first: str | int = "zeros",
     ) -> list:
         """Make one variable of zeros beside each of the given model variables.
 
@@ -66,20 +72,24 @@ class OwnVariables:
             store: String, the name of the store.
             variables: Dict from numbers to model variables.
             dtypes: Dict from the same numbers to dtypes.
+            first: What `stores()` says of the store: `"zeros"`, `"variable"`, or an integer for a
+                ring, whose variables have so many rows of the model variable's shape.
         """
         if not store or "/" in store or store.startswith(RESERVED):
             raise ValueError(
                 "A store needs a name of its own, without '/', that does not begin with one of "
                 f"{RESERVED}. Received: {store!r}."
             )
+        rows = _rows(store, first)
         added = {n: v for n, v in self.by_name.items() if _place(n) != (0,)}
         made = {
-            f"{store}_{i}": self._beside(variable, store, dtypes[i])
+            f"{store}_{i}": self._beside(variable, store, dtypes[i], rows=rows)
             for i, variable in variables.items()
         }
-        first = {n: v for n, v in self.by_name.items() if n not in added}
-        self.by_name = first | made | added
+        before = {n: v for n, v in self.by_name.items() if n not in added}
+        self.by_name = before | made | added
         self.stores = (*self.stores, store)
+        self.rings = (*self.rings, store) if rows is not None else self.rings
         return list(made.values())
 
     def add(self, variable: Any) -> None:
@@ -187,9 +197,17 @@ class OwnVariables:
                 stacklevel=3,
             )
 
-    def _beside(self, variable: Any, name: str, dtype: str, initializer: Any = "zeros") -> Any:
+    def _beside(
+        self,
+        variable: Any,
+        name: str,
+        dtype: str,
+        initializer: Any = "zeros",
+        rows: int | None = None,
+    ) -> Any:
+        full_name, layout = f"{name}{self._suffix()}", _backend.layout_of_ring
         return _keras_internals.add_variable_like(
-            self._optimizer, variable, f"{name}{self._suffix()}", dtype, initializer
+            self._optimizer, variable, full_name, dtype, initializer, rows, layout
         )
 
     def _suffix(self) -> str:
@@ -202,6 +220,18 @@ class OwnVariables:
         # variables from a file lists them like one to which users added them.
         own = self.by_name | {name: variable}
         self.by_name = {name: own[name] for name in sorted(own, key=_place)}
+
+
+def _rows(store: str, first: Any) -> int | None:
+    """The number of rows that `stores()` asks for. None if it does not ask for a ring."""
+    if first in ("zeros", "variable"):
+        return None
+    if isinstance(first, int) and not isinstance(first, bool) and 0 < first < LONGEST_RING:
+        return first
+    raise ValueError(
+        f'The store {store!r} must begin with "variable" or "zeros", or be a ring with an integer '
+        f"number of rows in [1, {LONGEST_RING - 1}]. Received from `stores()`: {first!r}."
+    )
 
 
 def _place(name: str) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from keras_avg._wrapping import arguments, bindings, fitting, nesting
 from keras_avg._wrapping.files import StateFile
 from keras_avg._wrapping.optimizer_wrapper import OptimizerWrapper
 from keras_avg._wrapping.reading import Reading
-from keras_avg._wrapping.store import Store
+from keras_avg._wrapping.store import Ring, Store
 from keras_avg._wrapping.swap import Swap, supersede
 
 
@@ -36,20 +36,25 @@ class ShowsAverages(OptimizerWrapper):
         self.exclude = exclude
         #: The stores, by the names that `stores()` gives them. Empty before `build`.
         self.kept: dict[str, Store] = {}
+        #: The rings, by the same names.
+        self.rings: dict[str, Ring] = {}
         self._starting = Store([], [])  # all variables of the stores that begin with the model's
         self._state_file = StateFile(self, self._own_variables, self._parts_on_file)
         self._swap: Swap | None = None
 
-    def stores(self) -> dict[str, str]:
+    def stores(self) -> Mapping[str, str | int]:
         """The names of the stores to keep beside each variable. Rules override it.
 
         A store has the variable's shape and sharding. It is float32 or wider for low-precision
         variables. It is saved by its name, and `get_slot` finds it by this name.
 
+        A ring keeps the last few values beside each variable. It has one row for each value.
+
         Returns:
             Dict from the name to the first values: `"variable"` for the variable's value just
-            before the first update, or `"zeros"`. Default: one store, `"average"`, that begins with
-            the variable.
+            before the first update, or `"zeros"`. An integer asks for a ring instead: 5 for the
+            last five values, whose rows are zeros at first. Default: one store, `"average"`, that
+            begins with the variable.
         """
         return {"average": "variable"}
 
@@ -63,6 +68,11 @@ class ShowsAverages(OptimizerWrapper):
             shape. Default: the values of the store `"average"`.
         """
         return self.kept["average"].values()
+
+    def kept_variables(self) -> list[Variable]:
+        """The variables of all stores and rings. Empty before `build`."""
+        all_kept: list[Store | Ring] = [*self.kept.values(), *self.rings.values()]
+        return [variable for each in all_kept for variable in each.kept]
 
     def assign_average_vars(self, var_list: Sequence[Variable]) -> None:
         """Assign the averages to the variables for good. The raw values are lost.
@@ -496,8 +506,12 @@ class ShowsAverages(OptimizerWrapper):
         }
         dtypes = {i: self.average_dtype or _wide_enough(v) for i, v in averaged.items()}
         first_values = self.stores()
-        kept = {s: self._own_variables.add_store(s, averaged, dtypes) for s in first_values}
-        self.kept = {s: Store(own, list(averaged.values())) for s, own in kept.items()}
+        for name, first in first_values.items():
+            own = self._own_variables.add_store(name, averaged, dtypes, first)
+            if isinstance(first, str):
+                self.kept[name] = Store(own, list(averaged.values()))
+            else:
+                self.rings[name] = Ring(own, list(averaged.values()))
         starting = [store for s, store in self.kept.items() if first_values[s] == "variable"]
         self._starting = Store(
             [v for store in starting for v in store.kept],

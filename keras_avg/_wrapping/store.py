@@ -94,14 +94,28 @@ class Store:
 
 
 class Ring:
-    """Several stores in a ring. A new value replaces the oldest one.
+    """The last few values beside each averaged variable. A new value replaces the oldest one.
+
+    Each kept variable has one row for each value. So a ring adds one array to a step, not one for
+    each value. In a file, each row is an array of its own (see `rows_on_file`).
 
     Args:
-        stores: List of stores over the same variables.
+        kept: List of variables, one for each of `variables`, with the shape
+            `(number of values, *shape of the variable)`.
+        variables: List of the model's variables.
     """
 
-    def __init__(self, stores: Sequence[Store]) -> None:
-        self.stores = list(stores)
+    def __init__(self, kept: Sequence[Any], variables: Sequence[Any]) -> None:
+        self.kept = list(kept)
+        self.variables = list(variables)
+
+    def __len__(self) -> int:
+        """The number of values that are kept beside each variable."""
+        return self.kept[0].shape[0] if self.kept else 0
+
+    def values(self) -> list[Any]:
+        """The kept values, as tensors. Each has one row for each value, zeros before the first."""
+        return [_backend.value(variable) for variable in self.kept]
 
     def put_if(
         self, condition: Any, count: Any, new_value: Callable[..., Any], *others: Store
@@ -110,17 +124,15 @@ class Ring:
 
         Args:
             condition: Bool, or a scalar tensor. If it is false, nothing changes.
-            count: Integer, or an integer scalar. How many values were put before.
+            count: Integer, or an integer scalar. How many values were put before. The new value
+                goes into row `count % len(self)`.
             new_value: Function that is called once for each variable. It takes tensors: the
                 variable, and the value that each of `others` keeps beside it. All have the dtype of
-                the kept value. It returns a tensor of their shape.
-            *others: Further stores of the same rule.
+                the kept value. It returns a tensor of the variable's shape.
+            *others: Stores of the same rule.
         """
-        if not self.stores:
-            return
-        first = self.stores[0]
-        sources = [first.variables, *(other.kept for other in others)]
-        dtypes = [target.dtype for target in first.kept]
+        sources = [self.variables, *(other.kept for other in others)]
+        dtypes = [target.dtype for target in self.kept]
 
         def new_values(flat: Sequence[Any]) -> list[Any]:
             number = len(dtypes)
@@ -128,9 +140,9 @@ class Ring:
             rows = zip(dtypes, zip(*columns, strict=True), strict=True)
             return [new_value(*(_backend.value(s, dtype) for s in row)) for dtype, row in rows]
 
-        rings = [store.kept for store in self.stores]
-        flat = [variable for source in sources for variable in source]
-        _backend.put_if(condition, count % len(self.stores), rings, flat, new_values)
+        if self.kept:
+            flat = [variable for source in sources for variable in source]
+            _backend.put_if(condition, count % len(self), self.kept, flat, new_values)
 
 
 def _copies(targets: Sequence[Any], sources: Sequence[Any]) -> list[Any]:

@@ -65,14 +65,13 @@ def in_one_line(wrapper: Any) -> str:
 def _describe(wrapper: Any) -> dict[str, list[str]]:
     """Lines of text for each row of the table."""
     step = due_steps.next_due(wrapper)
-    kept = [variable for store in wrapper.kept.values() for variable in store.kept]
     return {
         "wrapper": [f"{type(wrapper).__name__} ({wrapper.name})"],
         "rule": re.split(r", (?=\w+=)(?![^(]*\))", wrapper.rule() or "-"),
         "updates": [f"{wrapper.updates_so_far():,}"],
         "snapshots": [f"{wrapper.num_snapshots:,}"],
         "next snapshot": ["not known" if step is None else f"after update {step + 1:,}"],
-        "memory": [_readable(sum(map(_bytes_of, kept)))],
+        "memory": [_readable(sum(map(_bytes_of, wrapper.kept_variables())))],
         "in the model": ["averages" if wrapper.averages_in_model else "raw weights"],
     }
 
