@@ -138,8 +138,13 @@ def test_a_store_that_begins_with_something_else_is_refused(first):
         optimizer.build([keras.Variable([1.0])])
 
 
-def test_a_rule_of_a_user_may_have_a_ring(tmp_path):
+@pytest.mark.slow_on("jax", "tensorflow")
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_rule_of_a_user_may_have_a_ring(tmp_path, compiled):
+    if compiled and keras.backend.backend() == "torch":
+        pytest.skip("torch runs Python at each step")
     model = small.model(Middle(optimizers.SGD(0.1)))
+    model.compile(model.optimizer, "mse", jit_compile=compiled)
     trajectories = small.trajectories(model, 6)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")

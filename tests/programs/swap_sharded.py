@@ -1,4 +1,6 @@
-"""On four virtual devices, averages are sharded like their variables, when swapped or loaded too.
+"""On four virtual devices, averages and rings are sharded like their variables.
+
+They are so when swapped and after loading too.
 
 python swap_sharded.py FOLDER [data|model]
 """
@@ -30,6 +32,7 @@ def model():
     layers = [keras.Input((8,)), keras.layers.Dense(16), keras.layers.Dense(4)]
     new = keras.Sequential(layers)
     inner = keras_avg.MovingAverage(keras.optimizers.Adam(0.02))
+    inner = keras_avg.LAWA(inner, window=3, average_period=1)
     new.compile(keras_avg.SWA(inner, start_averaging=3, average_period=2), "mse")
     return new
 
@@ -55,11 +58,15 @@ def main(folder, kind):
     fit(trained)
     optimizer, variables = trained.optimizer, trained.trainable_variables
     averages = [optimizer.get_slot(v, "average") for v in variables]
+    rings = [optimizer.inner_optimizer.get_slot(v, "snapshot") for v in variables]
 
     def check_shardings():
         for variable, average in zip(variables, averages, strict=True):
             assert len(variable.value.sharding.device_set) == 4
             assert variable.value.sharding == average.value.sharding
+        for variable, ring in zip(variables, rings, strict=True):
+            rows = ring.value.sharding.shard_shape(ring.shape)
+            assert rows == (3, *variable.value.sharding.shard_shape(variable.shape))
         if kind == "model":
             assert not variables[0].value.sharding.is_fully_replicated
 

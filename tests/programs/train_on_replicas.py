@@ -17,6 +17,8 @@ import bare_training
 import small_training as small
 from wrappers import chain
 
+import keras_avg
+
 # Each of two replicas sums half a batch. The difference is rounding of float32 gradients, over
 # twelve steps.
 TOLERANCE = 1e-4
@@ -102,6 +104,24 @@ def is_resumed_on_one_device(trained, folder):
         np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
 
 
+def rings_are_alike(strategy):
+    """Both replicas have the ring's rows of a training on one device."""
+
+    def optimizer():
+        return keras_avg.SWAG(keras_avg.LAWA(inner(), 3, average_period=2), 1, 1, rank=4)
+
+    with strategy.scope():
+        ours = small.fit(model(optimizer())).optimizer
+    alone = small.fit(model(optimizer())).optimizer
+    pairs = ((ours, alone), (ours.inner_optimizer, alone.inner_optimizer))
+    for (one, other), ring in zip(pairs, ("deviation", "snapshot"), strict=True):
+        assert_alike_on_replicas(one.rings[ring].kept)
+        for found, expected in zip(one.rings[ring].kept, other.rings[ring].kept, strict=True):
+            rows, expected = small.numpy(found), small.numpy(expected)
+            np.testing.assert_allclose(rows, expected, atol=TOLERANCE)
+            assert np.all(np.any(expected.reshape(len(rows), -1), axis=1)), "a row is zero"
+
+
 def two_replicas():
     (cpu,) = tf.config.list_physical_devices("CPU")
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -119,6 +139,8 @@ def main(folder, policy, part="trained"):
         alone = small.fit(model(bare_training.wrapped(inner())))
         for ours, theirs in zip(averages(trained), averages(alone), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+    if policy == "float32":
+        rings_are_alike(strategy)
     if part == "resumed":
         is_saved_and_resumed(strategy, trained, pathlib.Path(folder))
     if part == "resumed" and policy == "float32":
