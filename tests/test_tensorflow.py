@@ -1,5 +1,7 @@
 """Tests of what only TensorFlow has: builds in a trace, native variables, steps without a batch."""
 
+import re
+
 import keras
 import numpy as np
 import oracles
@@ -279,3 +281,34 @@ def test_a_step_in_a_function_is_transformed_without_a_warning(kind, caplog):
     finally:
         logger.removeHandler(caplog.handler)
     assert not caplog.messages
+
+
+@pytest.mark.slow_on("tensorflow")
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        MovingAverage,
+        lambda inner: MovingAverage(inner, average_period=10),
+        keras_avg.BEMA,
+        SWA,
+        keras_avg.LAWA,
+    ],
+    ids=["MovingAverage", "every 10 steps", "BEMA", "SWA", "LAWA"],
+)
+def test_a_step_compiled_by_xla_copies_no_variable(wrapper):
+    """Copies inside of a branch or a loop are made only if something is due."""
+    import tensorflow as tf
+
+    variables = [keras.Variable(np.ones(1019, "float32")) for _ in range(2)]
+    gradients = [tf.Variable(tf.ones(1019)) for _ in range(2)]
+    optimizer = wrapper(optimizers.SGD(0.1))
+    optimizer.build(variables)
+
+    @tf.function(jit_compile=True)
+    def step():
+        optimizer.apply([tf.convert_to_tensor(g) for g in gradients], variables)
+
+    program = step.experimental_get_compiler_ir()(stage="optimized_hlo")
+    always_run = program[program.index("ENTRY") :]
+    assert "1019" in always_run
+    assert not re.findall(r"= f32\[(?:\d+,)?1019\]\S* copy\(", always_run)

@@ -230,12 +230,9 @@ def lerp_if(
 
 
 def _move(averages: Sequence[Any], values: Sequence[Any], weight: Any) -> None:
-    # `assign_add` writes in place. It takes half the time of `assign` with a sum, which needs new
-    # memory.
     def add() -> None:
         for average, value in zip(averages, values, strict=True):
-            change = tf.cast(value, average.dtype) - average
-            average.assign_add(_as_float(weight, average.dtype) * change, read_value=False)
+            _add(average, tf.cast(value, average.dtype), _as_float(weight, average.dtype))
 
     def copy_all() -> None:
         for average, value in zip(averages, values, strict=True):
@@ -250,6 +247,16 @@ def _move(averages: Sequence[Any], values: Sequence[Any], weight: Any) -> None:
         tf.cond(weight == 1, copy_all, add)
 
 
+def _add(average: Any, value: tf.Tensor, weight: tf.Tensor) -> None:
+    # Both ways write in place. `assign` with a sum would need new memory, and take twice the time.
+    # The step of gradient descent multiplies while it subtracts, so it needs one pass less over the
+    # memory. Not all devices have it for bfloat16.
+    if average.dtype == tf.bfloat16:
+        average.assign_add(weight * (value - average), read_value=False)
+        return
+    tf.raw_ops.ResourceApplyGradientDescent(var=average.handle, alpha=weight, delta=average - value)
+
+
 def start_averages(updates: Any, averages: Sequence[Any], variables: Sequence[Any]) -> None:
     if tf.executing_eagerly() or tf.distribute.has_strategy():
         assign_if(updates == 0, averages, variables, lambda a, v: [copy(value) for value in v])
@@ -260,9 +267,34 @@ def start_averages(updates: Any, averages: Sequence[Any], variables: Sequence[An
             average.assign(tf.cast(value, average.dtype), read_value=False)
         return count + 1
 
-    # The loop runs once or never. For a `cond`, XLA would copy all averages and variables at each
-    # step. For a loop, it copies about half as much.
-    tf.while_loop(lambda count: count == 0, start, [tf.convert_to_tensor(updates)])
+    # The loop runs once or never. For a `cond`, XLA would copy all averages at each step.
+    (count,) = tf.while_loop(lambda count: count == 0, start, [tf.convert_to_tensor(updates)])
+    if not _is_compiled_by_xla():
+        return
+    # The loop reads the old values of the variables. The step writes the new values into the same
+    # memory. XLA does not know which comes first, so it would copy every variable at every step.
+    # `never` is False, but XLA cannot know that. The variables depend on it below, so the step must
+    # come after the loop. In a plain graph, these assignments would copy every variable.
+    never = count < 0
+    for variable in {id(v): v for v in _native(variables)}.values():
+        zero = tf.zeros((), variable.dtype)
+        variable.assign(tf.where(never, zero, variable), read_value=False)
+
+
+def _is_compiled_by_xla() -> bool:
+    """Whether the graph that is being traced is, or is inside, a `tf.function(jit_compile=True)`.
+
+    TensorFlow notes it in the graph's control flow, and has no public name for that.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None:
+        context = graph._get_control_flow_context()
+        while context is not None:
+            if context.IsXLAContext():
+                return True
+            context = context.outer_context
+        graph = getattr(graph, "outer_graph", None)
+    return False
 
 
 def loss_gradients(
