@@ -1,16 +1,16 @@
 """Recomputes batch-normalization statistics, for weights that were never trained with data."""
 
-import contextlib
 import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import keras
-import numpy as np
-from keras import ops
 
 from keras_avg import _backend, _checks, _keras_internals
+from keras_avg._moments.batches import running
+from keras_avg._moments.observer import Observer
+from keras_avg._moments.pool import Pool
 from keras_avg._types import Data
 from keras_avg._wrapping import swap
 
@@ -49,9 +49,14 @@ def update_batch_norm(
     keep them, freeze the layer. Layers with `renorm=True` are normalized by the moments of the
     batch alone. Their training statistics, `renorm_mean` and `renorm_stddev`, do not change.
     `synchronized=True` makes no difference, because the pass runs in one process: each process uses
-    the data that it is given. The pass runs eagerly, even in functions that are decorated with
-    `tf.function`. Layers inside loops or functions that are compiled nevertheless (`jax.jit`) are
-    refused.
+    the data that it is given.
+
+    On JAX and TensorFlow, a pass of 10 batches or more is compiled, as `predict` is. If the number
+    is not known, the first 9 batches run eagerly. The compiled code is kept for the next pass over
+    the model, unless an attribute of a layer was set in between. Batches of another shape than the
+    first run eagerly. A model that cannot be compiled runs eagerly too, even in functions that are
+    decorated with `tf.function`. Layers inside loops or functions that are compiled nevertheless
+    (`jax.jit`) are refused.
 
     Args:
         model: Keras model or layer. If it is not built, the first batch builds it.
@@ -95,7 +100,8 @@ def update_batch_norm(
     _keras_internals.check_attached(model.variables)
     adapter = _adapter(x, batch_size, steps)
     with _backend.random_state_kept(), _keras_internals.batches(adapter) as data:
-        pools = _filled_pools(model, _inputs(data, adapter.num_batches, steps, verbose))
+        number = min((n for n in (adapter.num_batches, steps) if n is not None), default=None)
+        pools = _filled_pools(model, _inputs(data, number, steps, verbose), number)
     swap.set_statistics_aside(model, statistics(model))
     for pool in pools:
         pool.assign()
@@ -117,118 +123,17 @@ def statistics(model: Any) -> list[Any]:
     return [v for layer in _layers_to_update(model) for v in layer.non_trainable_variables]
 
 
-class _Pool:
-    """Mean and variance, per channel, of all elements that one layer has normalized so far."""
-
-    def __init__(self, layer: Any) -> None:
-        self._layer = layer
-        self._calls = 0
-        self._reductions = 0
-        self._count: Any = 0.0
-        self._mean: Any = 0.0
-        self._squares: Any = 0.0  # sum of squared deviations from the mean
-
-    @contextlib.contextmanager
-    def filling(self) -> Iterator[None]:
-        """Let the layer run in training mode, without `renorm`, and collect its moments."""
-        layer, flags = self._layer, ("renorm", "synchronized")
-        before = {name: getattr(layer, name) for name in flags if hasattr(layer, name)}
-        try:
-            for name in before:
-                setattr(layer, name, False)
-            with _keras_internals.in_training_mode(layer, self._on_call, self._on_moments):
-                yield
-        finally:
-            for name, value in before.items():
-                setattr(layer, name, value)
-
-    def _on_call(self) -> None:
-        self._calls += 1
-
-    def _on_moments(self, inputs: Any, mask: Any, mean: Any, variance: Any) -> None:
-        self._reductions += 1
-        try:
-            arrays = _array(mean), _array(variance)
-        except (TypeError, NotImplementedError) as error:
-            # Must be raised now, while the code is traced. Otherwise compiled code that contains
-            # training mode would be kept.
-            raise ValueError(
-                f"The moments of {self._layer.path!r} cannot be known. Received: a call from "
-                "compiled code, or from a loop that is compiled. Call the layer outside of it, or "
-                "set its `trainable = False` to keep its statistics."
-            ) from error
-        self._add(self._elements(ops.shape(inputs), mask), *arrays)
-
-    def check(self) -> None:
-        """Refuse a layer if a call did not compute its moments with the observed method."""
-        if self._calls != self._reductions:
-            raise ValueError(
-                f"The moments of {self._layer.path!r}, of type {type(self._layer).__name__}, "
-                "cannot be known: it does not compute them once a call by the method that it has "
-                f"from BatchNormalization. Received: moments {self._reductions} times in "
-                f"{self._calls} calls. Let its `call` take `training` and pass it to "
-                "`super().call`, or set its `trainable = False` to keep its statistics."
-            )
-
-    def _elements(self, shape: tuple[int, ...], mask: Any) -> Any:
-        """The number of elements in a call for each channel. A mask has all axes but the last."""
-        axis = self._layer.axis % len(shape)
-        if mask is None:
-            return np.prod(shape[:axis] + shape[axis + 1 :], dtype=np.float64)
-        counted = ops.convert_to_numpy(mask).astype(bool)[..., np.newaxis]
-        others = tuple(i for i in range(len(shape)) if i != axis)
-        return np.broadcast_to(counted, shape).sum(axis=others, dtype=np.float64)
-
-    # The variance,  sum(n_b * (v_b + m_b**2)) / N - mean**2,  is a small difference of large
-    # numbers if the mean is far from zero. So the pool keeps the sum of squared deviations from the
-    # mean, which needs no such difference. Let N be the number of elements so far, and let a call
-    # have n elements. With  d = m_b - mean,  the call moves the mean by  d * n / (N + n).  The new
-    # sum of squared deviations from the new mean is
-    #     squares + n * v_b + d**2 * N * n / (N + n).
-
-    def _add(self, count: Any, mean: Any, variance: Any) -> None:
-        share = count / np.maximum(self._count + count, 1)
-        difference = np.where(count > 0, mean - self._mean, 0)  # Without elements, moments are NaN.
-        self._mean = self._mean + difference * share
-        self._squares = self._squares + np.where(count > 0, count * variance, 0)
-        self._squares = self._squares + difference**2 * self._count * share
-        self._count = self._count + count
-
-    def assign(self) -> None:
-        """Assign the statistics to the layer, except for channels without elements."""
-        layer = self._layer
-        if not np.all(self._count):
-            warnings.warn(
-                f"No data reached {layer.path!r}, or not all of its channels, or in compiled code "
-                "only: it keeps its statistics there.",
-                stacklevel=3,
-            )
-        if not np.any(self._count):
-            return
-        variance = self._squares / np.maximum(self._count, 1)
-        _assign(layer.moving_mean, self._mean, self._count)
-        _assign(layer.moving_variance, variance, self._count)
-        if getattr(layer, "renorm", False):
-            # At the next training step, the layer computes its variance from this one.
-            _assign(layer.moving_stddev, np.sqrt(variance + layer.epsilon), self._count)
-
-
-def _filled_pools(model: Any, batches: Iterator[Any]) -> list[_Pool]:
-    infer = _backend.eager_inference(lambda inputs: model(inputs, training=False))
-    first = next(batches)
+def _filled_pools(model: Any, inputs: Iterator[Any], number: int | None) -> list[Pool]:
+    first = next(inputs)
     if not _is_built(model):
         with keras.StatelessScope():
-            infer(first)
-    pools = [_Pool(layer) for layer in _layers_to_update(model)]
-    with contextlib.ExitStack() as stack:
-        for pool in pools:
-            stack.enter_context(pool.filling())
-        scope = keras.StatelessScope()  # It keeps all assignments of the pass away from the model.
-        for inputs in itertools.chain([first], batches):
-            with scope:
-                infer(inputs)
-            for pool in pools:
-                pool.check()
+            _backend.eager_inference(lambda batch: model(batch, training=False))(first)
+    layers = _layers_to_update(model)
+    pools = list(map(Pool, layers))
+    with running(model, Observer(layers), number) as batches:
+        for batch in itertools.chain([first], inputs):
+            for found in batches.moments(batch):
+                pools[int(found.number)].add(found)
     return pools
 
 
@@ -275,10 +180,9 @@ def _is_endless(x: Any) -> bool:
     return callable(cardinality) and int(cardinality()) == -1
 
 
-def _inputs(data: Any, known: int | None, steps: int | None, verbose: int) -> Iterator[Any]:
+def _inputs(data: Any, number: int | None, steps: int | None, verbose: int) -> Iterator[Any]:
     """The inputs in the batches. A progress bar moves after each batch."""
-    target = min((n for n in (known, steps) if n is not None), default=None)
-    progress = keras.utils.Progbar(target, verbose=verbose)
+    progress = keras.utils.Progbar(number, verbose=verbose)
     done = 0
     for done, batch in enumerate(itertools.islice(data, steps), start=1):
         yield keras.utils.unpack_x_y_sample_weight(batch)[0]
@@ -299,12 +203,3 @@ def _no_data(received: str) -> ValueError:
     return ValueError(
         f"There is no data to compute statistics from. Received: {received}. Pass a batch or more."
     )
-
-
-def _array(tensor: Any) -> Any:
-    return ops.convert_to_numpy(tensor).astype(np.float64).reshape(-1)
-
-
-def _assign(variable: Any, value: Any, count: Any) -> None:
-    before = ops.convert_to_numpy(variable.value).astype(np.float64)
-    variable.assign(np.where(count > 0, value, before))

@@ -105,6 +105,7 @@ ORDER = [
     "callbacks",
     "checkpoints",
     "batch_norm",
+    "_moments",
     "_optimizers",
     "_workers",
     "_wrapping",

@@ -1,7 +1,9 @@
 """`update_batch_norm` recomputes the statistics exactly by one pass, and changes nothing else."""
 
+import gc
 import inspect
 import itertools
+import weakref
 
 import keras
 import numpy as np
@@ -613,6 +615,130 @@ class TestVariants:
         update(model, X, batch_size=8)
         hidden = ops.convert_to_numpy(ops.cast(model.layers[0](X), "float32"))
         assert_statistics(model.layers[1], *whole_data(hidden))
+
+
+class TestCompiledPasses:
+    """From ten batches on, the pass is compiled on JAX and TensorFlow."""
+
+    def model(self, *more):
+        norms = [layers.BatchNormalization(name=name) for name in ("first", "second")]
+        return sequential(norms[0], layers.Dense(6, activation="tanh"), *more, norms[1]), norms
+
+    def in_one_pass(self, model, runs):
+        """The statistics, and how often the model's code ran in Python."""
+        runs.clear()
+        update(model, X, batch_size=2)
+        norms = [each for each in model.layers if isinstance(each, layers.BatchNormalization)]
+        return [s for norm in norms for s in statistics(norm)], len(runs)
+
+    @pytest.mark.skipif(BACKEND == "torch", reason="torch runs eagerly")
+    def test_the_compiled_code_gives_the_same_and_is_kept_for_later_passes(self):
+        runs = []
+
+        class Counted(layers.Layer):
+            def call(self, inputs):
+                runs.append(1)
+                return inputs
+
+        model, _ = self.model(Counted())
+        compiled, times = self.in_one_pass(model, runs)
+        assert times <= 3, "it is traced, and runs once for the short last batch"
+        again, times = self.in_one_pass(model, runs)
+        assert times == 1, "only the short last batch ran in Python"
+        small.assert_same_bits(again, compiled)
+        model.compile(run_eagerly=True)
+        eager, times = self.in_one_pass(model, runs)
+        assert times == 15
+        for ours, theirs in zip(compiled, eager, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+        model.compile()
+        model.layers[1].kernel.assign(model.layers[1].kernel * 2)
+        changed, _ = self.in_one_pass(model, runs)
+        assert np.abs(changed[-1] - compiled[-1]).max() > 0.01, "new weights are used"
+
+    @pytest.mark.parametrize("change", ["frozen", "attribute"])
+    def test_a_change_of_the_model_is_not_missed(self, change):
+        class Scaled(layers.Layer):
+            factor = 1.0
+
+            def call(self, inputs):
+                return inputs * self.factor
+
+        scaled = Scaled()
+        model, norms = self.model(scaled)
+        update(model, X, batch_size=2)
+        before = statistics(norms[1])
+        if change == "frozen":
+            norms[0].trainable = False
+        else:
+            scaled.factor = 3.0
+        update(model, X, batch_size=2)
+        after = statistics(norms[1])
+        if change == "attribute":
+            np.testing.assert_allclose(after[0], 3 * before[0], rtol=1e-5)
+        else:
+            hidden = model.layers[1](norms[0](X, training=False))
+            assert_statistics(norms[1], *whole_data(ops.convert_to_numpy(hidden)))
+
+    def test_a_layer_that_draws_in_inference_draws_new_numbers_for_each_batch(self):
+        norm = layers.BatchNormalization()
+        model = sequential(Noise(), norm)
+        before = everything(model)
+        update(model, np.zeros((24, 5), "float32"), batch_size=1)
+        assert np.all(statistics(norm)[1] > 0.01)
+        assert_unchanged(model, before, but=[norm])
+
+    def test_masked_elements_do_not_count(self):
+        norm = layers.BatchNormalization()
+        model = keras.Sequential([keras.Input((3, 5)), layers.Masking(), norm])
+        x = np.random.default_rng(0).normal(size=(24, 3, 5)).astype("float32")
+        x[:, 2] = x[5] = 0
+        update(model, x, batch_size=2)
+        assert_statistics(norm, *whole_data(np.delete(x, 5, 0)[:, :2]))
+
+    def test_code_that_cannot_be_compiled_runs_eagerly(self):
+        class Peeking(layers.Layer):
+            def call(self, inputs):
+                return inputs + float(ops.convert_to_numpy(inputs).max())
+
+            def compute_output_spec(self, inputs):
+                return keras.KerasTensor(inputs.shape, inputs.dtype)
+
+        norm = layers.BatchNormalization()
+        update(sequential(Peeking(), norm), X, batch_size=1)
+        assert_statistics(norm, *whole_data(X + X.max(1, keepdims=True)))
+
+    def test_data_of_unknown_length_gives_the_same(self):
+        model, norms = self.model()
+        update(model, ((batch,) for batch in batches_of(X, 2)))
+        unknown = [s for norm in norms for s in statistics(norm)]
+        update(model, X, batch_size=2)
+        for ours, theirs in zip(unknown, (s for n in norms for s in statistics(n)), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+
+    def test_a_layer_that_raises_changes_nothing(self):
+        class Fuse(layers.Layer):
+            blown = False
+
+            def call(self, inputs):
+                if self.blown:
+                    raise RuntimeError("blown")
+                return inputs
+
+        model = sequential(layers.BatchNormalization(), Fuse())
+        model.layers[-1].blown = True
+        before = everything(model)
+        with pytest.raises(RuntimeError, match="blown"):
+            update(model, X, batch_size=1)
+        assert_unchanged(model, before)
+
+    def test_a_model_that_is_no_longer_used_is_freed(self):
+        model, _ = self.model()
+        update(model, X, batch_size=2)
+        freed = weakref.ref(model)
+        del model, _
+        gc.collect()
+        assert freed() is None
 
 
 class Batches(keras.utils.PyDataset):

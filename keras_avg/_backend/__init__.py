@@ -69,6 +69,10 @@ Each file defines the same names with the same signatures, in the same order:
 * `eager_inference(function)`: runs `function` without gradients. It does not use compiled copies of
   the functions that it calls, and makes none. Torch itself checks that a compiled copy still fits.
   JAX has no such switch, except one that would also disable the compiled kernels of `jax.numpy`.
+* `place_in_code()`: an object that says which compiled function or loop is being traced now. It
+  equals another one of the same place.
+* `compile_stateless(function, by_xla)`: `function`, which has no effects, compiled in the way in
+  which Keras compiles `predict`. None if Keras runs it eagerly.
 * `pass_over(arguments, batches, result)`: is called instead of a train function, with the same
   arguments. It reads this many batches, takes no step, and returns `result(first batch)` for the
   metrics. The train function of torch gets a batch. Those of JAX and TensorFlow read from an
@@ -99,6 +103,7 @@ __all__ = [
     "assign_all",
     "assign_if",
     "assign_quotients",
+    "compile_stateless",
     "concrete",
     "copy",
     "detached",
@@ -110,6 +115,7 @@ __all__ = [
     "outside_trace",
     "part_of_sum",
     "pass_over",
+    "place_in_code",
     "put_if",
     "random_state_kept",
     "run_if",

@@ -8,6 +8,11 @@ import jax
 import jax.numpy as jnp
 import keras
 
+try:
+    from jax.extend.core import get_opaque_trace_state
+except ImportError:  # older than jax 0.10
+    from jax.core import get_opaque_trace_state
+
 
 def widest_float() -> str:
     return "float64" if jax.config.jax_enable_x64 else "float32"
@@ -269,6 +274,14 @@ def random_state_kept() -> contextlib.AbstractContextManager:
 
 def eager_inference(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
+
+
+def place_in_code() -> Any:
+    return get_opaque_trace_state(convention="nnx")
+
+
+def compile_stateless(function: Callable[..., Any], by_xla: bool) -> Callable[..., Any] | None:
+    return jax.jit(function) if by_xla else None
 
 
 def pass_over(arguments: Sequence[Any], batches: int, result: Callable[..., Any]) -> Any:

@@ -377,6 +377,16 @@ def eager_inference(function: Callable[..., Any]) -> Callable[..., Any]:
     return eager
 
 
+def place_in_code() -> Any:
+    return tf.compat.v1.get_default_graph()
+
+
+def compile_stateless(function: Callable[..., Any], by_xla: bool) -> Callable[..., Any] | None:
+    if tf.distribute.has_strategy():
+        return None
+    return tf.function(function, jit_compile=by_xla, autograph=False, reduce_retracing=False)
+
+
 def pass_over(arguments: Sequence[Any], batches: int, result: Callable[..., Any]) -> Any:
     (iterator,) = arguments
     batch = next(iterator)  # the end of the data ends the epoch, if there is no batch at all

@@ -1,0 +1,1 @@
+"""The moments of BatchNormalization layers in a pass over data."""
