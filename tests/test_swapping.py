@@ -289,6 +289,24 @@ class TestTrainingWhileSwapped:
         keras_avg.swap_weights(loaded)
         small.fit(loaded, epochs=1)
 
+    @pytest.mark.parametrize("eagerly", [False, True])
+    def test_a_swapped_model_that_is_compiled_again_refuses_training_and_keeps_its_statistics(
+        self, eagerly
+    ):
+        model = trained()
+        keras_avg.swap_weights(model)
+        model.compile(model.optimizer, "mse", run_eagerly=eagerly)
+        before = model.get_weights()
+
+        for train in (small.fit, lambda m: m.train_on_batch(small.X[:8], small.Y[:8])):
+            with pytest.raises(RuntimeError, match="so training is refused"):
+                train(model)
+            small.assert_same_bits(model.get_weights(), before)
+
+        keras_avg.swap_weights(model)
+        small.fit(model, epochs=1)
+        assert "make_train_function" not in vars(model)
+
     @pytest.mark.slow_on("tensorflow")
     @pytest.mark.parametrize(
         "is_traced_again", [False, pytest.param(True, marks=sees_compiled_steps)]

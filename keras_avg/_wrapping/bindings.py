@@ -44,7 +44,7 @@ def note_training_model(wrapper: Any) -> None:
     """
     models = list(_keras_internals.models_among_callers("self"))
     for model in models:
-        if _is_at_work(wrapper, model):
+        if is_at_work(wrapper, model):
             note_model(wrapper, model)
             return
     for model in models[:1]:  # Its `train_step` may use an optimizer that it does not own.
@@ -54,7 +54,7 @@ def note_training_model(wrapper: Any) -> None:
 
 def note_loaded_model(wrapper: Any, model: Any) -> None:
     """Remember a model whose file is being loaded, if the wrapper is its optimizer and fits it."""
-    if _is_at_work(wrapper, model) and not _foreign_variables(wrapper, model):
+    if is_at_work(wrapper, model) and not _foreign_variables(wrapper, model):
         note_model(wrapper, model)
 
 
@@ -70,7 +70,7 @@ def _models_of(wrapper: Any) -> WeakList:
 def names_of_models(wrapper: Any) -> list[str]:
     """The names of the models for which the wrapper is being built right now, if any."""
     models = _keras_internals.models_among_callers("self")
-    return list(dict.fromkeys(m.name for m in models if _is_at_work(wrapper, m)))
+    return list(dict.fromkeys(m.name for m in models if is_at_work(wrapper, m)))
 
 
 def model_on_file(wrapper: Any) -> Any:
@@ -79,7 +79,7 @@ def model_on_file(wrapper: Any) -> Any:
         has_variables = any(
             _keras_internals.variable_index(wrapper, v) is not None for v in model.variables
         )
-        if has_variables or _is_at_work(wrapper, model):
+        if has_variables or is_at_work(wrapper, model):
             return model
     return None
 
@@ -108,8 +108,7 @@ def work_for_the_same(wrapper: Any, other: Any) -> bool:
 def has_replaced(wrapper: Any, other: Any) -> bool:
     """Whether a model of `other` was compiled anew, so that now `wrapper` trains it instead."""
     return any(
-        _is_at_work(wrapper, model) and not _is_at_work(other, model)
-        for model in models_of([other])
+        is_at_work(wrapper, model) and not is_at_work(other, model) for model in models_of([other])
     )
 
 
@@ -120,13 +119,14 @@ def _has_all(wrapper: Any, other: Any) -> bool:
 
 def works_for(wrapper: Any, model: Any) -> bool:
     """Whether a wrapper trains a model now, or was built for its variables and may train it."""
-    if _is_at_work(wrapper, model):
+    if is_at_work(wrapper, model):
         return True
     built = getattr(wrapper, "built", False) and _keras_internals.built_variables(wrapper)
     return bool(built) and not _foreign_variables(wrapper, model)
 
 
-def _is_at_work(wrapper: Any, model: Any) -> bool:
+def is_at_work(wrapper: Any, model: Any) -> bool:
+    """Whether the model is compiled with the wrapper."""
     return any(nesting.is_inside(wrapper, each) for each in nesting.optimizers_of(model))
 
 

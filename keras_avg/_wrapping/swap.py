@@ -151,9 +151,9 @@ class Swap:
         else:
             _under_way.add(self)
             refuse = _refusing(self)
-            for model in models:  # A step that is not compiled yet is refused by its first trace.
-                train_function.make_if_eager(model)
+            for model in models:
                 train_function.watch(model, id(self), refuse)
+                train_function.watch_eager_steps(model, id(self), refuse, _training(self._owner))
 
     def note_state(self) -> None:
         """Call it after a complete state was set.
@@ -263,6 +263,16 @@ def _refusing(swap: Swap) -> Callable[[], contextlib.AbstractContextManager]:
         return contextlib.nullcontext()
 
     return refuse
+
+
+def _training(wrapper: Any) -> Callable[[Any], bool]:
+    """A function that says whether a model is compiled with the wrapper, if that still exists."""
+    weakly = weakref.ref(wrapper)
+
+    def is_trained(model: Any) -> bool:
+        return (alive := weakly()) is not None and bindings.is_at_work(alive, model)
+
+    return is_trained
 
 
 def holding(variables: Sequence[Any]) -> list[Swap]:

@@ -7,11 +7,13 @@ traced again.
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import keras
 
+MAKER = "make_train_function"
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
@@ -72,6 +74,11 @@ def replace(model: Any, key: Any, instead: Callable[..., Any]) -> None:
 
 def leave(model: Any, key: Any) -> None:
     """Remove a context. After the last one, the model has its own train function again."""
+    maker = vars(model).get(MAKER)
+    if isinstance(maker, WatchedMaker):
+        maker.contexts.pop(key, None)
+        if not maker.contexts:
+            del vars(model)[MAKER]
     function = getattr(model, "train_function", None)
     if isinstance(function, WatchedFunction):
         function.contexts.pop(key, None)
@@ -80,17 +87,51 @@ def leave(model: Any, key: Any) -> None:
             model.train_function = function.function
 
 
-def make_if_eager(model: Any) -> None:
-    """Let a model that runs eagerly make its train function now, if it has none.
+class WatchedMaker:
+    """Replaces a model's `make_train_function` for some time. It watches what that makes.
+
+    Args:
+        model: A Keras model. It is not kept alive.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+        self.contexts: dict[Any, tuple[Context, Callable[[Any], bool]]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self._model()
+        made = type(model).make_train_function(model, *args, **kwargs)
+        for key, (context, is_needed) in self.contexts.items():
+            if is_needed(model):
+                watch(model, key, context)
+        return made if made is None else model.train_function
+
+
+def watch_eager_steps(
+    model: Any, key: Any, context: Context, is_needed: Callable[[Any], bool]
+) -> None:
+    """Watch each train function that the model makes until `leave` is called, if it runs eagerly.
 
     A step that will be compiled is traced first, and a context that raises during the trace stops
     it before anything changes. An eager step has no trace. Its forward pass has already changed
     batch-normalization statistics when the optimizer is called.
+
+    Args:
+        model: A Keras model.
+        key: Hashable, as for `watch`.
+        context: Function without arguments that returns a context, as for `watch`.
+        is_needed: Function of the model. It is called for each train function that is made.
     """
-    is_eager = keras.backend.backend() == "torch" or getattr(model, "run_eagerly", False)
-    is_ready = getattr(model, "compiled", False) and getattr(model, "train_function", 0) is None
-    if is_eager and is_ready and getattr(model, "steps_per_execution", 1) == 1:
-        model.make_train_function()
+    if hasattr(type(model), MAKER):
+        own = vars(model)  # Not `setattr`, because Keras tracks attributes that are set with it.
+        maker = own.get(MAKER)
+        if not isinstance(maker, WatchedMaker):
+            maker = own[MAKER] = WatchedMaker(model)
+        maker.contexts[key] = context, lambda model: _is_eager(model) and is_needed(model)
+
+
+def _is_eager(model: Any) -> bool:
+    return keras.backend.backend() == "torch" or getattr(model, "run_eagerly", False)
 
 
 def forget(model: Any) -> None:
