@@ -1,6 +1,6 @@
 """The memory of each wrapper, and the cost of a step on which nothing is due.
 
-    KERAS_BACKEND=torch python benchmarks/wrappers.py
+    KERAS_BACKEND=torch python -m benchmarks.wrappers
 
 Memory is counted in copies of the parameters: the bytes of the wrapper's own variables. On PyTorch,
 which compiles nothing here, the growth of the process above that with the bare optimizer is
@@ -10,7 +10,8 @@ A step on which nothing is due is compared with a step of `SWA` before its start
 run once. The results are medians of ratios within a round, of the processor time of this process.
 `ScheduleFree` and `PrimalAverage` are not measured, because something is due on each of their
 steps. On JAX a compiled step takes and returns every array of the state. So it costs more if a
-wrapper keeps more arrays, even if nothing is due.
+wrapper keeps more arrays, even if nothing is due. The same is measured for steps of `fit` of a
+small convolutional model.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import keras
 import numpy as np
 
 import keras_avg
+from benchmarks import measuring, models
 
 FAR = 2**30  # steps: nothing becomes due in the measurement
 
@@ -153,6 +155,24 @@ def nothing_due(parameters, tensors, rounds):
     }
 
 
+def nothing_due_in_fit(rounds):
+    """For each wrapper: the time of a training step in `fit`, in units of that with SWA."""
+    _, data, batch_size, steps = models.MODELS["convolution"]
+    x, y = data(steps * batch_size)
+
+    def fitting(optimizer):
+        model = models.compiled("convolution", optimizer)
+        return lambda: model.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0)
+
+    calls = {name: fitting(optimizer) for name, optimizer in with_nothing_due().items()}
+    seconds = measuring.interleaved(calls, rounds)
+    return {
+        name: measuring.ratio(found, seconds["SWA"])
+        | {"microseconds": 1e6 * statistics.median(found) / steps}
+        for name, found in seconds.items()
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", type=int, default=10_000_000)
@@ -167,6 +187,13 @@ def main():
             for number in (arguments.parameters // 100, arguments.parameters // 10)
         },
     }
+    measuring.use_clock("cpu")
+    found["nothing_due_in_fit"] = nothing_due_in_fit(max(2, arguments.rounds // 5))
+    for name, step in found["nothing_due_in_fit"].items():
+        quartiles = f"{step['low']:.3f} to {step['high']:.3f}"
+        print(
+            f"in fit {name:<16}{step['median']:>7.3f} ({quartiles}) {step['microseconds']:.0f} us"
+        )
     for size, steps in found["nothing_due_beside_SWA"].items():
         for name, step in steps.items():
             print(f"{size} {name:<16}{step['ratio']:>7.2f}{step['microseconds']:>9.0f} us")
