@@ -143,7 +143,7 @@ def put_if(
     def changed() -> list[Any]:
         pairs = zip(rings, new_values(sources), strict=True)
         return [
-            jax.lax.dynamic_update_index_in_dim(ring.value, row.astype(ring.dtype), place, 0)
+            jax.lax.dynamic_update_index_in_dim(ring.value, jnp.asarray(row, ring.dtype), place, 0)
             for ring, row in pairs
         ]
 
