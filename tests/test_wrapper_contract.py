@@ -160,7 +160,7 @@ def test_stores_of_low_precision_variables_are_float32(wrapper, dtype_policy):
     trajectories = small.trajectories(model, steps=6)
     wrappers, _ = chain(model.optimizer)
     for optimizer, oracle in zip(wrappers, WRAPPERS[wrapper].shown, strict=True):
-        kept = [variable for store in optimizer.kept.values() for variable in store.kept]
+        kept = optimizer.kept_variables()
         assert {keras.backend.standardize_dtype(variable.dtype) for variable in kept} == {"float32"}
         if not WRAPPERS[wrapper].is_transparent:
             continue  # Variables rounded to bfloat16 do not say what their unrounded values are.

@@ -8,11 +8,6 @@ import jax
 import jax.numpy as jnp
 import keras
 
-try:
-    from jax.extend.core import get_opaque_trace_state
-except ImportError:  # older than jax 0.10
-    from jax.core import get_opaque_trace_state
-
 
 def widest_float() -> str:
     return "float64" if jax.config.jax_enable_x64 else "float32"
@@ -277,6 +272,11 @@ def eager_inference(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def place_in_code() -> Any:
+    # Imported here, because `import jax` and Keras do not load this part of jax.
+    try:
+        from jax.extend.core import get_opaque_trace_state
+    except ImportError:  # older than jax 0.10
+        from jax.core import get_opaque_trace_state
     return get_opaque_trace_state(convention="nnx")
 
 
