@@ -1,7 +1,8 @@
 """A ring is one variable in memory. In a file each of its rows is an array, as in version 0.2.
 
 The files of version 0.2 hold the small model after twelve steps: one with LAWA and raw weights, one
-with SWAG and its averages in the model. They were written on torch.
+with SWAG and its averages in the model. They were written on torch, with the oldest Keras that is
+supported.
 """
 
 import pathlib
