@@ -696,17 +696,24 @@ class TestCompiledPasses:
         update(model, x, batch_size=2)
         assert_statistics(norm, *whole_data(np.delete(x, 5, 0)[:, :2]))
 
-    def test_code_that_cannot_be_compiled_runs_eagerly(self):
+    def test_code_that_cannot_be_compiled_runs_eagerly_and_is_tried_once(self):
+        runs = []
+
         class Peeking(layers.Layer):
             def call(self, inputs):
+                runs.append(1)
                 return inputs + float(ops.convert_to_numpy(inputs).max())
 
             def compute_output_spec(self, inputs):
                 return keras.KerasTensor(inputs.shape, inputs.dtype)
 
         norm = layers.BatchNormalization()
-        update(sequential(Peeking(), norm), X, batch_size=1)
-        assert_statistics(norm, *whole_data(X + X.max(1, keepdims=True)))
+        model = sequential(Peeking(), norm)
+        for _ in range(2):
+            runs.clear()
+            update(model, X, batch_size=1)
+            assert_statistics(norm, *whole_data(X + X.max(1, keepdims=True)))
+        assert len(runs) == len(X)
 
     def test_data_of_unknown_length_gives_the_same(self):
         model, norms = self.model()

@@ -59,7 +59,13 @@ class Batches:
             try:
                 return self._compiled.moments(inputs, self._scope)
             except Exception:
-                self._compiled = None
+                failed, self._compiled = self._compiled, None
+            found = self._eagerly(inputs)
+            failed.give_up()  # Only now: if the batch is wrong, it has raised here too.
+            return found
+        return self._eagerly(inputs)
+
+    def _eagerly(self, inputs: Any) -> list[Moments]:
         with self._scope:
             return self._observer.moments(self._infer, inputs)
 

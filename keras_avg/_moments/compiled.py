@@ -31,8 +31,12 @@ class CompiledBatch:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the backend compiles at all."""
+        """Whether the backend compiles at all, and the model can be compiled as far as known."""
         return self._function is not None
+
+    def give_up(self) -> None:
+        """Note that the model cannot be compiled. Later passes over it do not try again."""
+        self._function = None
 
     @contextlib.contextmanager
     def used_by(self, model: Any, observer: Observer) -> Iterator[None]:
