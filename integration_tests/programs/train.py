@@ -122,7 +122,7 @@ def main(options):
         else:
             only_join(model)
     except (RuntimeError, ValueError) as error:
-        result |= {"error": f"{type(error).__name__}: {error}"}
+        result |= {"error": f"{type(error).__name__}: {error}", "failed_at": time.time()}
         if options["folder"]:
             model.save_weights(pathlib.Path(options["folder"], f"{rank}.weights.h5"))
     result |= {
