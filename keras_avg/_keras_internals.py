@@ -261,6 +261,17 @@ def assign_outside_scopes(variable: Any, value: Any) -> None:
     variable._direct_assign(value)
 
 
+def assign_checked(variable: Any, value: Any) -> None:
+    """Assign a tensor that is known to have the variable's shape and dtype.
+
+    On JAX, the checks of `assign` take as long as a copy of a small tensor.
+    """
+    if in_stateless_scope():
+        variable.assign(value)
+    else:
+        variable._direct_assign(value)
+
+
 def give_back_value(variable: Any, value: Any) -> None:
     """Give a variable its value again if the JAX trainer has taken it away."""
     if variable._value is None:

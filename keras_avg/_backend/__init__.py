@@ -11,8 +11,8 @@ Each file defines the same names with the same signatures, in the same order:
   new ones. They are copied only on torch, where an assignment writes into the same memory.
 * `to_assign(tensor)`: a tensor that can be assigned to a variable. It is copied only on JAX, where
   the variable keeps the tensor's buffer and a train step donates it.
-* `detached(variable)`: the value of a variable, tensor or NumPy array, as a tensor without
-  gradients. It is not copied.
+* `detached(variables)`: a list of the values of variables, tensors or NumPy arrays, without
+  gradients. They are not copied. An array may stay an array.
 * `value(variable, dtype)`: the value of a variable or tensor, as a tensor. If `dtype` is given, it
   is cast. It is copied only if necessary.
 * `assign_all(variables, tensors)`: assigns one tensor to each variable, which keeps its dtype. A

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_avg import _keras_internals
+
 
 def widest_float() -> str:
     return "float64" if jax.config.jax_enable_x64 else "float32"
@@ -31,8 +33,8 @@ def to_assign(tensor: Any) -> Any:
     return copy(tensor)
 
 
-def detached(variable: Any) -> Any:
-    return keras.ops.convert_to_tensor(variable)
+def detached(variables: Sequence[Any]) -> list[Any]:
+    return _keras_internals.values_of(variables)
 
 
 def value(variable: Any, dtype: Any = None) -> Any:
@@ -50,13 +52,13 @@ def assign_all(variables: Sequence[Any], tensors: Sequence[Any]) -> None:
 
 
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
-    for source, *chain in zip(sources, *targets, strict=True):
-        value = source.value if isinstance(source, keras.Variable) else source
-        value = value if divisor == 1 else value / divisor
+    assign = _keras_internals.assign_checked
+    for source, *chain in zip(_keras_internals.values_of(sources), *targets, strict=True):
+        value = source if divisor == 1 else source / divisor
         for target in chain:
             value = value.astype(target.dtype, copy=False)
             # Not `jax.device_put`: it does not copy aligned arrays, even with `may_alias=False`.
-            target.assign(jnp.array(value, copy=True))
+            assign(target, jnp.array(value, copy=True))
 
 
 class Counter:

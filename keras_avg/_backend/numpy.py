@@ -27,8 +27,8 @@ def to_assign(tensor: Any) -> Any:
     return copy(tensor)
 
 
-def detached(variable: Any) -> Any:
-    return _array(variable)
+def detached(variables: Sequence[Any]) -> list[Any]:
+    return [_array(variable) for variable in variables]
 
 
 def value(variable: Any, dtype: Any = None) -> Any:

@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_avg import _keras_internals
+from keras_avg._backend._tensorflow.program import Program
 
 WRITES = re.compile("^Assign|^ResourceApply|^ResourceSparseApply|^ResourceScatter")
 SOURCES = ("Placeholder", "IteratorGetNext", "OptionalGetValue")
@@ -32,8 +33,21 @@ def to_assign(tensor: Any) -> Any:
     return tf.convert_to_tensor(tensor)
 
 
-def detached(variable: Any) -> Any:
-    return tf.convert_to_tensor(variable)
+def detached(variables: Sequence[Any]) -> list[Any]:
+    values = _keras_internals.values_of(variables)
+    pairs = [(v, of.shape) for v, of in zip(values, variables, strict=True) if _is_variable(v)]
+    read = iter(_read_all([], [v for v, _ in pairs], shapes=tuple([shape for _, shape in pairs])))
+    return [next(read) if _is_variable(v) else tf.convert_to_tensor(v) for v in values]
+
+
+def _is_variable(value: Any) -> bool:
+    return isinstance(value, tf.Variable)
+
+
+# One call of compiled code takes a third of the time of single reads.
+@Program
+def _read_all(tensors: list[Any], variables: list[Any]) -> list[Any]:
+    return [tf.convert_to_tensor(variable) for variable in variables]
 
 
 def value(variable: Any, dtype: Any = None) -> Any:
@@ -51,23 +65,27 @@ def assign_all(variables: Sequence[Any], tensors: Sequence[Any]) -> None:
 
 
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
-    values = [tf.convert_to_tensor(source) for source in sources]
+    values = [tf.convert_to_tensor(source) for source in _keras_internals.values_of(sources)]
     # The divisor must be a tensor. For a constant, TensorFlow would multiply by its reciprocal,
     # which is rounded.
-    number = None if divisor == 1 else tf.constant(divisor, "float64")
-    _assign_quotients(values, number, [_native(each) for each in targets])
+    numbers = [] if divisor == 1 else [tf.constant(divisor, "float64")]
+    _assign_quotients([*numbers, *values], *map(_keras_internals.values_of, targets))
 
 
 # This is compiled, because two hundred operations from Python take as long as the memory transfers.
 # The trace reads no variable among its arguments. Otherwise it could not be called in another trace
 # or under a tape.
-@tf.function
-def _assign_quotients(values: list[Any], divisor: Any, targets: list[list[Any]]) -> None:
+@Program
+def _assign_quotients(tensors: list[Any], *targets: list[Any]) -> list[Any]:
+    count = len(tensors) - len(targets[0])
+    divisor, values = tensors[:count], tensors[count:]
     for value, *chain in zip(values, *targets, strict=True):
-        value = value if divisor is None else value / tf.cast(divisor, value.dtype)
+        for number in divisor:  # none, or one
+            value = value / tf.cast(number, value.dtype)
         for target in chain:
             value = tf.cast(value, target.dtype)
             target.assign(value, read_value=False)
+    return []
 
 
 class Counter:

@@ -41,15 +41,15 @@ def set_aside(variables: Sequence[Any]) -> list[Any]:
 
 
 def to_assign(tensor: Any) -> Any:
-    return detached(tensor)
+    return _tensor(tensor).detach()
 
 
-def detached(variable: Any) -> Any:
-    return _tensor(variable).detach()
+def detached(variables: Sequence[Any]) -> list[Any]:
+    return [t.detach() if t.requires_grad else t for t in _tensors(variables)]
 
 
 def value(variable: Any, dtype: Any = None) -> Any:
-    tensor = detached(variable)
+    tensor = _tensor(variable).detach()
     return tensor if dtype is None else tensor.to(_torch_dtype(dtype))
 
 
@@ -66,19 +66,14 @@ def assign_all(variables: Sequence[Any], tensors: Sequence[Any]) -> None:
 @outside_graph
 @torch.no_grad()
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
-    small: list[list[torch.Tensor]] = []
-    for source, *chain in zip(sources, *targets, strict=True):
-        value, *memories = map(detached, (source, *chain))
-        if all(map(_is_plain, (value, *memories))):
-            if value.numel() < SMALL:
-                small.append([value, *memories])
-            else:
-                _divide_on_host(value, divisor, memories)
-            continue
-        rest = divisor
-        for memory in memories:
-            memory.copy_(value if rest == 1 else value / rest)
-            value, rest = memory, 1.0
+    small: list[tuple[torch.Tensor, ...]] = []
+    for row in zip(*map(_tensors, (sources, *targets)), strict=True):
+        if row[0].numel() < SMALL:
+            small.append(row)
+        elif all(map(_is_plain, row)):
+            _divide_on_host(row, divisor)
+        else:
+            _divide_together([row], divisor)
     for start in range(0, len(small), IN_CACHE // SMALL):
         _divide_together(small[start : start + IN_CACHE // SMALL], divisor)
 
@@ -87,20 +82,20 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
-def _divide_together(rows: list[list[torch.Tensor]], divisor: float) -> None:
+def _divide_together(rows: list[tuple[torch.Tensor, ...]], divisor: float) -> None:
     # For small tensors, Python takes longer than the memory. As many as fit into the cache go
     # together.
-    values, quotients, *others = [list(column) for column in zip(*rows, strict=True)]
-    torch._foreach_copy_(quotients, values)
+    values, *others = map(list, zip(*rows, strict=True))
     if divisor != 1:
-        torch._foreach_div_(quotients, divisor)
+        values = list(torch._foreach_div(values, divisor))
     for memories in others:
-        torch._foreach_copy_(memories, quotients)
+        torch._foreach_copy_(memories, values)
+        values = memories
 
 
-def _divide_on_host(value: torch.Tensor, divisor: float, memories: list[torch.Tensor]) -> None:
+def _divide_on_host(row: tuple[torch.Tensor, ...], divisor: float) -> None:
     # NumPy, because torch would start a parallel region (a barrier over all cores) per tensor.
-    source, *arrays = [tensor.numpy().reshape(-1) for tensor in (value, *memories)]
+    source, *arrays = [tensor.detach().numpy().reshape(-1) for tensor in row]
     # For a power of two, the product with the reciprocal has the same bits, and is much faster.
     is_power_of_two = math.frexp(divisor)[0] == 0.5
     divide, number = (np.multiply, 1 / divisor) if is_power_of_two else (np.divide, divisor)
@@ -330,6 +325,12 @@ def pass_over(arguments: Sequence[Any], batches: int, result: Callable[..., Any]
 
 def _torch_dtype(dtype: Any) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
+
+
+def _tensors(variables: Iterable[Any]) -> list[torch.Tensor]:
+    convert = keras.ops.convert_to_tensor
+    values = _keras_internals.values_of(variables)
+    return [value if torch.is_tensor(value) else convert(value) for value in values]
 
 
 def _tensor(variable: Any) -> torch.Tensor:

@@ -41,18 +41,27 @@ def weighted_sum(
         raise ValueError(
             f"`weight` must be a finite number >= 0, of this worker. Received: weight={weight!r}."
         )
-    payload = [_weighted(array, weight) for array in arrays]
-    *sums, total = communicator.all_reduce_sum([*payload, np.array(weight, "float32")])
+    *sums, total = communicator.all_reduce_sum(
+        [*_weighted(arrays, weight), np.array(weight, "float32")]
+    )
     return sums, float(keras.ops.convert_to_numpy(total))
 
 
-def _weighted(array: Any, weight: float) -> Any:
-    dtype = array.dtype
-    if dtype != "float32":  # most are, and the name of another takes its time
-        dtype = keras.backend.standardize_dtype(dtype)
-    wide = "float64" if dtype == "float64" else "float32"
+def _weighted(arrays: Sequence[Any], weight: float) -> list[Any]:
     if weight in (0, PRESENT):
-        return np.zeros(tuple(array.shape), wide)
-    if weight == 1 and dtype == wide:
-        return _backend.detached(array)
-    return _backend.detached(keras.ops.convert_to_tensor(array, wide)) * weight
+        return [np.zeros(tuple(array.shape), _wide(array)) for array in arrays]
+    tensors = _backend.detached(arrays)
+    # The name of a dtype takes its time, so it is looked up once for each.
+    names = {dtype: keras.backend.standardize_dtype(dtype) for dtype in {t.dtype for t in tensors}}
+    return [_times(weight, tensor, names[tensor.dtype]) for tensor in tensors]
+
+
+def _times(weight: float, tensor: Any, dtype: str) -> Any:
+    is_wide = dtype in ("float32", "float64")
+    wide = tensor if is_wide else keras.ops.cast(tensor, "float32")
+    return wide if weight == 1 else wide * weight
+
+
+def _wide(array: Any) -> str:
+    dtype = keras.backend.standardize_dtype(array.dtype)
+    return "float64" if dtype == "float64" else "float32"

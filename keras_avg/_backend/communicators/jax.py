@@ -21,6 +21,7 @@ import numpy as np
 from jax._src import distributed
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from keras_avg import _backend
 from keras_avg._backend.communicators import (
     TooLateError,
     UnreachableError,
@@ -81,7 +82,7 @@ class Engine:
         # The arrays are packed on the host, for two reasons. A compiled concatenation of two
         # hundred arrays takes seconds to compile. And after arrays from a global mesh, JAX would
         # compile the train step again.
-        values = [np.asarray(array) for array in arrays]
+        values = [np.asarray(array) for array in _backend.detached(arrays)]
         flat = host_memory(sum(value.size for value in values), dtype)
         np.concatenate([value.reshape(-1) for value in values], out=flat)
         try:

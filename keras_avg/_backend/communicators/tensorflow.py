@@ -8,12 +8,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.eager import context
 
+from keras_avg import _backend
+from keras_avg._backend._tensorflow.program import Program
 from keras_avg._backend.communicators import TooLateError, UnreachableError, place
 
 WORKERS = ("chief", "worker")
@@ -59,7 +61,7 @@ class Engine:
             raise UnreachableError(error) from error
         self._device = strategy.extended.worker_devices[0]
         self._strategy = strategy  # The engine stops when the strategy is deleted.
-        self._compiled_sum = tf.function(self._sum)
+        self._compiled = {dtype: Program(self._sum_in(dtype)) for dtype in ("float32", "float64")}
         self._meetings = self._sums = 0
 
     def meet(self, numbers: Sequence[int]) -> list[list[int]]:
@@ -83,30 +85,33 @@ class Engine:
 
     def sum(self, arrays: Sequence[Any], dtype: str) -> list[tf.Tensor]:
         self._sums += 1
-        tensors = [tf.convert_to_tensor(array) for array in arrays]
         try:
-            return self._compiled_sum(tensors, dtype, tf.constant(self._sums))
+            return self._compiled[dtype]([tf.constant(self._sums), *_backend.detached(arrays)])
         except tf.errors.OpError as error:
             raise UnreachableError(error) from error
 
-    def _sum(self, arrays: list[tf.Tensor], dtype: str, key: tf.Tensor) -> list[tf.Tensor]:
+    def _sum_in(self, dtype: str) -> Callable[[list[tf.Tensor]], list[tf.Tensor]]:
         # This is compiled, because two hundred operations from Python take as long as the memory
         # transfers. Compiled code also writes the sums into the memory of the terms.
-        with tf.device(self._device):
-            flat = tf.raw_ops.CollectiveReduceV2(
-                input=tf.concat([_line(tf.cast(array, dtype)) for array in arrays], 0),
-                group_size=self.size,
-                group_key=GROUP,
-                instance_key=key,
-                ordering_token=[],
-                merge_op="Add",
-                final_op="Id",
-                timeout_seconds=self._timeout,
-            )
-            sizes = [math.prod(array.shape) for array in arrays]
-            lines = tf.split(flat, [size + -size % ALIGNMENT for size in sizes])
-            parts = zip(lines, sizes, arrays, strict=True)
-            return [tf.reshape(line[:size], array.shape) for line, size, array in parts]
+        def compiled(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
+            key, *arrays = tensors
+            with tf.device(self._device):
+                flat = tf.raw_ops.CollectiveReduceV2(
+                    input=tf.concat([_line(tf.cast(array, dtype)) for array in arrays], 0),
+                    group_size=self.size,
+                    group_key=GROUP,
+                    instance_key=key,
+                    ordering_token=[],
+                    merge_op="Add",
+                    final_op="Id",
+                    timeout_seconds=self._timeout,
+                )
+                sizes = [math.prod(array.shape) for array in arrays]
+                lines = tf.split(flat, [size + -size % ALIGNMENT for size in sizes])
+                parts = zip(lines, sizes, arrays, strict=True)
+                return [tf.reshape(line[:size], array.shape) for line, size, array in parts]
+
+        return compiled
 
     def _named_in(self, text: str) -> tuple[int, ...]:
         """The ranks of the tasks that an error message calls late or without a heartbeat."""

@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import datetime
 import errno
-import math
 import os
 import re
 import socket
@@ -12,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -54,24 +52,21 @@ class Engine:
 
     @torch.no_grad()
     def sum(self, arrays: Sequence[Any], dtype: str) -> list[torch.Tensor]:
-        flat = _pack([_tensor(array, dtype).reshape(-1) for array in arrays], dtype)
+        tensors = _backend.detached(arrays)
+        sizes = [tensor.numel() for tensor in tensors]
+        flat = _memory(sum(sizes), dtype, tensors[0].device)
+        pairs = zip(flat.split(sizes), tensors, strict=True)
+        parts = [part.view(tensor.shape) for part, tensor in pairs]
+        _backend.assign_quotients(tensors, 1.0, parts)
         with _failures():
             dist.all_reduce(flat)
-        parts = flat.split([math.prod(array.shape) for array in arrays])
-        return [p.view(tuple(array.shape)) for p, array in zip(parts, arrays, strict=True)]
+        return parts
 
 
-def _tensor(array: Any, dtype: str) -> torch.Tensor:
-    return _backend.detached(array).to(getattr(torch, dtype))
-
-
-def _pack(tensors: list[torch.Tensor], dtype: str) -> torch.Tensor:
-    if tensors[0].device.type != "cpu":
-        return torch.cat(tensors)
-    # Not `torch.cat`: it starts a parallel region (a barrier over all cores) for each tensor.
-    memory = host_memory(sum(tensor.numel() for tensor in tensors), dtype)
-    np.concatenate([tensor.numpy() for tensor in tensors], out=memory)
-    return torch.from_numpy(memory)
+def _memory(size: int, dtype: str, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return torch.from_numpy(host_memory(size, dtype))
+    return torch.empty(size, dtype=getattr(torch, dtype), device=device)
 
 
 def _start(timeout: datetime.timedelta) -> None:
