@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
+from typing import NamedTuple
 
 import h5py
 import keras
@@ -34,6 +35,7 @@ from keras_avg.callbacks import (
     SwapAverageWeights,
 )
 
+AFTER_FIRST_SAVE = 0.85  # the share of kills that wait for the first save
 EPOCHS, BATCHES, BATCH, UNITS = 3, 4, 4, 400  # a save takes about as long as the steps before
 _random = np.random.default_rng(3)
 X = _random.normal(size=(BATCH * BATCHES, 16)).astype("float32")
@@ -137,9 +139,24 @@ def started(kind, folder, result):
     return process
 
 
-def killed_after(process, seconds):
-    """Kill the process after some time. Returns whether it was still running."""
-    process.join(seconds)
+class Times(NamedTuple):
+    """Seconds of a training that is not killed: until its first save, and from there to its end."""
+
+    first: float
+    rest: float
+
+
+def killed(kind, folder, result, chance, times):
+    """Start a training and kill it, mostly after its first save. Returns whether it was killed."""
+    mark = pathlib.Path(folder, "saved")
+    mark.unlink(missing_ok=True)
+    process = started(kind, folder, result)
+    left = times.first
+    if chance.random() < AFTER_FIRST_SAVE:
+        while process.exitcode is None and not mark.exists():
+            time.sleep(0.002)
+        left = times.rest
+    process.join(chance.uniform(0, left))
     if process.exitcode is not None:
         return False
     os.kill(process.pid, signal.SIGKILL)
@@ -147,15 +164,15 @@ def killed_after(process, seconds):
     return True
 
 
-def one_backup(kind, chance, seconds, undisturbed):
+def one_backup(kind, chance, times, undisturbed):
     """Kill training once or twice, then start it again and let it end."""
     with tempfile.TemporaryDirectory() as folder:
         result = pathlib.Path(folder, "result.npz")
         for _ in range(chance.choice([1, 1, 2])):
-            if not killed_after(started(kind, folder, result), chance.uniform(0.3, 1.0) * seconds):
+            if not killed(kind, folder, result, chance, times):
                 break
         process = started(kind, folder, result)
-        process.join(60 + 20 * seconds)
+        process.join(60 + 20 * sum(times))
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             return "hangs"
@@ -173,10 +190,10 @@ def read(path):
         return {name: arrays[name] for name in arrays.files}
 
 
-def one_file(kind, chance, seconds):
+def one_file(kind, chance, times):
     """Kill training once. A file that was written before must still be complete."""
     with tempfile.TemporaryDirectory() as folder:
-        killed_after(started(kind, folder, None), chance.uniform(0.3, 1.0) * seconds)
+        killed(kind, folder, None, chance, times)
         if not pathlib.Path(folder, "saved").exists():
             return "killed before the first"
         model = build()
@@ -208,20 +225,24 @@ class Alone:
     """
 
     def __init__(self, plain):
-        self.plain, self.seconds, self.undisturbed = plain, {}, {}
+        self.plain, self.times, self.undisturbed = plain, {}, {}
 
     def one(self, kind, chance):
-        if kind not in self.seconds:
+        if kind not in self.times:
             with tempfile.TemporaryDirectory() as folder:
                 began, path = time.perf_counter(), pathlib.Path(folder, "undisturbed.npz")
-                started(kind, folder, path).join()
-                self.seconds[kind] = time.perf_counter() - began
+                process = started(kind, folder, path)
+                while not pathlib.Path(folder, "saved").exists():
+                    time.sleep(0.002)
+                first = time.perf_counter()
+                process.join()
+                self.times[kind] = Times(first - began, time.perf_counter() - first)
                 self.undisturbed[kind] = found = read(path)
             same = [np.array_equal(found[name], self.plain[name]) for name in self.plain]
             assert all(same), f"the callbacks of {kind!r} change training"
         if kind in FILES:
-            return one_file(kind, chance, self.seconds[kind])
-        return one_backup(kind, chance, self.seconds[kind], self.undisturbed[kind])
+            return one_file(kind, chance, self.times[kind])
+        return one_backup(kind, chance, self.times[kind], self.undisturbed[kind])
 
 
 def main():
