@@ -22,7 +22,9 @@ def copy(tensor: Any) -> Any:
     return jnp.array(tensor, copy=True)
 
 
-_copied = jax.jit(jnp.copy)  # takes a third of the time of `jnp.array(tensor, copy=True)`
+# It takes a third to a half of the time of `jnp.array(tensor, copy=True)`. `jax.device_put` does not
+# copy aligned arrays of NumPy, even with `may_alias=False`.
+_copied = jax.jit(jnp.copy)
 
 
 def set_aside(variables: Sequence[Any]) -> list[Any]:
@@ -56,9 +58,10 @@ def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[
     for source, *chain in zip(_keras_internals.values_of(sources), *targets, strict=True):
         value = source if divisor == 1 else source / divisor
         for target in chain:
-            value = value.astype(target.dtype, copy=False)
-            # Not `jax.device_put`: it does not copy aligned arrays, even with `may_alias=False`.
-            assign(target, jnp.array(value, copy=True))
+            if value.dtype != target.dtype:
+                value = value.astype(target.dtype)
+            value = _copied(value)
+            assign(target, value)
 
 
 class Counter:
