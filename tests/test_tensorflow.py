@@ -312,3 +312,76 @@ def test_a_step_compiled_by_xla_copies_no_variable(wrapper):
     always_run = program[program.index("ENTRY") :]
     assert "1019" in always_run
     assert not re.findall(r"= f32\[(?:\d+,)?1019\]\S* copy\(", always_run)
+
+
+class TestProgram:
+    """A function of many tensors, compiled once for the same dtypes and shapes."""
+
+    def program(self):
+        import tensorflow as tf
+
+        from keras_avg._backend._tensorflow.program import Program
+
+        traces = []
+
+        def add_all(tensors, variables):
+            traces.append(1)
+            for tensor, variable in zip(tensors, variables, strict=True):
+                variable.assign_add(tf.cast(tensor, variable.dtype))
+            return [tf.identity(variable) for variable in variables]
+
+        return Program(add_all), traces
+
+    def test_other_variables_of_the_same_form_use_the_same_code(self):
+        import tensorflow as tf
+
+        program, traces = self.program()
+        for number in (1.0, 2.0):
+            variables = [tf.Variable([number, 0.0]), tf.Variable(number)]
+            found = program([tf.constant([1.0, 1.0]), tf.constant(3.0)], variables)
+            np.testing.assert_array_equal(found[0], [number + 1, 1.0])
+            np.testing.assert_array_equal(variables[0], [number + 1, 1.0])
+            np.testing.assert_array_equal(variables[1], number + 3)
+        assert len(traces) == 1
+
+    def test_other_shapes_and_dtypes_are_compiled_anew(self):
+        import tensorflow as tf
+
+        program, traces = self.program()
+        program([tf.constant([1.0])], [tf.Variable([1.0])])
+        (found,) = program([tf.constant([1.0, 2.0])], [tf.Variable([1.0, 1.0])])
+        np.testing.assert_array_equal(found, [2.0, 3.0])
+        (found,) = program([tf.constant([1.0, 2.0])], [tf.Variable([1.0, 1.0], dtype="float64")])
+        assert found.dtype == "float64"
+        assert len(traces) == 3
+
+    def test_it_can_be_called_in_a_trace_and_for_replicas(self):
+        import tensorflow as tf
+
+        program, _ = self.program()
+        variable = tf.Variable([1.0])
+        tf.function(lambda: program([tf.constant([2.0])], [variable]))()
+        np.testing.assert_array_equal(variable, [3.0])
+        with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+            mirrored = tf.Variable([1.0])
+        program([tf.constant([2.0])], [mirrored])
+        np.testing.assert_array_equal(mirrored, [3.0])
+
+    def test_code_does_not_keep_the_memory_of_a_variable(self):
+        import gc
+        import weakref
+
+        import tensorflow as tf
+
+        program, _ = self.program()
+        variable = tf.Variable([1.0])
+        program([tf.constant([2.0])], [variable])
+        handle = weakref.ref(variable.handle)
+        del variable
+        gc.collect()
+        assert handle() is None
+
+    def test_nothing_is_compiled_for_nothing(self):
+        program, traces = self.program()
+        assert program([], []) == []
+        assert not traces

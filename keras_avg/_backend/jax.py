@@ -22,7 +22,7 @@ def copy(tensor: Any) -> Any:
     return jnp.array(tensor, copy=True)
 
 
-# It takes a third to a half of the time of `jnp.array(tensor, copy=True)`. `jax.device_put` does not
+# It takes at most half of the time of `jnp.array(tensor, copy=True)`. `jax.device_put` does not
 # copy aligned arrays of NumPy, even with `may_alias=False`.
 _copied = jax.jit(jnp.copy)
 

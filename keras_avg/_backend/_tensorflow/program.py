@@ -43,7 +43,9 @@ class Program:
         forms = [(tensor.dtype, tensor._shape_tuple()) for tensor in tensors]
         key = (shapes, *forms, *[len(each) for each in variables], *[v.dtype for v in flat])
         if key not in self._compiled:
-            self._compiled[key] = self._function.get_concrete_function(list(tensors), *variables)
+            # Only the kinds are given. Otherwise the trace would keep the memory of the variables.
+            kinds = [[tf.type_spec_from_value(v) for v in each] for each in (tensors, *variables)]
+            self._compiled[key] = self._function.get_concrete_function(*kinds)
         program = self._compiled[key]
         outputs = tf.raw_ops.StatefulPartitionedCall(
             args=[*tensors, *[v.handle for v in flat], *program.captured_inputs],
