@@ -56,11 +56,8 @@ def tests(session, backend):
 
 @nox.session
 def thorough(session):
-    """Runs what the quick sessions leave out, in about half an hour: CI runs it after them.
-
-    The thorough tests on TensorFlow take as long as all of this. `nox -s "rest(tensorflow)"` runs
-    them before a release.
-    """
+    """Runs what the quick sessions leave out, in about half an hour: CI runs it after them."""
+    session.notify("rest(tensorflow)")
     session.notify("rest(jax)")
     session.notify("rest(torch)")
     session.notify("oldest")

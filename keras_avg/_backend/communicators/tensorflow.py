@@ -97,7 +97,7 @@ class Engine:
             key, *arrays = tensors
             with tf.device(self._device):
                 flat = tf.raw_ops.CollectiveReduceV2(
-                    input=tf.concat([_line(tf.cast(array, dtype)) for array in arrays], 0),
+                    input=tf.concat([p for array in arrays for p in _aligned(array, dtype)], 0),
                     group_size=self.size,
                     group_key=GROUP,
                     instance_key=key,
@@ -123,7 +123,8 @@ class Engine:
         return tuple(sorted({first[job] + int(index) for job, index in named}))
 
 
-def _line(tensor: tf.Tensor) -> tf.Tensor:
-    line = tf.reshape(tensor, [-1])
+def _aligned(array: tf.Tensor, dtype: str) -> list[tf.Tensor]:
+    """The elements of an array, and zeros up to the next aligned place. A pad would copy them."""
+    line = tf.reshape(tf.cast(array, dtype), [-1])
     gap = -line.shape[0] % ALIGNMENT
-    return tf.pad(line, [[0, gap]]) if gap else line
+    return [line, tf.zeros(gap, dtype)] if gap else [line]
