@@ -366,6 +366,11 @@ class TestProgram:
             mirrored = tf.Variable([1.0])
         program([tf.constant([2.0])], [mirrored])
         np.testing.assert_array_equal(mirrored, [3.0])
+        program([tf.constant([2.0])], [variable])
+        np.testing.assert_array_equal(variable, [5.0])
+        frozen = tf.Variable([1.0], trainable=False)
+        program([tf.constant([2.0])], [frozen])
+        np.testing.assert_array_equal(frozen, [3.0])
 
     def test_code_does_not_keep_the_memory_of_a_variable(self):
         import gc

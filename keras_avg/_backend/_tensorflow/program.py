@@ -21,7 +21,8 @@ class Program:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = tf.function(function)
+        self._function = function
+        self._in_traces = tf.function(function)
         self._compiled: dict[Any, Any] = {}
 
     def __call__(
@@ -38,14 +39,15 @@ class Program:
             return []
         flat = [variable for each in variables for variable in each]
         if not tf.executing_eagerly() or any(hasattr(variable, "values") for variable in flat):
-            return self._function(tensors, *variables)
+            return self._in_traces(tensors, *variables)
         # `shape` would make an object for each tensor.
         forms = [(tensor.dtype, tensor._shape_tuple()) for tensor in tensors]
         key = (shapes, *forms, *[len(each) for each in variables], *[v.dtype for v in flat])
         if key not in self._compiled:
             # Only the kinds are given. Otherwise the trace would keep the memory of the variables.
+            # One `tf.function` cannot compare the kinds of variables with those of an earlier call.
             kinds = [[tf.type_spec_from_value(v) for v in each] for each in (tensors, *variables)]
-            self._compiled[key] = self._function.get_concrete_function(*kinds)
+            self._compiled[key] = tf.function(self._function).get_concrete_function(*kinds)
         program = self._compiled[key]
         outputs = tf.raw_ops.StatefulPartitionedCall(
             args=[*tensors, *[v.handle for v in flat], *program.captured_inputs],
