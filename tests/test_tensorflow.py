@@ -314,6 +314,30 @@ def test_a_step_compiled_by_xla_copies_no_variable(wrapper):
     assert not re.findall(r"= f32\[(?:\d+,)?1019\]\S* copy\(", always_run)
 
 
+@pytest.mark.slow_on("tensorflow")
+def test_a_step_compiled_by_xla_casts_nothing_where_nothing_is_due():
+    """The cast of the first values stays in the part of the program that runs once."""
+    import tensorflow as tf
+
+    variables = [keras.Variable(np.ones(1019), dtype="bfloat16") for _ in range(2)]
+    optimizer = MovingAverage(optimizers.SGD(0.1), average_decay=0.5, average_period=10)
+    optimizer.build(variables)
+
+    @tf.function(jit_compile=True)
+    def step():
+        optimizer.apply([tf.ones(1019, "bfloat16") for _ in variables], variables)
+
+    program = step.experimental_get_compiler_ir()(stage="optimized_hlo")
+    always_run = program[program.index("ENTRY") :]
+    assert "bf16[1019]" in always_run
+    assert not re.findall(r"= f32\[1019\]\S* (?:fusion|convert)\(", always_run)
+    step()
+    for variable in variables:
+        average = optimizer.get_slot(variable, "average")
+        np.testing.assert_array_equal(average, np.ones(1019, "float32"))
+        np.testing.assert_array_less(small.numpy(variable).astype("float32"), 1.0)
+
+
 class TestProgram:
     """A function of many tensors, compiled once for the same dtypes and shapes."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.python import xla
 
 from keras_avg import _keras_internals
 from keras_avg._backend._tensorflow.program import Program
@@ -280,14 +281,21 @@ def start_averages(updates: Any, averages: Sequence[Any], variables: Sequence[An
         assign_if(updates == 0, averages, variables, lambda a, v: [copy(value) for value in v])
         return
 
+    by_xla = _is_compiled_by_xla()
+
     def start(count: Any) -> Any:
-        for average, value in zip(_native(averages), variables, strict=True):
+        for average, variable in zip(_native(averages), variables, strict=True):
+            value = tf.convert_to_tensor(variable)
+            if by_xla and value.dtype != average.dtype:
+                # XLA would do the cast before the loop, at each step. A value that depends on the
+                # loop's counter must stay in the loop.
+                value, _ = xla.optimization_barrier(value, count)
             average.assign(tf.cast(value, average.dtype), read_value=False)
         return count + 1
 
     # The loop runs once or never. For a `cond`, XLA would copy all averages at each step.
     (count,) = tf.while_loop(lambda count: count == 0, start, [tf.convert_to_tensor(updates)])
-    if not _is_compiled_by_xla():
+    if not by_xla:
         return
     # The loop reads the old values of the variables. The step writes the new values into the same
     # memory. XLA does not know which comes first, so it would copy every variable at every step.
