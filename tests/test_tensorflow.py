@@ -338,6 +338,31 @@ def test_a_step_compiled_by_xla_casts_nothing_where_nothing_is_due():
         np.testing.assert_array_less(small.numpy(variable).astype("float32"), 1.0)
 
 
+@pytest.mark.slow_on("tensorflow")
+@pytest.mark.parametrize("period", [1, 2])
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_low_precision_variables_are_averaged_as_they_are_rounded(jit_compile, period):
+    """XLA may leave out a rounding that a cast to float32 follows."""
+    import tensorflow as tf
+
+    random = np.random.default_rng(0)
+    variable = keras.Variable(random.normal(size=64), dtype="bfloat16")
+    optimizer = MovingAverage(optimizers.SGD(0.1), average_decay=0.5, average_period=period)
+    optimizer.build([variable])
+
+    @tf.function(jit_compile=jit_compile)
+    def step(gradient):
+        optimizer.apply([gradient], [variable])
+
+    expected = small.numpy(variable).astype("float64")
+    for number in range(1, 5):
+        step(tf.constant(random.normal(size=64), "bfloat16"))
+        if number % period == 0:
+            weight = 1 - 0.5**period  # One value counts for all steps of a period.
+            expected += weight * (small.numpy(variable).astype("float64") - expected)
+    np.testing.assert_array_equal(optimizer.get_slot(variable, "average"), expected)
+
+
 class TestProgram:
     """A function of many tensors, compiled once for the same dtypes and shapes."""
 

@@ -14,6 +14,7 @@ from keras_avg._backend._tensorflow.program import Program
 
 WRITES = re.compile("^Assign|^ResourceApply|^ResourceSparseApply|^ResourceScatter")
 SOURCES = ("Placeholder", "IteratorGetNext", "OptionalGetValue")
+FULL_PRECISION = 4  # bytes of an element
 CONDITIONS = ("If", "StatelessIf", "PartitionedCall", "StatefulPartitionedCall", "While")
 
 
@@ -169,6 +170,7 @@ def _update_if(
     """
     if not targets:
         return
+    sources = _as_rounded(sources)
     if condition is True and not tf.distribute.has_strategy():
         update(targets, sources, *numbers)
         return
@@ -203,6 +205,18 @@ def _update_if(
     tf.__internal__.distribute.interim.maybe_merge_call(
         update_each_replica, tf.distribute.get_strategy(), condition, *numbers
     )
+
+
+def _as_rounded(variables: Sequence[Any]) -> Sequence[Any]:
+    # If a cast to float32 follows a rounding to bfloat16, XLA leaves out the rounding. Then the
+    # average would be of the unrounded result of the step, and not of the variable. This must be
+    # outside of a `cond`, where XLA would copy the averages for it.
+    if tf.executing_eagerly() or tf.distribute.has_strategy() or not _is_compiled_by_xla():
+        return variables
+    return [
+        xla.optimization_barrier(v)[0] if tf.as_dtype(v.dtype).size < FULL_PRECISION else v
+        for v in variables
+    ]
 
 
 def put_if(
