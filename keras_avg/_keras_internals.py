@@ -261,13 +261,13 @@ def assign_outside_scopes(variable: Any, value: Any) -> None:
     variable._direct_assign(value)
 
 
-def assign_checked(variable: Any, value: Any) -> None:
-    """Assign a tensor that is known to have the variable's shape and dtype.
+def assign_converted(variable: Any, value: Any) -> None:
+    """Assign a tensor that has the variable's dtype.
 
-    On JAX, the checks of `assign` take as long as a copy of a small tensor.
+    On JAX, the conversion in `assign` takes as long as the copy of a small tensor.
     """
-    if in_stateless_scope():
-        variable.assign(value)
+    if in_stateless_scope() or value.shape != tuple(variable.shape):
+        variable.assign(value)  # It refuses another shape.
     else:
         variable._direct_assign(value)
 

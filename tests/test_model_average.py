@@ -394,6 +394,14 @@ def test_means_have_buffers_of_their_own():
     assert len({v.value.unsafe_buffer_pointer() for v in both}) == len(both)
 
 
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch broadcasts what fits")
+def test_means_of_another_shape_are_refused():
+    variable = keras.Variable([1.0, 2.0])
+    with pytest.raises(ValueError, match="shape"):
+        _backend.assign_quotients([np.ones((1, 2), "float32")], 2.0, [variable])
+    np.testing.assert_array_equal(variable, [1.0, 2.0])
+
+
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="about memory layouts of torch")
 def test_means_are_written_into_memory_that_is_not_contiguous():
     import torch

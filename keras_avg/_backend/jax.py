@@ -54,14 +54,13 @@ def assign_all(variables: Sequence[Any], tensors: Sequence[Any]) -> None:
 
 
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
-    assign = _keras_internals.assign_checked
     for source, *chain in zip(_keras_internals.values_of(sources), *targets, strict=True):
         value = source if divisor == 1 else source / divisor
         for target in chain:
             if value.dtype != target.dtype:
                 value = value.astype(target.dtype)
             value = _copied(value)
-            assign(target, value)
+            _keras_internals.assign_converted(target, value)
 
 
 class Counter:
