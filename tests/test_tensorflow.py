@@ -421,6 +421,22 @@ class TestProgram:
         program([tf.constant([2.0])], [frozen])
         np.testing.assert_array_equal(frozen, [3.0])
 
+    def test_it_takes_variables_that_were_made_in_a_trace(self):
+        import tensorflow as tf
+
+        program, _ = self.program()
+        made = []
+
+        @tf.function
+        def make():
+            if not made:
+                made.append(tf.Variable([1.0]))
+
+        make()
+        (found,) = program([tf.constant([2.0])], made)
+        np.testing.assert_array_equal(found, [3.0])
+        np.testing.assert_array_equal(made[0], [3.0])
+
     def test_code_does_not_keep_the_memory_of_a_variable(self):
         import gc
         import weakref

@@ -5,6 +5,10 @@ from typing import Any
 
 import tensorflow as tf
 
+# It has no public name. `tf.type_spec_from_value` takes a variable that was made in a trace for a
+# tensor.
+from tensorflow.python.ops.resource_variable_ops import VariableSpec
+
 
 class Program:
     """Compiles a function of lists of tensors and lists of variables.
@@ -46,8 +50,10 @@ class Program:
         if key not in self._compiled:
             # Only the kinds are given. Otherwise the trace would keep the memory of the variables.
             # One `tf.function` cannot compare the kinds of variables with those of an earlier call.
-            kinds = [[tf.type_spec_from_value(v) for v in each] for each in (tensors, *variables)]
-            self._compiled[key] = tf.function(self._function).get_concrete_function(*kinds)
+            self._compiled[key] = tf.function(self._function).get_concrete_function(
+                [tf.TensorSpec.from_tensor(tensor) for tensor in tensors],
+                *[[VariableSpec(v.shape, v.dtype) for v in each] for each in variables],
+            )
         program = self._compiled[key]
         outputs = tf.raw_ops.StatefulPartitionedCall(
             args=[*tensors, *[v.handle for v in flat], *program.captured_inputs],
