@@ -1,5 +1,6 @@
 """ModelAverage on the backend's own engine, with real processes on the loopback interface."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -100,6 +101,7 @@ def test_fit_on_different_shards_equals_the_training_in_numpy(batches, outer, re
         assert all(1 <= r["traces"] <= alone_traces() for r in results)
 
 
+@functools.cache
 def alone_traces():
     """The number of times that one worker traces the loss in the same training, without rounds."""
     command = [sys.executable, str(workers.PROGRAMS / "train.py")]

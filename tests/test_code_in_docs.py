@@ -97,35 +97,50 @@ def names_of_examples(name):
     """The names that the examples use: a model that was trained with averages, data, files."""
     kind = keras_avg.SWAG if name.startswith("SWAG.") else keras_avg.SWA
     model = make_model(kind("sgd", average_period=1))
-    files = files_of_a_run(model)
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(f"trained/{kind.__name__}.weights.h5")
     if name.endswith("SaveAverages"):  # Its example writes these files.
         shutil.rmtree("run/averages")
     return {
         **{"keras": keras, "keras_avg": keras_avg, "numpy": np, "ops": keras.ops},
         **{"model": model, "optimizer": model.optimizer, "make_model": make_model},
         **{"x": X, "y": Y, "x_val": X[:64], "y_val": Y[:64], "x_new": X[:64], "my_shard": Shard()},
-        **{"files": files, "v": keras.Variable(1.0), "w": keras.Variable(2.0)},
+        **{"files": FILES, "v": keras.Variable(1.0), "w": keras.Variable(2.0)},
         **functional_state(model),
     }
 
 
-def files_of_a_run(model):
+FILES = [f"run/{epoch}.weights.h5" for epoch in range(11, 21)]
+
+
+@pytest.fixture(scope="session")
+def files_of_runs(tmp_path_factory):
+    """A folder with the files of trained models. To train them anew for each example is slow."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        write_files_of_runs()
+    return folder
+
+
+def write_files_of_runs():
     """Train, and write files into the folder `run`, as if each file were of another epoch."""
     pathlib.Path("run").mkdir()
-    for epoch in (20, 30):
-        model.fit(X[:64], Y[:64])
-        model.save(f"run/{epoch}.keras")
-    model.save_weights("run/11.weights.h5")
+    pathlib.Path("trained").mkdir()
+    for kind in (keras_avg.SWAG, keras_avg.SWA):
+        model = make_model(kind("sgd", average_period=1))
+        for epoch in (20, 30):
+            model.fit(X[:64], Y[:64])
+            model.save(f"run/{epoch}.keras")
+        model.save_weights(f"trained/{kind.__name__}.weights.h5")
+    for file in FILES:
+        shutil.copy("trained/SWA.weights.h5", file)
     optimizer = "sgd"
     for sigma_rel in (0.05, 0.10):
         decay = keras_avg.decays.PowerFunction(sigma_rel)
         optimizer = keras_avg.MovingAverage(optimizer, average_decay=decay)
     averages = keras_avg.callbacks.SaveAverages("run/averages", every_steps=1)
     make_model(optimizer).fit(X[:64], Y[:64], epochs=16, callbacks=[averages])
-    files = [f"run/{epoch}.weights.h5" for epoch in range(11, 21)]
-    for file in files[1:]:
-        shutil.copy(files[0], file)
-    return files
 
 
 def functional_state(model):
@@ -153,6 +168,7 @@ if BACKEND == "tensorflow":  # where Keras has no `stateless_apply`
 
 @pytest.mark.sample(12, jax=6, tensorflow=4)
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_the_example_of_a_docstring_runs(name, tmp_path, monkeypatch):
+def test_the_example_of_a_docstring_runs(name, files_of_runs, tmp_path, monkeypatch):
+    shutil.copytree(files_of_runs, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     run(EXAMPLES[name], f"docstring of {name}", names_of_examples(name))
