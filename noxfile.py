@@ -30,7 +30,7 @@ LOADERS = ["openvino==2026.*"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 OLDEST_KERAS = re.fullmatch(r"keras>=([\d.]+)", PROJECT["dependencies"][0])[1]
-THOROUGH = ("-m", "thorough")
+THOROUGH = ("-m", "thorough and not exhaustive")
 ALL = ("tests", "integration_tests", f"--ignore={ACROSS}")
 
 
@@ -72,6 +72,14 @@ def rest(session, backend):
     """Runs the thorough tests on one backend."""
     prepare(session, backend, package=".[examples]")
     run_tests(session, backend, *THOROUGH, *ALL)
+
+
+@nox.session
+@nox.parametrize("backend", ["tensorflow", "jax"], ids=["tensorflow", "jax"])
+def exhaustive(session, backend):
+    """Runs the combinations that `rest` leaves out, because they are compiled one by one."""
+    prepare(session, backend, package=".[examples]")
+    run_tests(session, backend, "-m", "exhaustive", *ALL)
 
 
 @nox.session

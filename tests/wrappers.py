@@ -127,19 +127,16 @@ INNER = {
     "schedule": lambda: optimizers.SGD(optimizers.schedules.CosineDecay(0.1, 8)),
 }
 # The quick tests try every wrapper around the first of these, and the nested wrappers around all
-# three. The thorough tests try all other pairs. On TensorFlow, where each pair takes seconds to
-# trace, they try one pair of three: each inner optimizer in several wrappers, and the reverse.
+# three. The thorough tests try the other pairs.
 ALWAYS = ("adam", "accumulation", "nesterov")
 NEST = "SWA of MovingAverage"  # It has both kinds of average.
-EVERY = 3 if keras.backend.backend() == "tensorflow" else 1
 
 
 def tier(row, kind):
     """The marks of a pair of a wrapper and an inner optimizer."""
     if kind in ALWAYS[: 3 if row == NEST else 1]:
         return ()
-    number = [*WRAPPERS].index(row) + [*INNER].index(kind)
-    return pytest.mark.thorough if number % EVERY == 0 else pytest.mark.exhaustive
+    return pytest.mark.thorough
 
 
 def product(rows=tuple(WRAPPERS), inner=tuple(INNER)):
