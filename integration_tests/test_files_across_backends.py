@@ -1,5 +1,7 @@
 """A file from one backend has the same meaning on every other: each bit, and later training."""
 
+import concurrent.futures
+
 import numpy as np
 import pytest
 
@@ -30,29 +32,39 @@ policies = pytest.mark.parametrize("policy", ["float32", "bfloat16"])
 
 
 @pytest.fixture(scope="session")
-def saved(run_program, tmp_path_factory):
+def two_at_a_time():
+    """A pool of two threads. Each of them waits for a program of its own."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def saved(run_program, two_at_a_time, tmp_path_factory):
     """The folder of all saved files. It has a folder for each backend, with the backend's name."""
     folder = tmp_path_factory.mktemp("saved")
-    for backend in TRAINING_BACKENDS:
+
+    def save(backend):
         (folder / backend).mkdir()
         run_program(backend, PROGRAM, "save", folder / backend)
+
+    list(two_at_a_time.map(save, TRAINING_BACKENDS))
     return folder
 
 
 @pytest.fixture(scope="session")
-def loaded(run_program, saved, tmp_path_factory):
+def loaded(run_program, two_at_a_time, saved, tmp_path_factory):
     """The function `loaded(backend)`. It returns a folder with what `backend` has read."""
-    folders = {}
+    sources = [saved / source for source in TRAINING_BACKENDS]
 
-    def folder_of(backend):
-        if backend not in folders:
-            folder = tmp_path_factory.mktemp(backend)
-            sources = [saved / source for source in TRAINING_BACKENDS]
-            run_program(backend, PROGRAM, "load", folder, *sources)
-            folders[backend] = folder
-        return folders[backend]
+    def load(backend, folder):
+        run_program(backend, PROGRAM, "load", folder, *sources)
+        return folder
 
-    return folder_of
+    loads = {
+        backend: two_at_a_time.submit(load, backend, tmp_path_factory.mktemp(backend))
+        for backend in LOADING_BACKENDS
+    }
+    return lambda backend: loads[backend].result()
 
 
 @backends
