@@ -184,7 +184,7 @@ def main():
         "memory_in_copies": memory(arguments.parameters, 20),
         "nothing_due_beside_SWA": {
             f"{number} parameters": nothing_due(number, 20, arguments.rounds)
-            for number in (arguments.parameters // 100, arguments.parameters // 10)
+            for number in (arguments.parameters // by for by in (100, 10, 1))
         },
     }
     measuring.use_clock("cpu")
