@@ -9,7 +9,7 @@ import pytest
 BACKEND = os.environ.get("KERAS_BACKEND", "tensorflow")
 # Of the thorough combinations of one test, this part is thorough, and the rest is exhaustive. Where
 # each combination is compiled, all of them would take longer than CI may.
-THOROUGH_PART = {"tensorflow": 1 / 3, "jax": 1 / 2}.get(BACKEND, 1)
+THOROUGH_PART = 1 if BACKEND == "torch" else 1 / 3
 
 
 @pytest.hookimpl(tryfirst=True)  # It must run before pytest deselects thorough tests.
