@@ -134,9 +134,7 @@ NEST = "SWA of MovingAverage"  # It has both kinds of average.
 
 def tier(row, kind):
     """The marks of a pair of a wrapper and an inner optimizer."""
-    if kind in ALWAYS[: 3 if row == NEST else 1]:
-        return ()
-    return pytest.mark.thorough
+    return () if kind in ALWAYS[: 3 if row == NEST else 1] else pytest.mark.thorough
 
 
 def product(rows=tuple(WRAPPERS), inner=tuple(INNER)):
