@@ -56,7 +56,7 @@ def tests(session, backend):
 
 @nox.session
 def thorough(session):
-    """Runs what the quick sessions leave out, in about half an hour: CI runs it after them."""
+    """Runs most of what the quick sessions leave out, in half an hour. CI runs it after them."""
     session.notify("rest(tensorflow)")
     session.notify("rest(jax)")
     session.notify("rest(torch)")
