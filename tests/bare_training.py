@@ -9,10 +9,12 @@ import keras
 import numpy as np
 import small_training as small
 from keras import ops
-from test_wrapper_contract import AVERAGE_TOLERANCE
 from wrappers import NEST, WRAPPERS, chain, shown
 
 import keras_avg
+
+# Rounding of a float32 average, relative to 1 + |average|, over a dozen averagings.
+AVERAGE_TOLERANCE = 1e-6
 
 
 def wrapped(optimizer, wrapper=NEST):

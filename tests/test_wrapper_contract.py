@@ -7,63 +7,46 @@ import keras
 import numpy as np
 import pytest
 import small_training as small
-from wrappers import INNER, TRANSPARENT, WRAPPERS, chain, each_wrapper, product, shown, wrapped
+import trainings
+from bare_training import AVERAGE_TOLERANCE, assert_averages, assert_same_training
+from wrappers import INNER, TRANSPARENT, WRAPPERS, chain, each_wrapper, pairs, shown, wrapped
 
 import keras_avg
 
-STEPS = 11
-# Rounding of a float32 average, relative to 1 + |average|, over a dozen averagings.
-AVERAGE_TOLERANCE = 1e-6
+
+@pytest.fixture(scope="module")
+def training(request, tmp_path_factory):
+    """The training of a pair. pytest runs all tests of a pair before those of the next."""
+    return trainings.of_pair(*request.param, tmp_path_factory.mktemp("training"))
 
 
-@pytest.mark.sample(12, jax=6, tensorflow=4)
-@product(TRANSPARENT)
-def test_training_equals_that_of_the_inner_optimizer_bit_for_bit(wrapper, inner):
-    plain = small.fit(small.model(INNER[inner]()))
-    averaged = small.fit(small.model(wrapped(wrapper, inner)))
-
-    small.assert_same_bits(averaged.get_weights(), plain.get_weights())
-    _, innermost = chain(averaged.optimizer)
-    small.assert_same_bits(
-        [small.numpy(v) for v in innermost.variables],
-        [small.numpy(v) for v in plain.optimizer.variables],
-    )
+def each_training(rows=tuple(WRAPPERS)):
+    return pytest.mark.parametrize("training", pairs(rows), indirect=True, scope="module")
 
 
-@product()
-def test_averages_equal_the_oracle(wrapper, inner, record_property):
-    model = small.model(wrapped(wrapper, inner))
-    wrappers, innermost = chain(model.optimizer)
-    accumulated = innermost.gradient_accumulation_steps or 1
-
-    trajectories = small.trajectories(model, steps=STEPS * accumulated)
-
-    assert int(model.optimizer.iterations) == STEPS
-    largest = 0.0
-    for optimizer, oracle in zip(wrappers, WRAPPERS[wrapper].shown, strict=True):
-        for average, values in zip(shown(optimizer), trajectories, strict=True):
-            expected = oracle(values[::accumulated])
-            deviation = np.max(np.abs(average - expected) / (1 + np.abs(expected)))
-            largest = max(largest, float(deviation))
-    record_property("largest_deviation", largest)
-    assert largest <= AVERAGE_TOLERANCE
+@pytest.mark.complete
+@each_training(TRANSPARENT)
+def test_training_equals_that_of_the_inner_optimizer_bit_for_bit(training):
+    assert_same_training(training.model, trainings.without_wrapper(training.inner))
 
 
-@pytest.mark.sample(12, jax=8, tensorflow=5)
-@product()
-def test_a_loaded_model_trains_on_as_if_it_had_never_stopped(wrapper, inner, tmp_path):
-    # An epoch has five batches. With two micro-steps for each update, the file is written in the
-    # middle of an accumulation.
-    model = small.fit(small.model(wrapped(wrapper, inner)), epochs=1, steps_per_epoch=5)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
+@pytest.mark.complete
+@each_training()
+def test_averages_equal_the_oracle(training):
+    assert int(training.model.optimizer.iterations) == trainings.UPDATES
+    assert_averages(training.model, training.trajectories, training.wrapper)
 
-    for trained in (model, loaded):
-        small.fit(trained)
 
-    small.assert_same_bits(loaded.get_weights(), model.get_weights())
-    small.assert_same_bits(loaded.optimizer.get_weights(), model.optimizer.get_weights())
+@pytest.mark.complete
+@each_training()
+def test_a_loaded_model_trains_on_as_if_it_had_never_stopped(training):
+    loaded = keras.saving.load_model(training.file)
+    small.assert_same_bits(loaded.optimizer.get_weights(), training.state_in_file)
+
+    trainings.finish(loaded)
+
+    small.assert_same_bits(loaded.get_weights(), training.model.get_weights())
+    small.assert_same_bits(loaded.optimizer.get_weights(), training.model.optimizer.get_weights())
 
 
 @pytest.mark.sample(6, jax=3, tensorflow=2)
@@ -88,9 +71,9 @@ def test_the_train_step_is_traced_as_often_as_without_the_wrapper(wrapper, inner
     assert traces["wrapped"] == traces["plain"]
 
 
-@product()
-def test_a_config_constructs_an_equal_optimizer(wrapper, inner):
-    optimizer = wrapped(wrapper, inner)
+@pytest.mark.parametrize("pair", pairs())
+def test_a_config_constructs_an_equal_optimizer(pair):
+    optimizer = wrapped(*pair)
     config = optimizer.get_config()
     before = str(config)
 
