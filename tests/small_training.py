@@ -7,6 +7,9 @@ from keras import ops
 BATCH_SIZE = 8
 BATCHES = 6
 
+#: Whether optimizers are built before training. tests/conftest.py sets this for each test.
+builds_first = False
+
 _random = np.random.default_rng(7)
 X = _random.normal(size=(BATCH_SIZE * BATCHES, 5)).astype("float32")
 Y = (X[:, :1] * X[:, 1:2] + X[:, 2:].sum(axis=1, keepdims=True)).astype("float32")
@@ -31,6 +34,8 @@ def model(optimizer=None, with_input_shape=True, **compile_arguments):
 def fit(trained, epochs=2, **arguments):
     """Train on the batches in order. The same call has the same effect each time."""
     arguments = {"batch_size": BATCH_SIZE, "shuffle": False, "verbose": 0} | arguments
+    if builds_first and trained.trainable_variables and not trained.optimizer.built:
+        trained.optimizer.build(trained.trainable_variables)
     trained.fit(X, Y, epochs=epochs, **arguments)
     return trained
 
