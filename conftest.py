@@ -17,10 +17,13 @@ def pytest_collection_modifyitems(items):
     """Mark tests as thorough or exhaustive.
 
     A test marked `slow_on` this backend is thorough. Of a test marked `sample(n)`, `n` evenly
-    spread combinations are quick, and all others are thorough.
+    spread combinations are quick, and all others are thorough. A test marked `complete` has no
+    exhaustive combinations.
     """
     for combinations in by_function(items):
         mark_thorough(combinations)
+        if combinations[0].get_closest_marker("complete"):
+            continue
         thorough = [item for item in combinations if item.get_closest_marker("thorough")]
         for item in shuffled(thorough)[math.ceil(THOROUGH_PART * len(thorough)) :]:
             item.add_marker(pytest.mark.exhaustive)

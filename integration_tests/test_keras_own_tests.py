@@ -60,12 +60,14 @@ def installed(package):
     return pathlib.Path(package.__file__).parents[1]
 
 
+@pytest.mark.complete
 @part
 @pytest.mark.parametrize("wrapper", ["SWA", "MovingAverage"])
 def test_keras_own_tests_pass_with_optimizers_wrapped(part, wrapper, run):
     run(part, wrapper)
 
 
+@pytest.mark.complete
 @part
 def test_excluded_tests_pass_unwrapped(part, run):
     run(part, "none")

@@ -87,6 +87,7 @@ def test_workers_give_the_numbers_of_the_original_check_and_of_bmuf():
     np.testing.assert_allclose(worker["slope"], [56.56562805, 35.284214], rtol=TOLERANCE)
 
 
+@pytest.mark.complete
 @pytest.mark.sample(2, tensorflow=1)
 @pytest.mark.parametrize("batches", [[20, 20], *THREE_WORKERS], ids=str)
 @pytest.mark.parametrize("outer", [None, NESTEROV], ids=["mean", "DiLoCo"])
