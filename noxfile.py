@@ -30,7 +30,6 @@ LOADERS = ["openvino==2026.*"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 OLDEST_KERAS = re.fullmatch(r"keras>=([\d.]+)", PROJECT["dependencies"][0])[1]
-THOROUGH = ("-m", "thorough and not exhaustive")
 ALL = ("tests", "integration_tests", f"--ignore={ACROSS}")
 
 
@@ -46,20 +45,20 @@ def lint(session):
 each_backend = nox.parametrize("backend", list(FRAMEWORKS), ids=list(FRAMEWORKS))
 
 
-@nox.session
+@nox.session(reuse_venv=True)  # `thorough` takes it after the quick tests.
 @each_backend
 def tests(session, backend):
-    """Runs the quick tests on one backend. No other framework is installed."""
-    prepare(session, backend)
+    """Runs the quick tests on one backend, or others: `-- -m thorough`."""
+    with_examples = "-m" in session.posargs  # Tests that are not quick run the examples too.
+    prepare(session, backend, package=".[examples]" if with_examples else ".")
     run_tests(session, backend, *ALL)
 
 
 @nox.session
 def thorough(session):
     """Runs most of what the quick sessions leave out, in half an hour. CI runs it after them."""
-    session.notify("rest(tensorflow)")
-    session.notify("rest(jax)")
-    session.notify("rest(torch)")
+    for backend in FRAMEWORKS:
+        session.notify(f"tests({backend})", posargs=("-m", "thorough and not exhaustive"))
     session.notify("oldest")
     session.notify("across")
     session.notify("docs")
@@ -67,19 +66,10 @@ def thorough(session):
 
 
 @nox.session
-@each_backend
-def rest(session, backend):
-    """Runs the thorough tests on one backend."""
-    prepare(session, backend, package=".[examples]")
-    run_tests(session, backend, *THOROUGH, *ALL)
-
-
-@nox.session
-@nox.parametrize("backend", ["tensorflow", "jax"], ids=["tensorflow", "jax"])
-def exhaustive(session, backend):
-    """Runs the combinations that `rest` leaves out, because they are compiled one by one."""
-    prepare(session, backend, package=".[examples]")
-    run_tests(session, backend, "-m", "exhaustive", *ALL)
+def exhaustive(session):
+    """Runs the combinations that `thorough` leaves out, because they are compiled one by one."""
+    for backend in ("tensorflow", "jax"):
+        session.notify(f"tests({backend})", posargs=("-m", "exhaustive"))
 
 
 @nox.session
