@@ -28,7 +28,11 @@ def arguments(part: str, options: dict[str, Any]) -> tuple[Any, ...]:
         "swaps": (pairs or (swaps.QUICK_SIZES if quick else swaps.SIZES), rounds),
         "memory": (5_000_000 if quick else 50_000_000,),
         "batch_norm": (rounds,),
-        "workers": (workers.TENSORS[:1] if quick else workers.TENSORS, rounds, options["clock"]),
+        "workers": (
+            pairs or (workers.SIZES[:1] if quick else workers.SIZES),
+            rounds,
+            options["clock"],
+        ),
     }[part]
 
 

@@ -80,11 +80,11 @@ def batch_norm(rows: Rows) -> Iterator[str]:
 def workers(rows: Rows) -> Iterator[str]:
     yield "A round of two workers, in units of the time of the engine's bare sum of the same bytes."
     yield ""
-    numbers = list(dict.fromkeys(row["tensors"] for row in rows))
-    cells = {(row["name"], row["tensors"]): row for row in rows}
-    yield from _head(["", *(f"{number:,} tensors" for number in numbers)])
+    sizes = list(dict.fromkeys(map(_tensors, rows)))
+    cells = {(row["name"], _tensors(row)): row for row in rows}
+    yield from _head(["", *sizes])
     for name in dict.fromkeys(row["name"] for row in rows):
-        found = [cells[name, number] for number in numbers]
+        found = [cells[name, size] for size in sizes]
         yield _line([name, *(f"{row['sums']['median']:.2f} ({row['ms']:.0f} ms)" for row in found)])
 
 
@@ -99,9 +99,12 @@ TABLES = {
 
 
 def _size(row: dict[str, Any]) -> str:
-    millions = f"{row['parameters'] / 1e6:g} M, {row['tensors']:,} tensors"
     mode = "" if row["mode"] in ("eager", "jit") else f", {row['mode']}"
-    return millions + ("" if row["dtype"] == "float32" else f", {row['dtype']}") + mode
+    return _tensors(row) + ("" if row["dtype"] == "float32" else f", {row['dtype']}") + mode
+
+
+def _tensors(row: dict[str, Any]) -> str:
+    return f"{row['parameters'] / 1e6:g} M, {row['tensors']:,} tensors"
 
 
 def _head(titles: Sequence[str]) -> list[str]:
