@@ -382,6 +382,25 @@ def test_means_of_many_small_arrays_are_those_of_each(workers):
         np.testing.assert_array_equal(small.numpy(variable), array / np.float32(workers))
 
 
+@pytest.mark.parametrize("low", ["float32", "bfloat16"])
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+def test_means_of_many_arrays_of_one_shape_are_those_of_each(workers, low):
+    sums = list(np.random.default_rng(workers).normal(size=(37, 5, 3)).astype("float32"))
+    columns = [
+        [keras.Variable(np.zeros_like(array), dtype=dtype) for array in sums]
+        for dtype in ("float32", low, "float32")
+    ]
+
+    _backend.assign_quotients(sums, float(workers), *columns)
+
+    for array, center, rounded, variable in zip(sums, *columns, strict=True):
+        mean = array / np.float32(workers)
+        np.testing.assert_array_equal(small.numpy(center), mean)
+        expected = small.numpy(ops.cast(mean, low)).astype("float32")
+        np.testing.assert_array_equal(small.numpy(rounded).astype("float32"), expected)
+        np.testing.assert_array_equal(small.numpy(variable), expected)
+
+
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="buffers are donated on JAX")
 def test_means_have_buffers_of_their_own():
     sums = [np.full(2**14, number, "float32") for number in range(64)]  # Some of them are aligned.

@@ -1,14 +1,19 @@
 """The operations on JAX. No branch assigns a variable: every `cond` returns values."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 
 from keras_avg import _keras_internals
+
+SMALL = 2**17  # bytes. For an array up to this size, Python takes longer than the memory.
+TOGETHER = 16  # small arrays of the same shape that one program divides
 
 
 def widest_float() -> str:
@@ -54,13 +59,57 @@ def assign_all(variables: Sequence[Any], tensors: Sequence[Any]) -> None:
 
 
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
-    for source, *chain in zip(_keras_internals.values_of(sources), *targets, strict=True):
-        value = source if divisor == 1 else source / divisor
-        for target in chain:
-            if value.dtype != target.dtype:
-                value = value.astype(target.dtype)
-            value = _copied(value)
+    alike: dict[Any, list[tuple[Any, ...]]] = {}
+    for row in zip(_keras_internals.values_of(sources), *targets, strict=True):
+        alike.setdefault(_kind(row), []).append(row)
+    for kind, rows in alike.items():
+        whole = len(rows) // TOGETHER * TOGETHER if kind else 0
+        for start in range(0, whole, TOGETHER):
+            _assign_together(rows[start : start + TOGETHER], divisor)
+        for row in rows[whole:]:
+            _assign_chain(row, divisor)
+
+
+def _kind(row: tuple[Any, ...]) -> Any:
+    """What small arrays of NumPy have in common if one program divides them. None for others."""
+    source, *chain = row
+    is_small = isinstance(source, np.ndarray) and source.nbytes <= SMALL
+    if not is_small or source.dtype != "float32" or not chain:
+        return None
+    return source.shape, *[target.dtype for target in chain]
+
+
+def _assign_together(rows: list[tuple[Any, ...]], divisor: float) -> None:
+    sources, *targets = zip(*rows, strict=True)
+    # One argument, because each argument of a compiled function takes as long as its copy. XLA may
+    # multiply by the reciprocal, which is rounded. NumPy divides.
+    stack = np.stack(sources)
+    stack /= np.float32(divisor)
+    dtypes = tuple(column[0].dtype for column in targets)
+    for column, values in zip(targets, _unstacked(stack, dtypes), strict=True):
+        for target, value in zip(column, values, strict=True):
             _keras_internals.assign_converted(target, value)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _unstacked(stack: jax.Array, dtypes: tuple[str, ...]) -> list[list[jax.Array]]:
+    """Copies of the parts for each dtype. A value is rounded to one dtype after the other."""
+    copies = []
+    for dtype in dtypes:
+        if stack.dtype != dtype:  # XLA leaves out a rounding if a wider dtype follows.
+            stack = jax.lax.optimization_barrier(stack.astype(dtype))
+        copies.append([jnp.copy(part) for part in stack])
+    return copies
+
+
+def _assign_chain(row: tuple[Any, ...], divisor: float) -> None:
+    source, *chain = row
+    value = source if divisor == 1 else source / divisor
+    for target in chain:
+        if value.dtype != target.dtype:
+            value = value.astype(target.dtype)
+        value = _copied(value)
+        _keras_internals.assign_converted(target, value)
 
 
 class Counter:
