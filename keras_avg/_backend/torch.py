@@ -330,7 +330,7 @@ def _torch_dtype(dtype: Any) -> torch.dtype:
 def _tensors(variables: Iterable[Any]) -> list[torch.Tensor]:
     convert = keras.ops.convert_to_tensor
     values = _keras_internals.values_of(variables)
-    return [value if torch.is_tensor(value) else convert(value) for value in values]
+    return [value if isinstance(value, torch.Tensor) else convert(value) for value in values]
 
 
 def _tensor(variable: Any) -> torch.Tensor:
