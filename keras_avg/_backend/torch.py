@@ -20,7 +20,8 @@ from keras_avg import _keras_internals
 IN_CACHE = 2**16  # elements. So many stay in the processor's cache until they are read again.
 IN_CACHES = 2**18  # elements. So many occupy all cores, and stay in their caches.
 ON_GPU = 2**24  # elements. So many need few kernels, and little memory beside the averages.
-SMALL = 2**13  # elements: less, and several tensors together fit into the cache
+SMALL = 2**15  # elements. For fewer of them, Python takes longer than the memory.
+TOGETHER = 2**17  # elements. So many of small tensors stay in the cache between two operations.
 
 outside_graph = torch.compiler.disable
 
@@ -67,15 +68,20 @@ def assign_all(variables: Sequence[Any], tensors: Sequence[Any]) -> None:
 @torch.no_grad()
 def assign_quotients(sources: Sequence[Any], divisor: float, *targets: Sequence[Any]) -> None:
     small: list[tuple[torch.Tensor, ...]] = []
+    elements = 0
     for row in zip(*map(_tensors, (sources, *targets)), strict=True):
-        if row[0].numel() < SMALL:
+        if (size := row[0].numel()) < SMALL:
             small.append(row)
+            elements += size
+            if elements >= TOGETHER:
+                _divide_together(small, divisor)
+                small, elements = [], 0
         elif all(map(_is_plain, row)):
             _divide_on_host(row, divisor)
         else:
             _divide_together([row], divisor)
-    for start in range(0, len(small), IN_CACHE // SMALL):
-        _divide_together(small[start : start + IN_CACHE // SMALL], divisor)
+    if small:
+        _divide_together(small, divisor)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -83,8 +89,6 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _divide_together(rows: list[tuple[torch.Tensor, ...]], divisor: float) -> None:
-    # For small tensors, Python takes longer than the memory. As many as fit into the cache go
-    # together.
     values, *others = map(list, zip(*rows, strict=True))
     if divisor != 1:
         values = list(torch._foreach_div(values, divisor))
