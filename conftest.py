@@ -9,7 +9,7 @@ import pytest
 BACKEND = os.environ.get("KERAS_BACKEND", "tensorflow")
 # Of the thorough combinations of one test, this part is thorough, and the rest is exhaustive. Where
 # each combination is compiled, all of them would take longer than CI may.
-THOROUGH_PART = 1 if BACKEND == "torch" else 1 / 3
+THOROUGH_PART = 1 if BACKEND == "torch" else 1 / 4
 
 
 @pytest.hookimpl(tryfirst=True)  # It must run before pytest deselects thorough tests.
